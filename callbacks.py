@@ -1,0 +1,45 @@
+"""What happens beside the training steps: a readable log line, and curves that a killed run leaves behind."""
+
+import json
+from pathlib import Path
+
+from transformers import ProgressCallback, TrainerCallback
+
+from report import plot_training
+
+
+class ProgressLine(ProgressCallback):
+    """A progress bar, and one short line for each log instead of a dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            numbers = f"loss {logs['loss']:.4f}   lr {logs['learning_rate']:.2e}   grad norm {logs['grad_norm']:.3f}"
+            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   {numbers}")
+        elif "eval_loss" in logs:
+            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   validation loss {logs['eval_loss']:.4f}")
+
+
+class CurvesCallback(TrainerCallback):
+    """Keep `metrics.jsonl` and `training_metrics.png` in the output folder up to date.
+
+    Both are made from the trainer's own history, which every checkpoint carries, so that they are whole after a resume.
+    """
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            write_metrics(state.log_history, Path(args.output_dir) / "metrics.jsonl")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_training(state.log_history, Path(args.output_dir) / "training_metrics.png")
+
+    on_train_end = on_save
+
+
+def write_metrics(log_history: list[dict], path: Path) -> None:
+    """Write one JSON object a line; the file is replaced in one go."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in log_history), encoding="utf-8")
+    unfinished.replace(path)

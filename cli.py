@@ -1,0 +1,33 @@
+"""How every command of this project ends: quietly, or with one clear line."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage of every option."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit code: 0, its own, 1 after an error that a user can mend, 130 after Ctrl-C.
+
+    Such errors are `ValueError` and `OSError`; they print as one line. `--debug` shows the traceback, and any other
+    error is a bug and shows it anyway.
+    """
+    # Versions are pinned, so what the libraries will rename one day is of no use to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,136 @@
+"""Chat messages and images become tensors, and only the assistant's words become labels."""
+
+import torch
+from qwen_vl_utils import fetch_image
+from transformers import ProcessorMixin
+
+from data_prep.images import load_image
+from data_prep.records import IMAGE_MARKER, to_chat
+
+IGNORED = -100  # PyTorch's ignore_index
+END_TOKEN = "<|im_end|>"
+ANSWER_HEADER = "<|im_start|>assistant\n"
+
+
+def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int) -> torch.Tensor:
+    """Return labels that supervise each answer and the token that ends it.
+
+    Args:
+        input_ids: token ids, shape (B, T).
+        header_ids: ids of the text that opens an assistant turn, "<|im_start|>assistant\\n".
+        end_id: id of the token that closes a turn, "<|im_end|>".
+
+    Returns:
+        Shape (B, T): the token's id from the first token after each header to the next `end_id`, both included; -100
+        everywhere else.
+    """
+    width = len(header_ids)
+    headers = (input_ids.unfold(1, width, 1) == input_ids.new_tensor(header_ids)).all(dim=-1)  # (B, T - width + 1)
+    position = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+    last_start = torch.full_like(input_ids, -1)
+    last_start[:, width:] = torch.where(headers[:, :-1], position[:, width:], -1)
+    last_end = torch.full_like(input_ids, -1)
+    last_end[:, 1:] = torch.where(input_ids == end_id, position, -1)[:, :-1]
+    inside = (last_start.cummax(dim=1).values > last_end.cummax(dim=1).values)
+    return torch.where(inside, input_ids, IGNORED)
+
+
+def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
+    """Return the sample's text in the processor's chat template, one image token for each image."""
+    return processor.apply_chat_template(to_chat(messages), add_generation_prompt=add_generation_prompt)
+
+
+def load_pixels(example: dict, processor: ProcessorMixin) -> list:
+    """Return a sample's images, upright, in RGB, at the size that the model sees.
+
+    Raises:
+        ValueError: an image cannot be used; the message names the sample.
+    """
+    sizing = processor.image_processor
+    limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
+    images = []
+    for number, source in enumerate(example.get("images") or []):
+        try:
+            image = load_image(source)
+            images.append(fetch_image({"image": image, **limits}, image_patch_size=sizing.patch_size))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"sample {example.get('id')!r}, image {number}: {error}") from error
+    return images
+
+
+def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
+    """Run the processor over rendered texts and the examples' images.
+
+    Returns:
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, 1176), one
+        row a 14 x 14 px patch, and `image_grid_thw` (N, 3), in patches.
+    """
+    images = [image for example in examples for image in load_pixels(example, processor)]
+    batch = processor(
+        text=texts,
+        images=images or None,
+        images_kwargs={"do_resize": False},  # load_pixels has done it
+        text_kwargs={"padding": True, "padding_side": padding_side},
+        return_tensors="pt",
+    )
+    return dict(batch)
+
+
+class VisionSFTCollator:
+    """Make a batch for `SFTTrainer` from samples in the schema of `data_prep`.
+
+    Args:
+        processor: the model's processor; its chat template and its pixel limits are used as they are.
+        max_length: longest allowed sample, tokens. A longer one raises: a cut through an image's tokens is a crash, and
+            a cut through the answer leaves nothing to learn.
+
+    Raises:
+        ValueError: a sample's markers, length or answers are wrong; the message names its id.
+    """
+
+    def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None):
+        self.processor = processor
+        self.max_length = max_length
+        tokenizer = processor.tokenizer
+        self.header_ids = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
+        self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """Return a right-padded batch: what `encode` gives and `labels` (B, T)."""
+        texts = [self._render(example) for example in examples]
+        batch = encode(self.processor, examples, texts, padding_side="right")
+        self._check_lengths(batch, examples)
+        batch["labels"] = build_labels(batch["input_ids"], header_ids=self.header_ids, end_id=self.end_id)
+        self._check_answers(batch["labels"], examples)
+        return batch
+
+    def _render(self, example: dict) -> str:
+        markers = sum(message["content"].count(IMAGE_MARKER) for message in example["messages"])
+        if markers != len(example.get("images") or []):
+            found = f"{markers} {IMAGE_MARKER} marker(s) for {len(example.get('images') or [])} image(s)"
+            raise ValueError(f"sample {example.get('id')!r}: {found}")
+        return render(self.processor, example["messages"])
+
+    def _check_lengths(self, batch: dict, examples: list[dict]) -> None:
+        if self.max_length is None:
+            return
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        image_tokens = (batch["mm_token_type_ids"] == 1).sum(dim=1).tolist()
+        for example, length, image in zip(examples, lengths, image_tokens, strict=True):
+            if length > self.max_length:
+                rule = f"max_length is {self.max_length}; raise it, or lower max_pixels"
+                raise ValueError(f"sample {example.get('id')!r}: {length} tokens, {image} of them image; {rule}")
+
+    def _check_answers(self, labels: torch.Tensor, examples: list[dict]) -> None:
+        """A text that smuggles in turn tokens changes the number of answers."""
+        found = (labels == self.end_id).sum(dim=1).tolist()
+        for example, count in zip(examples, found, strict=True):
+            expected = sum(message["role"] == "assistant" for message in example["messages"])
+            if count != expected or not expected:
+                raise ValueError(f"sample {example.get('id')!r}: {count} answers to learn from, expected {expected}")
+
+
+def collate_prompts(processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Make a left-padded batch for `generate`; each example's messages end with the user's turn."""
+    texts = [render(processor, example["messages"], add_generation_prompt=True) for example in examples]
+    return encode(processor, examples, texts, padding_side="left")

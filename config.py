@@ -1,0 +1,172 @@
+"""Settings: a YAML recipe with overrides on the command line, every key checked before anything loads."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from cli import OneLineParser
+
+DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and which parts of the model see it: the settings that TRL has no field for."""
+
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "annotation file, folder made by `python -m data_prep convert`, or Hub id"}
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "image folder of an annotation file"})
+    min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
+    max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
+    freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
+    train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
+
+
+# What people know from other scripts, and what to write here.
+RENAMED = {
+    "batch_size": "per_device_train_batch_size",
+    "use_4bit": "load_in_4bit: true",
+    "no_4bit": "load_in_4bit: false",
+    "use_amp": "bf16: true or fp16: true",
+    "no_amp": "bf16: false and fp16: false",
+    "device": "use_cpu: true, or choose a GPU with CUDA_VISIBLE_DEVICES",
+    "model_name": "model_name_or_path",
+    "data_path": "dataset_path",
+    "image_folder": "image_dir",
+    "dataset_name": "dataset_path",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+}
+
+# Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
+WITHOUT_EFFECT = {
+    "load_in_8bit": "the base model is in NF4 (load_in_4bit) or not quantised",
+    "bnb_4bit_quant_storage": "weights are stored as bitsandbytes does by default",
+    "lora_target_parameters": "use lora_target_modules",
+    "lora_modules_to_save": "only LoRA weights are trained",
+    "model_init_kwargs": "use dtype, attn_implementation and model_revision",
+    "trust_remote_code": "no code is run from a model's repository",
+    "chat_template_path": "the processor's own chat template is used",
+    "dataset_kwargs": "data_prep makes the data set",
+    "dataset_num_proc": "data_prep makes the data set",
+    "eos_token": "the processor's own tokens are used",
+    "pad_token": "the processor's own tokens are used",
+    "shuffle_dataset": "training shuffles by itself in every epoch",
+    "packing": "not available for vision data",
+    "eval_packing": "not available for vision data",
+    "padding_free": "not available for vision data",
+    "pad_to_multiple_of": "batches are padded to their longest sample",
+    "completion_only_loss": "the loss is always on the answers, and on nothing else",
+    "assistant_only_loss": "the loss is always on the answers, and on nothing else",
+    "hub_token": "a token in a recipe ends up in files; log in with `hf auth login` or set HF_TOKEN",
+}
+
+
+class RecipeParser(OneLineParser, TrlParser):
+    """TRL's parser, with errors of one line."""
+
+
+def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig]:
+    """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win.
+
+    Raises:
+        ValueError: a key or value of the file is wrong; the message names the file, the key and the rule.
+        FileNotFoundError: no such file.
+        SystemExit: code 2 after one line about a wrong option.
+    """
+    parser = RecipeParser((DataArguments, SFTConfig, ModelConfig), prog="train_sft.py", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
+    argv = [word for word in argv if word != "--debug"]  # cli.run reads it
+    recipe = parser.parse_known_args(argv)[0].config
+    settings = read_recipe(recipe)
+    known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{recipe}: {_unknown(str(key), known)}")
+        if isinstance(value, list) and known[key].nargs != "+":
+            raise ValueError(f"{recipe}: {key}: expected one value, found the list {value}")
+    parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{recipe}: {error}") from error
+    if unknown:
+        parser.error(_unknown(unknown[0].split("=")[0], known))
+    _check_settings(*parsed)
+    return tuple(parsed)
+
+
+def read_recipe(path: Path) -> dict:
+    """Return the YAML mapping in `path`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not YAML, not a mapping, or a key that stands twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no file {path}")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected lines of the form 'key: value'")
+    return settings
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and reads `no`, `on` and the like as the words that they are."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
+
+
+def _as_text(value):
+    """Hand numbers and truth values to argparse as text, which checks them by the field's type as it does options."""
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def _unknown(word: str, known: Iterable[str]) -> str:
+    """Say what to write instead of a key or an option that does not exist."""
+    key = word.lstrip("-").replace("-", "_")
+    what = "unknown option" if word.startswith("-") else "unknown key"
+    if key in RENAMED:
+        return f"{what} {word!r}; use {RENAMED[key]}"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"{what} {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig) -> None:
+    """Raise ValueError for a setting that is missing, contradicts another, or would have no effect."""
+    if data.dataset_path is None:
+        raise ValueError("dataset_path: name the annotation file, the prepared folder or the Hub data set")
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path: name the base model")
+    if not model.use_peft:
+        raise ValueError("use_peft: must be true; LoRA adapters are what is trained here")
+    if model.load_in_4bit and model.bnb_4bit_quant_type != "nf4":
+        raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
+    for settings in (training, model):
+        for setting in dataclasses.fields(settings):
+            found = getattr(settings, setting.name)
+            default = None if setting.name == "pad_to_multiple_of" else setting.default
+            if setting.name in WITHOUT_EFFECT and found != default:
+                raise ValueError(f"{setting.name}: would have no effect; {WITHOUT_EFFECT[setting.name]}")

@@ -1,0 +1,97 @@
+"""`python -m data_prep convert`: prepare a data set once, train on it many times."""
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+from datasets import DatasetDict, disable_progress_bars
+
+from cli import OneLineParser, run
+from data_prep.convert import prepare_dataset
+from data_prep.records import FORMATS
+
+EXAMPLE = "example: python -m data_prep convert --annotations formatted_dataset.json --images images --out data/skin"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m data_prep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert")
+    convert = commands.add_parser("convert", help="JSON or JSON Lines + images -> data set folder", epilog=EXAMPLE)
+    convert.add_argument("--annotations", type=Path, required=True, help="JSON array or JSON Lines file")
+    convert.add_argument("--images", type=Path, help="folder that the records' image paths start from")
+    convert.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
+    convert.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
+    convert.add_argument(
+        "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="shares of the three splits (default: 0.8 0.1 0.1)",
+    )  # fmt: skip
+    convert.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
+    convert.add_argument(
+        "--on-error", choices=("fail", "drop"), default="fail",
+        help="fail: list all problems and stop (default); drop: keep those records out, listed in rejected.jsonl",
+    )  # fmt: skip
+    convert.add_argument("--workers", type=int, help="processes that decode images (default: all cores)")
+    convert.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
+    convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def convert(args: argparse.Namespace) -> None:
+    _check_out(args.out, overwrite=args.overwrite)
+    rejected: list = []
+    splits = prepare_dataset(
+        args.annotations, args.images, split=tuple(args.split), seed=args.seed, on_error=args.on_error,
+        format=args.format, num_workers=args.workers, on_rejected=rejected.extend,
+    )  # fmt: skip
+    _save(splits, rejected, args.out)
+    print(_summary(splits))
+    if rejected:
+        print(f"rejected {len(rejected)} records, each with its reason in {args.out / 'rejected.jsonl'}")
+    print(f"written to {args.out}")
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset_dict.json").is_file()):
+        raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")
+    if any(out.iterdir()) and not overwrite:
+        raise ValueError(f"--out: {out} already holds a data set; choose another folder or add --overwrite")
+
+
+def _save(splits: DatasetDict, rejected: list, out: Path) -> None:
+    """Write beside `out` first, so that an interrupted run leaves no half of a data set under its name."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    splits.save_to_disk(str(unfinished))
+    if rejected:
+        with open(unfinished / "rejected.jsonl", "w", encoding="utf-8") as file:
+            for error in rejected:
+                row = {"record": error.record, "id": error.sample_id, "reason": error.reason}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    unfinished.rename(out)
+
+
+def _summary(splits: DatasetDict) -> str:
+    """Return one line a split: samples, images and the labels' counts."""
+    lines = []
+    for name, dataset in splits.items():
+        images = sum(len(sizes) for sizes in dataset["image_sizes"])
+        labels = Counter(label for label in dataset["label"] if label is not None)
+        shares = ", ".join(f"{label} {count}" for label, count in sorted(labels.items()))
+        lines.append(f"{name:<11}{len(dataset):>7} samples {images:>7} images" + (f"   {shares}" if shares else ""))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    disable_progress_bars()  # of the writing of each split; decoding has a bar of its own
+    convert(build_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

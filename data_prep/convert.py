@@ -1,0 +1,181 @@
+"""An annotation file and an image folder become a `DatasetDict` of chat samples."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from tqdm import tqdm
+
+from .images import probe_image, resolve_image
+from .records import DataError, FieldError, parse_record, read_annotations
+from .split import SPLITS, assign_splits
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": List(Image()),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "label": Value("string"),
+        "group": Value("string"),
+        "skin_type": Value("string"),
+        "image_sizes": List(List(Value("int32"), length=2)),
+    }
+)
+MAX_LISTED = 20
+
+
+class DataErrors(ValueError):
+    """All the records of one file that cannot be used, in the order of the file."""
+
+    def __init__(self, source: str | Path, errors: list[DataError], num_records: int):
+        self.errors = errors
+        if len(errors) == 1:
+            super().__init__(f"{source}: {errors[0]}")
+            return
+        lines = [f"{source}: {len(errors)} of {num_records} records cannot be used", *map(str, errors[:MAX_LISTED])]
+        if len(errors) > MAX_LISTED:
+            lines.append(f"... and {len(errors) - MAX_LISTED} more")
+        super().__init__("\n  ".join(lines))
+
+
+@dataclass
+class Collected:
+    """What one annotation file holds: usable samples, errors, and the number of ids that had to be made unique."""
+
+    samples: list[dict]
+    errors: list[DataError] = field(default_factory=list)
+    num_records: int = 0
+    num_renamed: int = 0
+
+
+def prepare_dataset(
+    annotations: str | os.PathLike,
+    image_dir: str | os.PathLike | None,
+    *,
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    seed: int = 42,
+    on_error: str = "fail",
+    format: str | None = None,
+    num_workers: int | None = None,
+    show_progress: bool = True,
+    on_rejected: Callable[[list[DataError]], None] | None = None,
+) -> DatasetDict:
+    """Read an annotation file and its images into a `DatasetDict` of `train`, `validation` and `test`.
+
+    Args:
+        annotations: JSON array or JSON Lines file.
+        image_dir: folder that the records' image paths start from; None when no record has an image.
+        split: shares of train, validation and test.
+        seed: of the split; the same input and seed give the same split in any order of the records.
+        on_error: "fail" raises with every problem found, "drop" keeps those records out.
+        format: one of `records.FORMATS`; recognised record by record when None.
+        num_workers: processes that decode images; all cores when None.
+        show_progress: show a progress bar.
+        on_rejected: with "drop", called once with the errors of the records that were kept out.
+
+    Raises:
+        DataErrors: on_error is "fail" and a record cannot be used.
+        ValueError, FileNotFoundError: the file or the folder cannot be used, or no record can.
+    """
+    if on_error not in ("fail", "drop"):
+        raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
+    found = collect_samples(
+        annotations, image_dir, format=format, num_workers=num_workers, show_progress=show_progress
+    )
+    if found.errors and (on_error == "fail" or not found.samples):
+        raise DataErrors(annotations, found.errors, found.num_records)
+    if on_rejected is not None:
+        on_rejected(found.errors)
+    splits = assign_splits([sample["id"] for sample in found.samples], split, seed=seed)
+    return DatasetDict({name: _build(found.samples, splits, name) for name in SPLITS})
+
+
+def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
+    rows = [{key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name]
+    return Dataset.from_list(rows, features=FEATURES)
+
+
+def collect_samples(
+    annotations, image_dir, *, format: str | None = None, num_workers: int | None = None, show_progress: bool = True
+) -> Collected:
+    """Parse every record and decode every image once; arguments as in `prepare_dataset`."""
+    raw_records = read_annotations(annotations)
+    root = _image_root(image_dir)
+    found = Collected(samples=[], num_records=len(raw_records))
+    for number, raw in enumerate(raw_records):
+        try:
+            sample = parse_record(raw, number, format=format)
+            sample["images"] = _resolve_images(sample, root)
+            found.samples.append(sample)
+        except DataError as error:
+            found.errors.append(error)
+    sizes = _probe_images(found.samples, num_workers, show_progress)
+    found.samples = [sample for sample in found.samples if _attach_sizes(sample, sizes, root, found.errors)]
+    found.errors.sort(key=lambda error: error.record)
+    found.num_renamed = _make_ids_unique(found.samples)
+    return found
+
+
+def _image_root(image_dir) -> Path | None:
+    if image_dir is None:
+        return None
+    root = Path(image_dir).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"image_dir: no folder {image_dir}")
+    return root
+
+
+def _resolve_images(sample: dict, root: Path | None) -> list[Path]:
+    try:
+        if sample["images"] and root is None:
+            raise ValueError(f"{sample['images'][0]!r} needs an image folder, and none was given")
+        return [resolve_image(name, root) for name in sample["images"]]
+    except ValueError as error:
+        raise _image_error(sample, str(error)) from error
+
+
+def _image_error(sample: dict, reason: str) -> DataError:
+    return DataError(str(FieldError("images", reason)), record=sample["record"], sample_id=sample["id"])
+
+
+def _probe_images(samples: list[dict], num_workers: int | None, show_progress: bool) -> dict[Path, tuple | str]:
+    """Decode each different image once, in a process pool; return its size, or the reason why it cannot be used."""
+    paths = sorted({path for sample in samples for path in sample["images"]})
+    if not paths:
+        return {}
+    with ProcessPoolExecutor(num_workers or os.cpu_count()) as pool:
+        results = pool.map(probe_image, paths, chunksize=16)
+        bar = tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress)
+        return dict(zip(paths, bar, strict=True))
+
+
+def _attach_sizes(sample: dict, sizes: dict, root: Path | None, errors: list[DataError]) -> bool:
+    """Add `image_sizes`, upright `[width, height]` in px; on a bad image note the error and return False."""
+    for path in sample["images"]:
+        if isinstance(sizes[path], str):
+            errors.append(_image_error(sample, f"{str(path.relative_to(root))!r}: {sizes[path]}"))
+            return False
+    sample["image_sizes"] = [list(sizes[path]) for path in sample["images"]]
+    sample["images"] = [str(path) for path in sample["images"]]
+    return True
+
+
+def _make_ids_unique(samples: list[dict]) -> int:
+    """Number the second and later samples of one id (`x`, `x#2`); return how many were renamed."""
+    taken = {sample["id"] for sample in samples}
+    seen, renamed = Counter(), 0
+    for sample in samples:
+        base = sample["id"]
+        seen[base] += 1
+        if seen[base] == 1:
+            continue
+        while (name := f"{base}#{seen[base]}") in taken:
+            seen[base] += 1
+        taken.add(name)
+        sample["id"] = name
+        renamed += 1
+    return renamed

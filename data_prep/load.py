@@ -1,0 +1,86 @@
+"""One way to open training data, whether it is an annotation file, a prepared folder or a Hub data set."""
+
+import re
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+
+from .convert import FEATURES, prepare_dataset
+from .images import load_image
+from .records import DataError, FieldError, normalise_messages
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_splits(dataset_path: str, image_dir: str | None = None, *, seed: int = 42, show_progress: bool = True):
+    """Return a `DatasetDict` in the project's schema, images undecoded (`{"bytes", "path"}`).
+
+    Args:
+        dataset_path: an annotation file, a folder written by `python -m data_prep convert`, or a Hub data set id.
+        image_dir: the annotation file's image folder; an error with anything else.
+        seed: of the split that an annotation file gets.
+        show_progress: show progress bars.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such data, or it has another form; the message says which.
+    """
+    path = Path(dataset_path)
+    if image_dir is not None and not path.is_file():
+        raise ValueError(f"image_dir: goes with an annotation file, and dataset_path {dataset_path!r} is not a file")
+    if path.is_file():
+        splits = prepare_dataset(path, image_dir, seed=seed, show_progress=show_progress)
+    elif path.is_dir():
+        splits = _load_folder(path)
+    elif HUB_ID.fullmatch(dataset_path) and not path.suffix:
+        splits = _load_hub(dataset_path)
+    else:
+        raise FileNotFoundError(f"dataset_path: {dataset_path!r} is no file, no folder and no Hub data set id")
+    return splits.cast_column("images", List(Image(decode=False)))
+
+
+def _load_folder(path: Path) -> DatasetDict:
+    if not (path / "dataset_dict.json").is_file():
+        hint = "pass the annotation file, or prepare it with `python -m data_prep convert`"
+        raise ValueError(f"dataset_path: {path} is not a prepared data set (no dataset_dict.json): {hint}")
+    splits = load_from_disk(str(path))
+    for name, dataset in splits.items():
+        if missing := set(FEATURES) - set(dataset.column_names):
+            raise ValueError(f"dataset_path: split {name!r} of {path} lacks the columns {sorted(missing)}")
+    return splits
+
+
+def _load_hub(dataset_id: str) -> DatasetDict:
+    try:
+        splits = load_dataset(dataset_id)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(f"dataset_path: {dataset_id!r} is no local path, and the Hub says: {error}") from error
+    return DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
+
+
+def standardise(dataset: Dataset, name: str) -> Dataset:
+    """Bring any data set with `messages` (and `images`) into the project's schema, checking every row.
+
+    Raises:
+        DataError: names the first row that breaks a rule.
+        ValueError: no `messages` column.
+    """
+    if "messages" not in dataset.column_names:
+        raise ValueError(f"split {name!r} has the columns {dataset.column_names}, and none is 'messages'")
+    if "images" in dataset.column_names:
+        dataset = dataset.cast_column("images", List(Image(decode=False)))
+    return dataset.map(
+        _standard_row, with_indices=True, fn_kwargs={"split": name}, features=FEATURES,
+        remove_columns=[column for column in dataset.column_names if column not in FEATURES],
+    )  # fmt: skip
+
+
+def _standard_row(row: dict, index: int, split: str) -> dict:
+    images = list(row.get("images") or [])
+    sample_id = str(row.get("id") or f"{split}-{index:06d}")
+    try:
+        messages = normalise_messages(row["messages"], images)
+        sizes = [list(load_image(image).size) for image in images]
+    except (FieldError, ValueError, OSError) as error:
+        raise DataError(str(error), record=index, sample_id=sample_id) from error
+    texts = {key: None if row.get(key) is None else str(row[key]) for key in ("label", "group", "skin_type")}
+    return {"id": sample_id, "images": images, "messages": messages, **texts, "image_sizes": sizes}

@@ -1,0 +1,275 @@
+"""One schema for every annotation format: a raw JSON record goes in, a chat sample comes out, or an error that names it."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+IMAGE_MARKER = "<image>"
+FORMATS = ("llava", "messages", "flat")
+# The key that gives a format away. ShareGPT files use either of the first two.
+FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "question"}
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+# Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
+# image. `<|...|>` covers all of the family's control tokens; tool_call and its reply are the only others.
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
+
+
+class DataError(ValueError):
+    """One record that cannot be used.
+
+    Attributes:
+        record: 0-based position in the annotation file.
+        sample_id: the record's id, None when it has none.
+        reason: what is wrong, and with which field.
+    """
+
+    def __init__(self, reason: str, *, record: int, sample_id: str | None = None):
+        self.record, self.sample_id, self.reason = record, sample_id, reason
+        name = f" (id {sample_id!r})" if sample_id is not None else ""
+        super().__init__(f"record {record}{name}, {reason}")
+
+    def __reduce__(self):
+        return _rebuild_error, (self.reason, self.record, self.sample_id)
+
+
+def _rebuild_error(reason: str, record: int, sample_id: str | None) -> DataError:
+    return DataError(reason, record=record, sample_id=sample_id)
+
+
+class FieldError(ValueError):
+    """What is wrong with one field; `parse_record` adds which record it was."""
+
+    def __init__(self, field: str, reason: str):
+        super().__init__(f"field '{field}': {reason}")
+
+
+def read_annotations(path: str | Path) -> list:
+    """Return the raw records of a JSON array or a JSON Lines file (UTF-8, with or without a byte order mark).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a folder, not UTF-8, not JSON (with line and column), not a list of records, or empty.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"annotations: {path} is a folder, expected a JSON or JSON Lines file")
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations: no file {path}")
+    text = _read_text(path)
+    records = list(_read_lines(path, text)) if path.suffix == ".jsonl" else _read_json(path, text)
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected a list of records, found {_describe(records)}")
+    if not records:
+        raise ValueError(f"{path}: holds no records")
+    return records
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def _read_json(path: Path, text: str):
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # a second document: JSON Lines under the name .json
+            return list(_read_lines(path, text))
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def _read_lines(path: Path, text: str) -> Iterator:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _describe(value) -> str:
+    """Name a JSON value's type, and a short value itself, for an error message."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
+    name = names.get(type(value), "a number")
+    if isinstance(value, dict):
+        return f"{name} with the keys {sorted(value)[:5]}"
+    return f"{name} {value!r}" if isinstance(value, str | int | float) and len(str(value)) <= 60 else name
+
+
+def parse_record(raw, record: int, *, format: str | None = None) -> dict:
+    """Turn one raw record into a sample.
+
+    Args:
+        raw: the decoded JSON value.
+        record: its 0-based position in the file.
+        format: one of `FORMATS`; recognised by its keys when None.
+
+    Returns:
+        `{record, id, images: [path as written], messages: [{role, content}], label, group, skin_type}`. Content is
+        plain text with one `<image>` where each image stands; the last three are text or None.
+
+    Raises:
+        DataError: names the record, the field and the rule that was broken.
+    """
+    if not isinstance(raw, dict):
+        raise DataError(f"expected an object, found {_describe(raw)}", record=record)
+    sample_id = str(raw["id"]) if isinstance(raw.get("id"), str | int) else None
+    try:
+        return {"record": record, "id": sample_id or f"record-{record:06d}", **_parse_fields(raw, format)}
+    except FieldError as error:
+        raise DataError(str(error), record=record, sample_id=sample_id) from error
+
+
+def _parse_fields(raw: dict, format: str | None) -> dict:
+    for key in ("video", "videos"):
+        if raw.get(key):
+            raise FieldError(key, "videos are not supported")
+    format = format or _recognise(raw)
+    images = _image_paths(raw)
+    if format == "flat":
+        turns = [{"role": "user", "content": raw.get("question")}, {"role": "assistant", "content": raw.get("answer")}]
+    else:
+        turns = raw.get(FORMAT_KEYS[format])
+    messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format])
+    return {"images": images, "messages": messages, **{k: _text(raw, k) for k in ("label", "group", "skin_type")}}
+
+
+def _recognise(raw: dict) -> str:
+    found = [name for name, key in FORMAT_KEYS.items() if key in raw]
+    if len(found) == 1:
+        return found[0]
+    wanted = ", ".join(f"'{key}' ({name})" for name, key in FORMAT_KEYS.items())
+    what = "none of" if not found else "more than one of"
+    raise FieldError(FORMAT_KEYS[found[0]] if found else "conversations", f"the record has {what} {wanted}")
+
+
+def _image_paths(raw: dict) -> list[str]:
+    if raw.get("image") is not None and raw.get("images") is not None:
+        raise FieldError("images", "the record has both 'image' and 'images'")
+    field = "image" if raw.get("image") is not None else "images"
+    value = raw.get(field)
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(paths, list):
+        raise FieldError(field, f"expected a path or a list of paths, found {_describe(value)}")
+    for path in paths:
+        if not isinstance(path, str) or not path.strip():
+            raise FieldError(field, f"expected a path, found {_describe(path)}")
+    return list(paths)
+
+
+def _text(raw: dict, field: str) -> str | None:
+    value = raw.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise FieldError(field, f"expected a text, found {_describe(value)}")
+    return str(value).strip() or None
+
+
+def normalise_messages(turns, images: list, *, system=None, field: str = "messages") -> list[dict]:
+    """Return `[{role, content}]` with checked roles, order, texts and `<image>` markers.
+
+    Args:
+        turns: a list of `{role, content}` or `{from, value}`; content is a text or a list of typed blocks.
+        images: the sample's images; a path inside a typed block is appended to it.
+        system: optional text of a system turn, put first.
+        field: name of the field, for the error.
+
+    Raises:
+        FieldError: what is wrong with it.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise FieldError(field, f"expected a list of turns, found {_describe(turns)}")
+    messages = [_turn(turn, position, images, field) for position, turn in enumerate(turns)]
+    if system is not None:
+        if not isinstance(system, str):
+            raise FieldError("system", f"expected a text, found {_describe(system)}")
+        messages.insert(0, {"role": "system", "content": system.strip()})
+    _check_order(messages, field)
+    _check_texts(messages, field)
+    _place_markers(messages, len(images), field)
+    return messages
+
+
+def _turn(turn, position: int, images: list, field: str) -> dict:
+    if not isinstance(turn, dict):
+        raise FieldError(f"{field}[{position}]", f"expected an object, found {_describe(turn)}")
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise FieldError(f"{field}[{position}]", f"role {role!r} is not one of {', '.join(ROLES)}")
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        content = "".join(_block(block, images, f"{field}[{position}]") for block in content)
+    if not isinstance(content, str) or not content.strip():
+        raise FieldError(f"{field}[{position}]", f"the {ROLES[role]}'s text is {_describe(content)}, expected some text")
+    # An answer that starts with a newline would merge with the newline before it into another token.
+    return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
+
+
+def _block(block, images: list, field: str) -> str:
+    """Return the text of one typed block; an image's path, if the block holds one, goes to `images`."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text" and isinstance(block.get("text"), str):
+        return block["text"]
+    if kind not in ("image", "image_url"):
+        raise FieldError(field, f"expected a block of type text, image or image_url, found {_describe(block)}")
+    path = block.get(kind)
+    path = path.get("url") if isinstance(path, dict) else path
+    if path is not None:
+        if not isinstance(path, str):
+            raise FieldError(field, f"expected an image's path, found {_describe(path)}")
+        images.append(path)
+    return IMAGE_MARKER
+
+
+def _check_order(messages: list[dict], field: str) -> None:
+    roles = [m["role"] for m in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or turns != expected:
+        rule = "expected an optional system turn, then user and assistant in turn, ending with the assistant"
+        raise FieldError(field, f"the roles are {', '.join(roles)}; {rule}")
+
+
+def _check_texts(messages: list[dict], field: str) -> None:
+    for message in messages:
+        if token := SPECIAL_TOKEN.search(message["content"]):
+            raise FieldError(field, f"the {message['role']}'s text contains the special token {token.group()}")
+        if message["role"] != "user" and IMAGE_MARKER in message["content"]:
+            raise FieldError(field, f"an {IMAGE_MARKER} marker stands in the {message['role']}'s text")
+
+
+def _place_markers(messages: list[dict], num_images: int, field: str) -> None:
+    markers = sum(m["content"].count(IMAGE_MARKER) for m in messages)
+    if markers == 0 and num_images:
+        first = next(m for m in messages if m["role"] == "user")
+        first["content"] = IMAGE_MARKER * num_images + first["content"]
+    elif markers != num_images:
+        raise FieldError(field, f"{markers} {IMAGE_MARKER} marker(s) for {num_images} image(s)")
+
+
+def to_chat(messages: list[dict]) -> list[dict]:
+    """Split each text at its `<image>` markers into the typed blocks that the chat template expects."""
+    return [{"role": m["role"], "content": _to_blocks(m["content"])} for m in messages]
+
+
+def _to_blocks(content: str) -> list[dict]:
+    first, *rest = content.split(IMAGE_MARKER)
+    blocks = [{"type": "text", "text": first}]
+    for text in rest:
+        blocks += [{"type": "image"}, {"type": "text", "text": text}]
+    return [block for block in blocks if block["type"] == "image" or block["text"]]

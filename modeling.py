@@ -1,0 +1,203 @@
+"""Which weights load, in which precision, which of them train, and the checks that it is really so."""
+
+import torch
+from accelerate import PartialState
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Module paths of the family, from the top model. Patterns are matched against the whole path: a bare "gate_proj" would
+# adapt the vision tower's layers too, which carry the same names.
+LANGUAGE_LAYERS = "model.language_model.layers."
+VISION = "model.visual."
+VISION_BLOCKS = VISION + "blocks."
+MERGER = VISION + "merger."
+KEPT_IN_16_BIT = ["model.visual", "lm_head"]  # "visual" alone would match nothing: bitsandbytes anchors its patterns
+
+
+def load_processor(
+    model_name_or_path: str, *, min_pixels: int | None = None, max_pixels: int | None = None, revision: str | None = None
+) -> ProcessorMixin:
+    """Load the processor and set the pixel limits that collating, saving and inference will all use.
+
+    Args:
+        model_name_or_path: Hub id or local folder of a model or an adapter.
+        min_pixels: smallest image area after resizing, px^2; the model's own when None.
+        max_pixels: largest image area after resizing, px^2; the model's own when None.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        ValueError: no processor there, or the limits contradict each other.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("processor", model_name_or_path, error)) from error
+    size = processor.image_processor.size
+    shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if shortest > longest:
+        raise ValueError(f"min_pixels {shortest} is above max_pixels {longest}")
+    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    processor.tokenizer.padding_side = "right"
+    return processor
+
+
+def _not_found(what: str, name: str, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0]
+    return f"model_name_or_path: no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    quantization: str | None,
+    dtype: str | torch.dtype,
+    double_quant: bool = True,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load the base model on this process's device.
+
+    Args:
+        model_name_or_path: Hub id or local folder.
+        quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`.
+        dtype: of everything else, and of the arithmetic. A CPU always computes in float32.
+        double_quant: quantise NF4's own scales too, which saves 0.4 bit a weight.
+        attn_implementation: as in `from_pretrained`.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        ValueError: no model there, an unknown quantization, or layers came out in another precision than asked.
+    """
+    if quantization not in ("nf4", None):
+        raise ValueError(f"quantization: expected 'nf4' or None, found {quantization!r}")
+    device = PartialState().device
+    dtype = resolve_dtype(dtype, device)
+    config = quantization_config(dtype, double_quant=double_quant) if quantization else None
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
+            attn_implementation=attn_implementation, device_map={"": device},
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", model_name_or_path, error)) from error
+    check_quantized(model, quantized=quantization is not None)
+    if device.type == "cpu":
+        _keep_trainable_on_cpu(model)
+    return model
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: float32 on a CPU, float16 for bfloat16 on a GPU that lacks it, else as asked."""
+    dtype = torch.bfloat16 if dtype == "auto" else dtype  # what the family's weights are stored in
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if device.type == "cpu":
+        return torch.float32
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return dtype
+
+
+def quantization_config(dtype: torch.dtype, *, double_quant: bool = True) -> BitsAndBytesConfig:
+    """Return NF4 for the language model's linear layers; vision tower, merger and LM head stay in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=KEPT_IN_16_BIT,
+    )
+
+
+def check_quantized(model: PreTrainedModel, *, quantized: bool) -> None:
+    """Raise ValueError unless exactly the language model's linear layers are in 4 bit (or none, as asked)."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    found = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
+    expected = {name for name in linear if name.startswith(LANGUAGE_LAYERS)} if quantized else set()
+    if quantized and not expected:
+        raise ValueError(f"{type(model).__name__} has no linear layers under {LANGUAGE_LAYERS}*")
+    if wrong := sorted(found ^ expected):
+        raise ValueError(f"{len(wrong)} layers are not in the precision asked for, the first is {wrong[0]}")
+
+
+def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Without this, evaluating between training steps repacks the weights in place and the next backward crashes."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def build_lora_config(
+    *,
+    r: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    target_modules: list[str] | tuple[str, ...] | None = None,
+    train_vision: bool = False,
+    train_merger: bool = False,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> LoraConfig:
+    """Return a LoRA configuration that reaches the language model's layers, and the tower or merger only if asked.
+
+    Args:
+        r: rank.
+        lora_alpha: scale; the update is multiplied by lora_alpha / r.
+        lora_dropout: dropout before the low-rank layers.
+        target_modules: names of linear layers of the language model; `DEFAULT_TARGETS` when None.
+        train_vision: also adapt the vision tower's blocks.
+        train_merger: also adapt the projection from the tower to the language model.
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        use_dora: train the magnitude of each output as well.
+    """
+    names = "|".join(target_modules or DEFAULT_TARGETS)
+    patterns = [rf"model\.language_model\.layers\.\d+\.\w+\.({names})"]
+    if train_vision:
+        patterns.append(r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)")
+    if train_merger:
+        patterns.append(r"model\.visual\.merger\.mlp\.(0|2)")
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules="|".join(patterns),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def count_trainable(model: torch.nn.Module) -> dict[str, int]:
+    """Return the number of trainable parameters of each part: language model, vision tower, merger, other."""
+    parts = {"language model": LANGUAGE_LAYERS, "vision tower": VISION_BLOCKS, "merger": MERGER}
+    counts = dict.fromkeys([*parts, "other"], 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = next((part for part, prefix in parts.items() if prefix in name), "other")
+            counts[part] += parameter.numel()
+    return counts
+
+
+def check_trainable(
+    model: torch.nn.Module, *, train_vision: bool, train_merger: bool, target_modules: list[str] | None = None
+) -> None:
+    """Raise ValueError unless exactly what was asked for trains: LoRA weights, in the parts and layers named."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if stray := [name for name in trainable if "lora_" not in name]:
+        raise ValueError(f"{len(stray)} trainable weights are not LoRA's, the first is {stray[0]}")
+    for target in target_modules or DEFAULT_TARGETS:
+        if not any(f".{target}.lora_" in name for name in trainable):
+            raise ValueError(f"lora_target_modules: no layer of the language model is called {target!r}")
+    asked = {"language model": True, "vision tower": train_vision, "merger": train_merger, "other": False}
+    for part, count in count_trainable(model).items():
+        if bool(count) != asked[part]:
+            raise ValueError(f"{part}: {count} trainable weights, expected {'some' if asked[part] else 'none'}")
+
+
+def pin_trainable_to_float32(model: torch.nn.Module) -> None:
+    """Keep LoRA weights in float32: `SFTTrainer` casts them to bfloat16, which loses small updates and is not undone
+    on resume, so that the resumed run would differ from the one that was not stopped."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,56 @@
+"""How long the samples are, without decoding a pixel."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import ProcessorMixin
+
+from data_prep.images import count_image_tokens
+from data_prep.records import to_chat
+
+
+@dataclass
+class SampleLengths:
+    """Tokens of each sample of a data set.
+
+    Attributes:
+        total: tokens of the rendered chat, images included.
+        image: how many of them are image.
+    """
+
+    total: list[int]
+    image: list[int]
+
+
+def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLengths:
+    """Count tokens from the texts and the stored image sizes.
+
+    Args:
+        dataset: a split in the schema of `data_prep`.
+        processor: the model's processor with the pixel limits of the run.
+    """
+    size = processor.image_processor.size
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    image = [
+        sum(count_image_tokens(height, width, **limits) for width, height in sizes) for sizes in dataset["image_sizes"]
+    ]
+    total = []
+    for batch in dataset.select_columns(["messages", "image_sizes"]).iter(1000):
+        texts = processor.apply_chat_template([to_chat(messages) for messages in batch["messages"]])
+        ids = processor.tokenizer(texts)["input_ids"]
+        # the text holds one token for each image already
+        total += [len(row) - len(sizes) for row, sizes in zip(ids, batch["image_sizes"], strict=True)]
+    return SampleLengths(total=[t + i for t, i in zip(total, image, strict=True)], image=image)
+
+
+def check_lengths(lengths: SampleLengths, sample_ids: list[str], max_length: int | None) -> None:
+    """Raise ValueError when samples are longer than `max_length`; the message says how many and names the longest."""
+    too_long = [n for n in range(len(sample_ids)) if max_length is not None and lengths.total[n] > max_length]
+    if not too_long:
+        return
+    worst = max(too_long, key=lambda n: lengths.total[n])
+    raise ValueError(
+        f"max_length: {len(too_long)} of {len(sample_ids)} samples are over {max_length} tokens; the longest, "
+        f"{sample_ids[worst]!r}, has {lengths.total[worst]}, of which {lengths.image[worst]} are image: raise max_length "
+        "or lower max_pixels"
+    )

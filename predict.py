@@ -1,0 +1,176 @@
+"""Ask a trained adapter (or the base model alone) about images.
+
+    python predict.py --adapter outputs/skin --image lesion.jpg --question "What condition is shown?"
+    python predict.py --adapter outputs/skin --image photos/ --question "What condition is shown?" --out answers.jsonl
+    python predict.py --adapter outputs/skin --dataset data/skin --split test --out answers.jsonl
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from cli import OneLineParser, run
+from collator import collate_prompts
+from data_prep import load_splits
+from data_prep.records import IMAGE_MARKER, normalise_messages
+from modeling import load_model, load_processor
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_argument_group("what to ask")
+    source.add_argument("--image", type=Path, action="append", default=[], help="a file, or one folder; repeatable")
+    source.add_argument("--question", help="one question about the images together, or about each image of a folder")
+    source.add_argument("--dataset", help="prepared data set: asks each sample's last question instead")
+    source.add_argument("--split", default="test", help="of --dataset (default: test)")
+    model = parser.add_argument_group("whom to ask")
+    model.add_argument("--adapter", help="folder or Hub id of a trained adapter")
+    model.add_argument("--base", help="a base model: asked alone, or in place of the one the adapter names")
+    model.add_argument(
+        "--quantization", choices=("auto", "nf4", "none"), default="auto",
+        help="of the base model (default: as in training; none without an adapter)",
+    )  # fmt: skip
+    model.add_argument("--dtype", default="bfloat16", help="of the arithmetic (default: bfloat16; float32 on a CPU)")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--out", type=Path, help="JSON Lines file (default: print to the screen)")
+    answers.add_argument("--batch-size", type=int, default=8)
+    answers.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    examples = load_examples(args)
+    processor = load_processor(args.adapter or args.base)
+    model = load_answering_model(args)
+    rows = answer_all(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
+    write_answers(rows, args.out, total=len(examples))
+
+
+def load_examples(args: argparse.Namespace) -> list[dict]:
+    """Return samples whose messages end with the user's turn; `reference` is the known answer, if there is one."""
+    if args.adapter is None and args.base is None:
+        raise ValueError("name an adapter (--adapter), or a base model to ask alone (--base)")
+    if (args.dataset is None) == (not args.image):
+        raise ValueError("name either images (--image, with --question) or a prepared data set (--dataset)")
+    if args.dataset is not None:
+        return examples_of_split(args.dataset, args.split)
+    if not args.question:
+        raise ValueError("--question: what should be asked about the images?")
+    return examples_of_images(args.image, args.question)
+
+
+def examples_of_split(dataset: str, split: str) -> list[dict]:
+    splits = load_splits(dataset)
+    if split not in splits:
+        raise ValueError(f"--split: {dataset} has no split {split!r}, only {sorted(splits)}")
+    examples = []
+    for sample in splits[split]:
+        *messages, answer = sample["messages"]
+        facts = {key: sample[key] for key in ("id", "label", "group", "skin_type")}
+        examples.append({**facts, "images": sample["images"], "messages": messages, "reference": answer["content"]})
+    if not examples:
+        raise ValueError(f"--split: split {split!r} of {dataset} is empty")
+    return examples
+
+
+def examples_of_images(paths: list[Path], question: str) -> list[dict]:
+    """One example of all the files named, or one for each image of a folder, in the order of the names."""
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"--image: no file or folder {path}")
+    folders = [path for path in paths if path.is_dir()]
+    if not folders:
+        return [_question_about(paths, question)]
+    if len(paths) > 1:
+        raise ValueError(f"--image: {folders[0]} is a folder; name one folder, or files")
+    found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise ValueError(f"--image: no images in {folders[0]} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return [_question_about([path], question) for path in found]
+
+
+def _question_about(paths: list[Path], question: str) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]
+    messages = normalise_messages(turns, list(paths), field="--question")[:-1]
+    return {"id": ", ".join(path.name for path in paths), "images": [str(p) for p in paths], "messages": messages}
+
+
+def load_answering_model(args: argparse.Namespace) -> PreTrainedModel | PeftModel:
+    """Load the base model as it was in training, and the adapter on it."""
+    if args.adapter is None:
+        quantization = "nf4" if args.quantization == "nf4" else None
+        return load_model(args.base, quantization=quantization, dtype=args.dtype).eval()
+    config = read_adapter_config(args.adapter)
+    facts = read_run_facts(args.adapter)
+    quantization = facts.get("quantization") if args.quantization == "auto" else args.quantization
+    base = args.base or config.base_model_name_or_path
+    model = load_model(
+        base, quantization=None if quantization == "none" else quantization, dtype=args.dtype,
+        revision=facts.get("revision") if args.base is None else None,
+    )  # fmt: skip
+    return PeftModel.from_pretrained(model, args.adapter).eval()
+
+
+def read_adapter_config(adapter: str) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
+
+
+def read_run_facts(adapter: str) -> dict:
+    """Return what `train_sft.py` noted about the base model; nothing for adapters from elsewhere."""
+    path = Path(adapter) / "run.json"
+    if not path.is_file():
+        path = path.parent.parent / "run.json"  # a checkpoint inside a run
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_size: int, max_new_tokens: int):
+    """Yield each example's row with its `prediction`, in order; greedy decoding, so the same every time."""
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        for example, prediction in zip(batch, answer(model, processor, batch, max_new_tokens), strict=True):
+            question = example["messages"][-1]["content"].replace(IMAGE_MARKER, "").strip()
+            facts = {key: value for key, value in example.items() if key not in ("images", "messages")}
+            yield {**facts, "question": question, "prediction": prediction}
+
+
+@torch.inference_mode()
+def answer(model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int) -> list[str]:
+    """Return the model's answer to each example, decoded greedily."""
+    inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(processor, examples).items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new_tokens = output[:, inputs["input_ids"].size(1) :]
+    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def write_answers(rows, out: Path | None, *, total: int) -> None:
+    """Print the answers, or write them to a file as they come, with a progress bar."""
+    if out is None:
+        for row in rows:
+            print(row["prediction"] if total == 1 else f"{row['id']}: {row['prediction']}")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "w", encoding="utf-8") as file:
+        for row in tqdm(rows, total=total, unit="answer"):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{total} answers in {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

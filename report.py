@@ -1,0 +1,56 @@
+"""Pictures from the numbers of a run."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which stays apart in every common form of colour blindness.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+
+
+def smooth(values: list[float], weight: float = 0.8) -> list[float]:
+    """Return the exponential moving average of `values`, corrected for its start."""
+    average, result = 0.0, []
+    for step, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**step))
+    return result
+
+
+def plot_training(log_history: list[dict], path: Path) -> None:
+    """Draw loss, smoothed loss and validation loss over the learning rate, against the optimizer step.
+
+    Args:
+        log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn.
+        path: PNG to write; replaced in one go, so that a killed run never leaves half a picture.
+    """
+    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_losses(losses, log_history)
+    steps, values = _series(log_history, "learning_rate")
+    rates.plot(steps, values, color=GREEN, marker="." if len(steps) < 3 else None)
+    rates.set(xlabel="optimizer step", ylabel="learning rate")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    for axes in (losses, rates):
+        axes.grid(color="#EEEEEE")
+        axes.spines[["top", "right"]].set_visible(False)
+    unfinished = path.with_suffix(".unfinished.png")
+    figure.savefig(unfinished)
+    unfinished.replace(path)
+
+
+def _draw_losses(axes, log_history: list[dict]) -> None:
+    steps, values = _series(log_history, "loss")
+    axes.plot(steps, values, color=GREY, label="training loss", marker="." if len(steps) < 3 else None)
+    axes.plot(steps, smooth(values), color=BLUE, linewidth=2, label="training loss, smoothed")
+    steps, values = _series(log_history, "eval_loss")
+    if steps:
+        axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label="validation loss")
+    axes.set(ylabel="loss per answer token", title="Training")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _series(log_history: list[dict], key: str) -> tuple[list[int], list[float]]:
+    rows = [(row["step"], row[key]) for row in log_history if key in row]
+    return [step for step, _ in rows], [value for _, value in rows]

@@ -1,0 +1,221 @@
+"""Fine-tune Qwen2.5-VL on questions and answers about images, by QLoRA.
+
+    accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/skin
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import DatasetDict, disable_progress_bars
+from peft import PeftModel, get_peft_model
+from transformers import ProcessorMixin, ProgressCallback, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from callbacks import CurvesCallback, ProgressLine
+from checkpoints import choose_checkpoint
+from cli import run
+from collator import VisionSFTCollator
+from config import DataArguments, parse_config
+from data_prep import load_splits
+from hub import push_adapter
+from modeling import (
+    build_lora_config,
+    check_trainable,
+    count_trainable,
+    load_model,
+    load_processor,
+    pin_trainable_to_float32,
+)
+from packing import SampleLengths, check_lengths, measure_lengths
+
+
+def main(argv: list[str] | None = None) -> None:
+    data_args, training_args, model_args = parse_config(sys.argv[1:] if argv is None else argv)
+    disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
+    prepare_output(training_args)
+    checkpoint = choose_start(training_args)
+    processor = load_processor(
+        model_args.model_name_or_path,
+        min_pixels=data_args.min_pixels,
+        max_pixels=data_args.max_pixels,
+        revision=model_args.model_revision,
+    )
+    splits = load_data(data_args, training_args)
+    lengths = check_data(splits, processor, training_args)
+    set_seed(training_args.seed)  # LoRA starts from random numbers
+    model = build_model(data_args, model_args)
+    push = training_args.push_to_hub
+    trainer = build_trainer(model, processor, splits, training_args)
+    say(*describe_run(trainer, lengths))
+    write_run_facts(model_args, Path(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    say(f"adapter, processor, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
+    if push and trainer.is_world_process_zero():
+        push_run(training_args)
+
+
+def say(*lines: str) -> None:
+    """Print once, however many processes there are."""
+    if PartialState().is_main_process:
+        print(*lines, sep="\n", flush=True)
+
+
+def prepare_output(training_args: SFTConfig) -> None:
+    """Make the output folder and see that it can be written to, before anything slow starts."""
+    output_dir = Path(training_args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir: cannot write to {output_dir}: {error.strerror}") from error
+
+
+def choose_start(training_args: SFTConfig) -> str | None:
+    """Return the checkpoint to go on from, None for a fresh start, and say which."""
+    checkpoint, passed_over = choose_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
+    for reason in passed_over:
+        say(f"passed over {reason}")
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    return None if checkpoint is None else str(checkpoint)
+
+
+def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict:
+    """Load the splits and check that those needed are there."""
+    splits = load_splits(
+        data_args.dataset_path,
+        data_args.image_dir,
+        seed=training_args.seed,
+        show_progress=PartialState().is_main_process,
+    )
+    if "train" not in splits or len(splits["train"]) == 0:
+        raise ValueError(f"dataset_path: {data_args.dataset_path} has no training split, only {sorted(splits)}")
+    if training_args.eval_strategy != "no" and len(splits.get("validation", ())) == 0:
+        rule = "set eval_strategy: no, or prepare the data with one"
+        raise ValueError(f"dataset_path: {data_args.dataset_path} has no validation split; {rule}")
+    return splits
+
+
+def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> SampleLengths:
+    """Refuse samples over max_length now and not in the middle of the night; return the training split's lengths."""
+    for name in ("validation", "train"):
+        if name in splits:
+            lengths = measure_lengths(splits[name], processor)
+            check_lengths(lengths, splits[name]["id"], training_args.max_length)
+    return lengths
+
+
+def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
+    """Load the base model and put LoRA on it."""
+    model = load_model(
+        model_args.model_name_or_path,
+        quantization="nf4" if model_args.load_in_4bit else None,
+        dtype=model_args.dtype,
+        double_quant=model_args.use_bnb_nested_quant,
+        attn_implementation=model_args.attn_implementation,
+        revision=model_args.model_revision,
+    )
+    train_vision = not data_args.freeze_vision_encoder
+    lora_config = build_lora_config(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        train_vision=train_vision,
+        train_merger=data_args.train_merger,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+    )
+    model = get_peft_model(model, lora_config)
+    check_trainable(
+        model,
+        train_vision=train_vision,
+        train_merger=data_args.train_merger,
+        target_modules=model_args.lora_target_modules,
+    )
+    return model
+
+
+def build_trainer(
+    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: SFTConfig
+) -> SFTTrainer:
+    """Wire the model, the data and our collator into TRL's trainer."""
+    training_args.remove_unused_columns = False  # the collator names a sample by its id
+    training_args.push_to_hub = False  # the trainer would upload the whole folder; push_run takes what belongs there
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"] if training_args.eval_strategy != "no" else None,
+        processing_class=processor,
+        callbacks=[CurvesCallback],
+    )
+    pin_trainable_to_float32(trainer.model)
+    if not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)  # prints dictionaries
+        trainer.add_callback(ProgressLine)
+    return trainer
+
+
+def describe_run(trainer: SFTTrainer, lengths: SampleLengths) -> list[str]:
+    """Return the table that stands at the start of a run: what it will see, train and take."""
+    args, total, image = trainer.args, sum(lengths.total), sum(lengths.image)
+    samples = f"{len(trainer.train_dataset):,} train"
+    if trainer.eval_dataset is not None:
+        samples += f", {len(trainer.eval_dataset):,} validation"
+    batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    steps, epochs = count_steps(trainer)
+    trainable, all_weights = trainer.model.get_nb_trainable_parameters()
+    parts = ", ".join(f"{part} {n:,}" for part, n in count_trainable(trainer.model).items() if n)
+    rows = {
+        "samples": samples,
+        "tokens": f"{total:,} an epoch, {image:,} of them image; the longest sample has {max(lengths.total):,}",
+        "trainable": f"{trainable:,} of {all_weights:,} parameters ({trainable / all_weights:.2%}): {parts}",
+        "batch": f"{math.prod(batch)} samples a step = {batch[0]} x {batch[1]} accumulated x {batch[2]} process(es)",
+        "steps": f"{steps:,} ({epochs:.3g} epochs)",
+        "device": f"{args.device}, mixed precision {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'off'}",
+    }
+    return [f"{name:<10} {value}" for name, value in rows.items()]
+
+
+def count_steps(trainer: SFTTrainer) -> tuple[int, float]:
+    """Return the optimizer steps of the whole run and the epochs that they make."""
+    args = trainer.args
+    an_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+    return steps, steps / an_epoch
+
+
+def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
+    """Note beside the adapter how its base model was loaded, so that predict.py can load it in the same way."""
+    if not PartialState().is_main_process:
+        return
+    facts = {
+        "base_model": model_args.model_name_or_path,
+        "revision": model_args.model_revision,
+        "quantization": "nf4" if model_args.load_in_4bit else None,
+        "dtype": model_args.dtype,
+    }
+    (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def push_run(training_args: SFTConfig) -> None:
+    """Push the finished adapter; private unless `hub_private_repo: false` says otherwise."""
+    repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    private = training_args.hub_private_repo is not False
+    url = push_adapter(
+        Path(training_args.output_dir), repo_id, private=private, revision=training_args.hub_revision
+    )
+    say(f"pushed to {url}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
