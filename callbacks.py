@@ -18,13 +18,15 @@ class ProgressLine(ProgressCallback):
             numbers = f"loss {logs['loss']:.4f}   lr {logs['learning_rate']:.2e}   grad norm {logs['grad_norm']:.3f}"
             self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   {numbers}")
         elif "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   validation loss {logs['eval_loss']:.4f}")
+            self.training_bar.write(
+                f"step {state.global_step:>6}/{state.max_steps}   validation loss {logs['eval_loss']:.4f}"
+            )
 
 
 class CurvesCallback(TrainerCallback):
     """Keep `metrics.jsonl` and `training_metrics.png` in the output folder up to date.
 
-    Both are made from the trainer's own history, which every checkpoint carries, so that they are whole after a resume.
+    Both come from the trainer's own history, which every checkpoint carries, so that they are whole after a resume.
     """
 
     def on_log(self, args, state, control, **kwargs):

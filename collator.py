@@ -31,7 +31,7 @@ def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int)
     last_start[:, width:] = torch.where(headers[:, :-1], position[:, width:], -1)
     last_end = torch.full_like(input_ids, -1)
     last_end[:, 1:] = torch.where(input_ids == end_id, position, -1)[:, :-1]
-    inside = (last_start.cummax(dim=1).values > last_end.cummax(dim=1).values)
+    inside = last_start.cummax(dim=1).values > last_end.cummax(dim=1).values
     return torch.where(inside, input_ids, IGNORED)
 
 
@@ -81,8 +81,8 @@ class VisionSFTCollator:
 
     Args:
         processor: the model's processor; its chat template and its pixel limits are used as they are.
-        max_length: longest allowed sample, tokens. A longer one raises: a cut through an image's tokens is a crash, and
-            a cut through the answer leaves nothing to learn.
+        max_length: longest allowed sample, tokens. A longer one raises: a cut through an image's tokens is a crash,
+            and a cut through the answer leaves nothing to learn.
 
     Raises:
         ValueError: a sample's markers, length or answers are wrong; the message names its id.

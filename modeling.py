@@ -4,7 +4,13 @@ import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Module paths of the family, from the top model. Patterns are matched against the whole path: a bare "gate_proj" would
@@ -17,7 +23,11 @@ KEPT_IN_16_BIT = ["model.visual", "lm_head"]  # "visual" alone would match nothi
 
 
 def load_processor(
-    model_name_or_path: str, *, min_pixels: int | None = None, max_pixels: int | None = None, revision: str | None = None
+    model_name_or_path: str,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str | None = None,
 ) -> ProcessorMixin:
     """Load the processor and set the pixel limits that collating, saving and inference will all use.
 

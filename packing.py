@@ -51,6 +51,6 @@ def check_lengths(lengths: SampleLengths, sample_ids: list[str], max_length: int
     worst = max(too_long, key=lambda n: lengths.total[n])
     raise ValueError(
         f"max_length: {len(too_long)} of {len(sample_ids)} samples are over {max_length} tokens; the longest, "
-        f"{sample_ids[worst]!r}, has {lengths.total[worst]}, of which {lengths.image[worst]} are image: raise max_length "
-        "or lower max_pixels"
+        f"{sample_ids[worst]!r}, has {lengths.total[worst]}, of which {lengths.image[worst]} are image: raise "
+        "max_length or lower max_pixels"
     )

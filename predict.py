@@ -1,8 +1,8 @@
 """Ask a trained adapter (or the base model alone) about images.
 
-    python predict.py --adapter outputs/skin --image lesion.jpg --question "What condition is shown?"
-    python predict.py --adapter outputs/skin --image photos/ --question "What condition is shown?" --out answers.jsonl
-    python predict.py --adapter outputs/skin --dataset data/skin --split test --out answers.jsonl
+python predict.py --adapter outputs/skin --image lesion.jpg --question "What condition is shown?"
+python predict.py --adapter outputs/skin --image photos/ --question "What condition is shown?" --out answers.jsonl
+python predict.py --adapter outputs/skin --dataset data/skin --split test --out answers.jsonl
 """
 
 import argparse
@@ -166,7 +166,7 @@ def write_answers(rows, out: Path | None, *, total: int) -> None:
             print(row["prediction"] if total == 1 else f"{row['id']}: {row['prediction']}")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
+    with out.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{total} answers in {out}")

@@ -1,6 +1,6 @@
 """Fine-tune Qwen2.5-VL on questions and answers about images, by QLoRA.
 
-    accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/skin
+accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/skin
 """
 
 import json
@@ -211,9 +211,7 @@ def push_run(training_args: SFTConfig) -> None:
     """Push the finished adapter; private unless `hub_private_repo: false` says otherwise."""
     repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
     private = training_args.hub_private_repo is not False
-    url = push_adapter(
-        Path(training_args.output_dir), repo_id, private=private, revision=training_args.hub_revision
-    )
+    url = push_adapter(Path(training_args.output_dir), repo_id, private=private, revision=training_args.hub_revision)
     say(f"pushed to {url}")
 
 

@@ -68,7 +68,7 @@ def _save(splits: DatasetDict, rejected: list, out: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     splits.save_to_disk(str(unfinished))
     if rejected:
-        with open(unfinished / "rejected.jsonl", "w", encoding="utf-8") as file:
+        with (unfinished / "rejected.jsonl").open("w", encoding="utf-8") as file:
             for error in rejected:
                 row = {"record": error.record, "id": error.sample_id, "reason": error.reason}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """An annotation file and an image folder become a `DatasetDict` of chat samples."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +28,10 @@ FEATURES = Features(
 )
 MAX_LISTED = 20
 
+logger = logging.getLogger(__name__)
 
-class DataErrors(ValueError):
+
+class InvalidRecordsError(ValueError):
     """All the records of one file that cannot be used, in the order of the file."""
 
     def __init__(self, source: str | Path, errors: list[DataError], num_records: int):
@@ -66,6 +69,8 @@ def prepare_dataset(
 ) -> DatasetDict:
     """Read an annotation file and its images into a `DatasetDict` of `train`, `validation` and `test`.
 
+    A split that no sample falls into is left out.
+
     Args:
         annotations: JSON array or JSON Lines file.
         image_dir: folder that the records' image paths start from; None when no record has an image.
@@ -78,7 +83,7 @@ def prepare_dataset(
         on_rejected: with "drop", called once with the errors of the records that were kept out.
 
     Raises:
-        DataErrors: on_error is "fail" and a record cannot be used.
+        InvalidRecordsError: on_error is "fail" and a record cannot be used.
         ValueError, FileNotFoundError: the file or the folder cannot be used, or no record can.
     """
     if on_error not in ("fail", "drop"):
@@ -87,15 +92,26 @@ def prepare_dataset(
         annotations, image_dir, format=format, num_workers=num_workers, show_progress=show_progress
     )
     if found.errors and (on_error == "fail" or not found.samples):
-        raise DataErrors(annotations, found.errors, found.num_records)
+        raise InvalidRecordsError(annotations, found.errors, found.num_records)
+    _mention(found, annotations)
     if on_rejected is not None:
         on_rejected(found.errors)
     splits = assign_splits([sample["id"] for sample in found.samples], split, seed=seed)
-    return DatasetDict({name: _build(found.samples, splits, name) for name in SPLITS})
+    return DatasetDict({name: _build(found.samples, splits, name) for name in SPLITS if name in splits})
+
+
+def _mention(found: Collected, annotations) -> None:
+    """Nothing is kept out or renamed in silence."""
+    if found.errors:
+        logger.warning("%s: %d of %d records kept out", annotations, len(found.errors), found.num_records)
+    if found.num_renamed:
+        logger.warning("%s: %d records repeat an id and were renamed, 'x' to 'x#2'", annotations, found.num_renamed)
 
 
 def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
-    rows = [{key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name]
+    rows = [
+        {key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name
+    ]
     return Dataset.from_list(rows, features=FEATURES)
 
 

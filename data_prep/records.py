@@ -1,5 +1,6 @@
-"""One schema for every annotation format: a raw JSON record goes in, a chat sample comes out, or an error that names it."""
+"""One schema for every annotation format: a raw record goes in, a chat sample or an error that names it comes out."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -129,9 +130,14 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
         raise DataError(f"expected an object, found {_describe(raw)}", record=record)
     sample_id = str(raw["id"]) if isinstance(raw.get("id"), str | int) else None
     try:
-        return {"record": record, "id": sample_id or f"record-{record:06d}", **_parse_fields(raw, format)}
+        return {"record": record, "id": sample_id or _content_id(raw), **_parse_fields(raw, format)}
     except FieldError as error:
         raise DataError(str(error), record=record, sample_id=sample_id) from error
+
+
+def _content_id(raw: dict) -> str:
+    """Name a record without an id by what it says, so that its split does not depend on its place in the file."""
+    return "record-" + hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _parse_fields(raw: dict, format: str | None) -> dict:
@@ -215,7 +221,9 @@ def _turn(turn, position: int, images: list, field: str) -> dict:
     if isinstance(content, list):
         content = "".join(_block(block, images, f"{field}[{position}]") for block in content)
     if not isinstance(content, str) or not content.strip():
-        raise FieldError(f"{field}[{position}]", f"the {ROLES[role]}'s text is {_describe(content)}, expected some text")
+        raise FieldError(
+            f"{field}[{position}]", f"the {ROLES[role]}'s text is {_describe(content)}, expected some text"
+        )
     # An answer that starts with a newline would merge with the newline before it into another token.
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
 

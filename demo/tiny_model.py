@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of two million random weights, with its own tokenizer: the real classes, made in a second, on any machine."""
+"""A Qwen2.5-VL of two million random weights with its own tokenizer: the real classes, made in a second anywhere."""
 
 import argparse
 import json

@@ -1,0 +1,38 @@
+# `make demo` and `make test` each do everything on a fresh machine: environment, installation, run.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+DEMO := outputs/demo
+
+.PHONY: install demo test style quality
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to held-out answers.
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/python -m demo.draw --out $(DEMO)/raw
+	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base
+	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
+	$(BIN)/accelerate launch train_sft.py --config configs/demo.yaml
+	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --out $(DEMO)/predictions.jsonl
+	$(BIN)/python -m demo.score shuffle --dataset $(DEMO)/data --out $(DEMO)/shuffled
+	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/shuffled --out $(DEMO)/predictions_shuffled.jsonl
+	$(BIN)/python -m demo.score report --predictions $(DEMO)/predictions.jsonl \
+		--shuffled $(DEMO)/predictions_shuffled.jsonl --plot $(DEMO)/adapter/training_metrics.png
+
+test: install
+	$(BIN)/python -m pytest
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,86 @@
+"""Small models, data and runs that the tests share; all are made here, nothing is downloaded."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+from PIL import Image
+
+from data_prep import load_splits, prepare_dataset
+from demo.draw import write_demo
+from demo.tiny_model import save_tiny_model
+from modeling import load_processor
+
+TEXTS = ["What condition is shown? Describe the skin.", "This is melanoma. It is psoriasis, vitiligo, urticaria."]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A folder with a Qwen2.5-VL of 0.6 M random weights and its processor."""
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny_model(folder, TEXTS, hidden_size=64, num_layers=2)
+    return folder
+
+
+@pytest.fixture
+def processor(tiny_base):
+    return load_processor(str(tiny_base), min_pixels=28 * 28, max_pixels=112 * 112)
+
+
+@pytest.fixture(scope="session")
+def demo_raw(tmp_path_factory):
+    """Forty drawn images and their LLaVA file, `annotations.json`."""
+    folder = tmp_path_factory.mktemp("raw")
+    write_demo(folder, count=40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_data(demo_raw, tmp_path_factory):
+    """The same as a prepared folder."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    splits = prepare_dataset(demo_raw / "annotations.json", demo_raw / "images", show_progress=False)
+    splits.save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture
+def demo_splits(demo_data):
+    return load_splits(str(demo_data))
+
+
+@pytest.fixture
+def write_records(tmp_path):
+    """Write records to `a.json` beside an `images` folder that holds red.jpg, green.png and blue.jpg."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for colour, name in (("red", "red.jpg"), ("green", "green.png"), ("blue", "blue.jpg")):
+        Image.new("RGB", (60, 40), colour).save(images / name)
+
+    def write(records, name="a.json"):
+        path = tmp_path / name
+        path.write_text(records if isinstance(records, str) else json.dumps(records), encoding="utf-8")
+        return path, images
+
+    return write
+
+
+def train_args(base, data, out, **settings):
+    """Return the command line of a small CPU run; `settings` add to it or replace."""
+    defaults = {
+        "config": "configs/demo.yaml",
+        "model_name_or_path": base,
+        "dataset_path": data,
+        "output_dir": out,
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "lora_r": 4,
+        "disable_tqdm": "true",
+    }
+    return [word for key, value in {**defaults, **settings}.items() for word in (f"--{key}", str(value))]

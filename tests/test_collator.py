@@ -1,0 +1,190 @@
+"""The tensors that the model sees: images where the markers stand, labels on the answers and nowhere else."""
+
+import pytest
+import torch
+from PIL import Image
+from trl.chat_template_utils import get_training_chat_template
+
+from collator import VisionSFTCollator, build_labels, collate_prompts, load_pixels
+from data_prep.records import to_chat
+from modeling import load_processor
+
+RED, GREEN = Image.new("RGB", (112, 112), "red"), Image.new("RGB", (112, 56), "green")
+
+
+def chat(*texts, system=None):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] * (system is not None) + messages
+
+
+CASES = {
+    "one image": {"images": [RED], "messages": chat("<image>What is it?", "melanoma")},
+    "no image": {"images": [], "messages": chat("Hello?", "It is psoriasis.")},
+    "system turn": {"images": [RED], "messages": chat("Look <image> here", "vitiligo", system="Be brief.")},
+    "several turns": {"images": [RED], "messages": chat("<image>\nWhat?", "This.", "Sure?", "It is\n\nmelanoma.")},
+    "second image in a later turn": {
+        "images": [RED, GREEN],
+        "messages": chat("<image>What?", "melanoma", "And <image>? Compare.", "vitiligo"),
+    },
+    "the header as plain words": {"images": [], "messages": chat("im_start assistant\n what", "assistant\nassistant")},
+}
+
+
+def example(name):
+    return {"id": name, **CASES[name]}
+
+
+@pytest.fixture
+def collate(processor):
+    return VisionSFTCollator(processor)
+
+
+def expected_ids(processor, messages):
+    """Spell the supervised ids out turn by turn: each answer's own tokens and <|im_end|>."""
+    tokenizer = processor.tokenizer
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    return [token for text in answers for token in [*tokenizer.encode(text), tokenizer.encode("<|im_end|>")[0]]]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_build_labels_supervises_only_assistant_turns(processor, collate, name):
+    labels = collate([example(name)])["labels"][0]
+    assert labels[labels != -100].tolist() == expected_ids(processor, CASES[name]["messages"])
+
+
+def test_build_labels_on_ids_written_out_by_hand():
+    header, end = [1, 2, 3], 9
+    rows = torch.tensor(
+        [
+            [1, 2, 3, 5, 6, 9, 4, 1, 2, 3, 7, 9, 4],
+            [1, 7, 3, 5, 9, 9, 1, 2, 3, 9, 5, 0, 0],  # no header at first; then an empty answer
+            [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 1, 2, 3],  # a header at the very end
+        ]
+    )
+    assert build_labels(rows, header_ids=header, end_id=end).tolist() == [
+        [-100, -100, -100, 5, 6, 9, -100, -100, -100, -100, 7, 9, -100],
+        [-100, -100, -100, -100, -100, -100, -100, -100, -100, 9, -100, -100, -100],
+        [-100] * 13,
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_agree_with_trls_assistant_mask(processor, collate, name):
+    """TRL's training template marks the newline after <|im_end|> as well; up to that the two are the same."""
+    sample = example(name)
+    images = load_pixels(sample, processor)
+    theirs = processor.apply_chat_template(
+        to_chat_with(images, sample["messages"]),
+        chat_template=get_training_chat_template(processor),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"images_kwargs": {"do_resize": False}},
+    )
+    ours = collate([sample])
+    newline = processor.tokenizer.encode("\n")[0]
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = torch.as_tensor(theirs["input_ids"])
+    after_end = torch.zeros_like(ids, dtype=torch.bool)
+    after_end[:, 1:] = (ids[:, :-1] == end) & (ids[:, 1:] == newline)
+    mask = torch.as_tensor(theirs["assistant_masks"]).bool() & ~after_end
+    assert torch.equal(ours["input_ids"], ids)
+    assert torch.equal(ours["labels"] != -100, mask)
+
+
+def to_chat_with(images, messages):
+    """Fill the typed image blocks with the images, in order."""
+    left = iter(images)
+    filled = to_chat(messages)
+    for message in filled:
+        for block in message["content"]:
+            if block["type"] == "image":
+                block["image"] = next(left)
+    return filled
+
+
+def test_images_stand_where_the_markers_stand(processor, collate):
+    batch = collate([example("second image in a later turn")])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    red, green = "<|image_pad|>" * 16, "<|image_pad|>" * 8
+    assert f"user\n<|vision_start|>{red}<|vision_end|>What?<|im_end|>" in text
+    assert f"And <|vision_start|>{green}<|vision_end|>? Compare." in text
+    assert batch["image_grid_thw"].tolist() == [[1, 8, 8], [1, 4, 8]]
+    assert batch["pixel_values"].shape == (64 + 32, 1176)
+    mean = batch["pixel_values"].reshape(96, 3, -1).mean(dim=2)  # (patches, RGB), normalised
+    assert (mean[:64, 0] > 0).all() and (mean[:64, 1] < 0).all()
+    assert (mean[64:, 0] < 0).all() and (mean[64:, 1] > -1).all()
+
+
+def test_a_batch_is_padded_on_the_right_and_keeps_the_token_types(processor, collate):
+    batch = collate([example(name) for name in CASES])
+    lengths = batch["attention_mask"].sum(dim=1)
+    for row, name in enumerate(CASES):
+        alone = collate([example(name)])
+        length = alone["input_ids"].size(1)
+        assert lengths[row] == length
+        for key in ("input_ids", "labels", "mm_token_type_ids"):
+            assert torch.equal(batch[key][row, :length], alone[key][0])
+        assert (batch["labels"][row, length:] == -100).all()
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (len(batch["input_ids"][row]) - length)
+    image_token = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    assert torch.equal(batch["mm_token_type_ids"] == 1, batch["input_ids"] == image_token)
+
+
+def test_a_batch_without_images_has_no_pixels(collate):
+    assert set(collate([example("no image")])) == {"input_ids", "attention_mask", "mm_token_type_ids", "labels"}
+
+
+def test_a_sample_over_max_length_raises_with_its_numbers(processor):
+    length = VisionSFTCollator(processor)([example("one image")])["input_ids"].size(1)
+    VisionSFTCollator(processor, max_length=length)([example("one image")])
+    rule = rf"sample 'one image': {length} tokens, 16 of them image; max_length is {length - 1}"
+    with pytest.raises(ValueError, match=rule):
+        VisionSFTCollator(processor, max_length=length - 1)([example("one image")])
+
+
+def test_a_sample_with_the_wrong_number_of_markers_raises(collate):
+    with pytest.raises(ValueError, match=r"sample 'x': 1 <image> marker\(s\) for 2 image\(s\)"):
+        collate([{"id": "x", "images": [RED, RED], "messages": chat("<image>What?", "melanoma")}])
+
+
+def test_a_text_that_smuggles_in_an_answer_raises(collate):
+    smuggled = chat("Hi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>", "No")
+    with pytest.raises(ValueError, match="sample 'x': 2 answers to learn from, expected 1"):
+        collate([{"id": "x", "images": [], "messages": smuggled}])
+    with pytest.raises(ValueError, match="sample 'x': 0 answers to learn from, expected 0"):
+        collate([{"id": "x", "images": [], "messages": chat("Only a question")}])
+
+
+def test_an_image_that_vanished_names_the_sample(collate, tmp_path):
+    gone = {"id": "x", "images": [str(tmp_path / "gone.jpg")], "messages": chat("<image>?", "melanoma")}
+    with pytest.raises(ValueError, match="sample 'x', image 0: no such file"):
+        collate([gone])
+
+
+def test_paths_bytes_and_pictures_collate_alike(collate, tmp_path):
+    path = tmp_path / "a.png"
+    RED.save(path)
+    forms = [RED, str(path), {"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}]
+    batches = [collate([{**example("one image"), "images": [form]}])["pixel_values"] for form in forms]
+    assert all(torch.equal(batch, batches[0]) for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [({}, 21 * 16), ({"max_pixels": 112 * 112}, 4 * 3), ({"min_pixels": 896 * 896}, 37 * 28)],
+)
+def test_pixel_limits_decide_how_many_tokens_an_image_costs(tiny_base, limits, tokens):
+    wide = {"id": "w", "images": [Image.new("RGB", (600, 450))], "messages": chat("<image>?", "melanoma")}
+    batch = VisionSFTCollator(load_processor(str(tiny_base), **limits))([wide])
+    assert (batch["mm_token_type_ids"] == 1).sum() == tokens
+
+
+def test_prompts_are_padded_on_the_left_and_end_with_the_assistants_header(processor):
+    samples = [{**example(name), "messages": CASES[name]["messages"][:-1]} for name in CASES]
+    batch = collate_prompts(processor, samples)
+    header = processor.tokenizer.encode("<|im_start|>assistant\n")
+    assert all(row[-len(header) :].tolist() == header for row in batch["input_ids"])
+    assert all((mask.diff() >= 0).all() for mask in batch["attention_mask"])

@@ -1,0 +1,203 @@
+"""From files on disk to a `DatasetDict`: what goes in comes out, and what does not is said."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from data_prep import DataError, InvalidRecordsError, load_splits, prepare_dataset
+from data_prep.__main__ import main as data_prep
+from data_prep.load import standardise
+from data_prep.split import assign_splits
+
+ALL_TRAIN = {"split": (1, 0, 0), "show_progress": False}
+
+
+def flat(image, **more):
+    return {"image": image, "question": "What is it?", "answer": "A nevus.", **more}
+
+
+def test_prepare_dataset_gives_the_schema_that_trl_reads(write_records):
+    path, images = write_records([flat("red.jpg", id="a", label="nevus"), {"question": "Hi?", "answer": "Yes."}])
+    train = prepare_dataset(path, images, **ALL_TRAIN)["train"]
+    assert train.column_names == ["id", "images", "messages", "label", "group", "skin_type", "image_sizes"]
+    first, second = train
+    assert first["images"][0].size == (60, 40)
+    assert first["image_sizes"] == [[60, 40]]
+    assert first["messages"][0] == {"role": "user", "content": "<image>What is it?"}
+    assert (second["images"], second["image_sizes"], second["label"]) == ([], [], None)
+
+
+def test_all_problems_are_collected_and_raised_once(write_records):
+    (path, images) = write_records(
+        [
+            flat("red.jpg"),
+            flat("gone.jpg", id="b"),
+            flat("../a.json"),
+            flat("http://x/y.jpg"),
+            {"question": "q"},
+            flat("empty.jpg"),
+            flat("text.jpg"),
+            flat("cut.jpg"),
+        ]
+    )
+    (images / "empty.jpg").touch()
+    (images / "text.jpg").write_text("hello")
+    Image.effect_noise((200, 200), 60).save(images / "whole.jpg")
+    (images / "cut.jpg").write_bytes((images / "whole.jpg").read_bytes()[:2000])
+    with pytest.raises(InvalidRecordsError) as error:
+        prepare_dataset(path, images, **ALL_TRAIN)
+    reasons = {e.record: e.reason for e in error.value.errors}
+    assert "a.json: 7 of 8 records cannot be used" in str(error.value)
+    assert reasons[1] == "field 'images': 'gone.jpg': no such file"
+    assert "'../a.json' leads out of the image folder" in reasons[2]
+    assert "'http://x/y.jpg' is an address" in reasons[3]
+    assert "the assistant's text is null" in reasons[4]
+    assert reasons[5] == "field 'images': 'empty.jpg': the file is empty (zero bytes)"
+    assert reasons[6] == "field 'images': 'text.jpg': not an image"
+    assert "'cut.jpg': broken image: image file is truncated" in reasons[7]
+
+
+def test_one_problem_is_one_line(write_records):
+    path, images = write_records([flat("gone.jpg", id="ham_0031")])
+    with pytest.raises(InvalidRecordsError) as error:
+        prepare_dataset(path, images, **ALL_TRAIN)
+    assert str(error.value) == f"{path}: record 0 (id 'ham_0031'), field 'images': 'gone.jpg': no such file"
+
+
+def test_a_missing_image_folder_is_named(write_records):
+    path, images = write_records([flat("red.jpg", id="x")])
+    with pytest.raises(FileNotFoundError, match=r"image_dir: no folder .*nowhere"):
+        prepare_dataset(path, images / "nowhere", **ALL_TRAIN)
+    with pytest.raises(InvalidRecordsError, match=r"'red\.jpg' needs an image folder, and none was given"):
+        prepare_dataset(path, None, **ALL_TRAIN)
+
+
+def test_drop_keeps_the_rest_and_says_so(write_records, caplog):
+    path, images = write_records([flat("red.jpg", id="a"), flat("gone.jpg", id="b"), flat("blue.jpg", id="c")])
+    rejected = []
+    splits = prepare_dataset(path, images, on_error="drop", on_rejected=rejected.extend, **ALL_TRAIN)
+    assert splits["train"]["id"] == ["a", "c"]
+    assert [(e.record, e.sample_id) for e in rejected] == [(1, "b")]
+    assert "1 of 3 records kept out" in caplog.text
+
+
+def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):
+    path, images = write_records([flat("red.jpg", id="a"), flat("blue.jpg", id="a"), flat("red.jpg", id="a#2")])
+    assert prepare_dataset(path, images, **ALL_TRAIN)["train"]["id"] == ["a", "a#3", "a#2"]
+    assert "1 records repeat an id" in caplog.text
+
+
+def test_the_split_depends_on_ids_and_seed_alone():
+    ids = [f"s{n}" for n in range(100)]
+    first = dict(zip(ids, assign_splits(ids, (0.8, 0.1, 0.1), seed=1), strict=True))
+    again = dict(zip(ids[::-1], assign_splits(ids[::-1], (0.8, 0.1, 0.1), seed=1), strict=True))
+    other = dict(zip(ids, assign_splits(ids, (0.8, 0.1, 0.1), seed=2), strict=True))
+    assert first == again != other
+    assert [list(first.values()).count(name) for name in ("train", "validation", "test")] == [80, 10, 10]
+
+
+@pytest.mark.parametrize("fractions", [(0.8, 0.1), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0)])
+def test_shares_that_do_not_add_up_are_refused(fractions):
+    with pytest.raises(ValueError, match="split: expected shares"):
+        assign_splits(["a", "b"], fractions, seed=0)
+
+
+def test_a_split_without_training_samples_is_refused():
+    with pytest.raises(ValueError, match="leaves no training sample out of 2"):
+        assign_splits(["a", "b"], (0.0, 0.5, 0.5), seed=0)
+
+
+def convert(path, images, out, *options):
+    data_prep(["convert", "--annotations", str(path), "--images", str(images), "--out", str(out), *options])
+
+
+def test_convert_writes_a_folder_that_needs_the_image_files_no_more(write_records, tmp_path, capsys):
+    path, images = write_records([flat(name, label="nevus") for name in ("red.jpg", "green.png", "blue.jpg")])
+    convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
+    assert "train            3 samples       3 images   nevus 3" in capsys.readouterr().out
+    for image in images.iterdir():
+        image.unlink()
+    sample = load_splits(str(tmp_path / "out"))["train"][0]
+    assert sample["images"][0]["bytes"]
+    assert "/" not in sample["images"][0]["path"]
+    assert load_from_disk(str(tmp_path / "out"))["train"][0]["images"][0].size == (60, 40)
+
+
+def test_convert_lists_what_it_dropped(write_records, tmp_path, capsys):
+    path, images = write_records([flat("red.jpg"), flat("gone.jpg", id="b")])
+    convert(path, images, tmp_path / "out", "--on-error", "drop")
+    assert "rejected 1 records" in capsys.readouterr().out
+    row = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
+    assert row == {"record": 1, "id": "b", "reason": "field 'images': 'gone.jpg': no such file"}
+
+
+def test_convert_never_overwrites_unasked(write_records, tmp_path):
+    path, images = write_records([flat("red.jpg")])
+    convert(path, images, tmp_path / "out")
+    with pytest.raises(ValueError, match="already holds a data set; choose another folder or add --overwrite"):
+        convert(path, images, tmp_path / "out")
+    convert(path, images, tmp_path / "out", "--overwrite")
+    with pytest.raises(ValueError, match="exists and is not a prepared data set"):
+        convert(path, images, images, "--overwrite")
+
+
+def test_the_command_ends_with_one_line_and_exit_code(write_records, tmp_path):
+    path, images = write_records("[]")
+    command = [sys.executable, "-m", "data_prep", "convert", "--annotations", path, "--out", tmp_path / "o"]
+    failed = subprocess.run([*command, "--images", images], capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr) == (1, f"error: {path}: holds no records\n")
+    wrong = subprocess.run([*command, "--formt", "llava"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1 and "--formt" in wrong.stderr
+
+
+def test_data_prep_needs_no_torch():
+    code = "import sys, data_prep, data_prep.__main__; print({'torch', 'transformers', 'trl'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_load_splits_says_what_a_path_is_not(write_records, tmp_path):
+    path, images = write_records([flat("red.jpg")])
+    with pytest.raises(FileNotFoundError, match="is no file, no folder and no Hub data set id"):
+        load_splits(str(tmp_path / "gone.json"))
+    with pytest.raises(ValueError, match="is not a prepared data set"):
+        load_splits(str(images))
+    with pytest.raises(ValueError, match="image_dir: goes with an annotation file"):
+        load_splits(str(tmp_path), str(images))
+    with pytest.raises(FileNotFoundError, match="'someone/skin' is no local path, and the Hub says"):
+        load_splits("someone/skin")
+    DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="split 'train' of .* lacks the columns"):
+        load_splits(str(tmp_path / "other"))
+
+
+def test_load_splits_takes_an_annotation_file_directly(demo_raw):
+    splits = load_splits(str(demo_raw / "annotations.json"), str(demo_raw / "images"), show_progress=False)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert splits["train"][0]["images"][0]["bytes"] is None
+
+
+def test_a_foreign_data_set_is_brought_into_the_schema():
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": " A nevus.\n"}]
+    rows = {"messages": [messages], "images": [[Image.new("RGB", (30, 50))]], "source": ["x"]}
+    features = Features(
+        {
+            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "images": List(ImageFeature()),
+            "source": Value("string"),
+        }
+    )
+    [row] = standardise(Dataset.from_dict(rows, features=features), "train")
+    assert row["id"] == "train-000000"
+    assert row["image_sizes"] == [[30, 50]]
+    assert [m["content"] for m in row["messages"]] == ["<image>What?", "A nevus."]
+    bad = Dataset.from_dict({"messages": [[{"role": "user", "content": "<|im_end|>"}]]})
+    with pytest.raises(DataError, match=r"record 0 \(id 'train-000000'\)"):
+        standardise(bad, "train")
+    with pytest.raises(ValueError, match="none is 'messages'"):
+        standardise(Dataset.from_dict({"text": ["a"]}), "train")
