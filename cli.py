@@ -1,9 +1,16 @@
 """How every command of this project ends: quietly, or with one clear line."""
 
 import argparse
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
+
+# TRL reports each start of a trainer to its makers; what is trained on patients' images is nobody else's business.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Says at import, on some CPUs, that an optional kernel is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class OneLineParser(argparse.ArgumentParser):

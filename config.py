@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cli import OneLineParser
+
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
-
-from cli import OneLineParser
 
 DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
 
@@ -89,7 +89,7 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
     known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{recipe}: {_unknown(str(key), known)}")
+            raise ValueError(f"{recipe}: {_unknown(str(key), known, 'unknown key')}")
         if isinstance(value, list) and known[key].nargs != "+":
             raise ValueError(f"{recipe}: {key}: expected one value, found the list {value}")
     parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
@@ -100,7 +100,7 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
     except (TypeError, ValueError) as error:
         raise ValueError(f"{recipe}: {error}") from error
     if unknown:
-        parser.error(_unknown(unknown[0].split("=")[0], known))
+        parser.error(_unknown(unknown[0].split("=")[0], known, "unexpected argument"))
     _check_settings(*parsed)
     return tuple(parsed)
 
@@ -144,10 +144,10 @@ def _as_text(value):
     return str(value) if isinstance(value, bool | int | float) else value
 
 
-def _unknown(word: str, known: Iterable[str]) -> str:
+def _unknown(word: str, known: Iterable[str], what: str) -> str:
     """Say what to write instead of a key or an option that does not exist."""
     key = word.lstrip("-").replace("-", "_")
-    what = "unknown option" if word.startswith("-") else "unknown key"
+    what = "unknown option" if word.startswith("-") else what
     if key in RENAMED:
         return f"{what} {word!r}; use {RENAMED[key]}"
     near = difflib.get_close_matches(key, known, n=1)

@@ -10,12 +10,13 @@ import json
 import sys
 from pathlib import Path
 
+from cli import OneLineParser, run
+
 import torch
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from cli import OneLineParser, run
 from collator import collate_prompts
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER, normalise_messages

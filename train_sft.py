@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from cli import run
+
 from accelerate import PartialState
 from datasets import DatasetDict, disable_progress_bars
 from peft import PeftModel, get_peft_model
@@ -17,7 +19,6 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from callbacks import CurvesCallback, ProgressLine
 from checkpoints import choose_checkpoint
-from cli import run
 from collator import VisionSFTCollator
 from config import DataArguments, parse_config
 from data_prep import load_splits
@@ -114,6 +115,8 @@ def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SF
 
 def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     """Load the base model and put LoRA on it."""
+    targets = model_args.lora_target_modules
+    targets = [targets] if isinstance(targets, str) else targets  # ModelConfig unpacks a list of one
     model = load_model(
         model_args.model_name_or_path,
         quantization="nf4" if model_args.load_in_4bit else None,
@@ -127,7 +130,7 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
+        target_modules=targets,
         train_vision=train_vision,
         train_merger=data_args.train_merger,
         use_rslora=model_args.use_rslora,
@@ -138,7 +141,7 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
         model,
         train_vision=train_vision,
         train_merger=data_args.train_merger,
-        target_modules=model_args.lora_target_modules,
+        target_modules=targets,
     )
     return model
 
@@ -158,6 +161,9 @@ def build_trainer(
         processing_class=processor,
         callbacks=[CurvesCallback],
     )
+    # Qwen2.5-VL's class says that its own loss takes no token count, and the trainer then averages micro-batches as if
+    # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
+    trainer.model_accepts_loss_kwargs = True
     pin_trainable_to_float32(trainer.model)
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries

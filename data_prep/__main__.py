@@ -7,9 +7,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from cli import OneLineParser, run
+
 from datasets import DatasetDict, disable_progress_bars
 
-from cli import OneLineParser, run
 from data_prep.convert import prepare_dataset
 from data_prep.records import FORMATS
 

@@ -162,7 +162,7 @@ def test_data_prep_needs_no_torch():
 
 
 def test_load_splits_says_what_a_path_is_not(write_records, tmp_path):
-    path, images = write_records([flat("red.jpg")])
+    _, images = write_records([flat("red.jpg")])
     with pytest.raises(FileNotFoundError, match="is no file, no folder and no Hub data set id"):
         load_splits(str(tmp_path / "gone.json"))
     with pytest.raises(ValueError, match="is not a prepared data set"):
@@ -172,7 +172,7 @@ def test_load_splits_says_what_a_path_is_not(write_records, tmp_path):
     with pytest.raises(FileNotFoundError, match="'someone/skin' is no local path, and the Hub says"):
         load_splits("someone/skin")
     DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="split 'train' of .* lacks the columns"):
+    with pytest.raises(ValueError, match=r"split 'train' of .* lacks the columns"):
         load_splits(str(tmp_path / "other"))
 
 

@@ -87,7 +87,9 @@ def test_bombs_narrow_strips_and_float_pixels_are_refused(tmp_path, monkeypatch)
     assert "too narrow: 1 x 201 px" in probe_image(str(saved(tmp_path, Image.new("RGB", (1, 201)), "strip.png")))
     assert "mode 'F'" in probe_image(str(saved(tmp_path, Image.new("F", (30, 30)), "f.tif")))
     monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 100)
-    assert "too large: 30 x 30 px, at most 100 px" in probe_image(str(saved(tmp_path, Image.new("L", (30, 30)), "b.png")))
+    assert "too large: 30 x 30 px, at most 100 px" in probe_image(
+        str(saved(tmp_path, Image.new("L", (30, 30)), "b.png"))
+    )
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "link/x.jpg"])
@@ -99,7 +101,9 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, name):
         resolve_image(name, root)
 
 
-@pytest.mark.parametrize("name", ["http://x/y.jpg", "https://x/y.jpg", "file:///etc/passwd", "data:image/png;base64,AA"])
+@pytest.mark.parametrize(
+    "name", ["http://x/y.jpg", "https://x/y.jpg", "file:///etc/passwd", "data:image/png;base64,AA"]
+)
 def test_addresses_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="is an address, expected a path inside"):
         resolve_image(name, tmp_path)

@@ -161,7 +161,12 @@ def test_every_added_token_of_the_tokenizer_is_refused(processor):
 def test_read_annotations_takes_json_and_json_lines_whatever_the_name(tmp_path):
     records = [{"question": "a", "answer": "b"}, {"question": "ü", "answer": "d"}]
     as_list, as_lines = json.dumps(records), "\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n"
-    for name, text in [("a.json", as_list), ("b.jsonl", as_lines), ("c.json", as_lines), ("d.json", "\ufeff" + as_list)]:
+    for name, text in [
+        ("a.json", as_list),
+        ("b.jsonl", as_lines),
+        ("c.json", as_lines),
+        ("d.json", "\ufeff" + as_list),
+    ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert read_annotations(tmp_path / name) == records
 

@@ -1,0 +1,116 @@
+"""A recipe is read as it is meant; a typo, a contradiction or a setting without effect is an error."""
+
+import pytest
+
+from config import DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config, read_recipe
+
+BASE = """
+dataset_path: data
+model_name_or_path: base
+output_dir: out
+use_peft: true
+use_cpu: true
+bf16: false
+"""
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse_text(text="", *options):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(BASE + text if not text.startswith("#raw\n") else text[5:], encoding="utf-8")
+        return parse_config(["--config", str(path), *options])
+
+    return parse_text
+
+
+def test_values_are_read_by_the_type_of_their_field(parse):
+    data, training, model = parse(
+        "learning_rate: 2e-4\nmax_length: null\nlora_target_modules: [q_proj, v_proj]\neval_strategy: no\n"
+        "gradient_checkpointing_kwargs: {use_reentrant: false}\nmax_pixels: 200704\nfreeze_vision_encoder: false\n"
+    )
+    assert training.learning_rate == 2e-4
+    assert training.max_length is None
+    assert training.eval_strategy == "no"
+    assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert (data.max_pixels, data.freeze_vision_encoder) == (200704, False)
+
+
+def test_options_override_the_recipe(parse):
+    data, training, model = parse(
+        "lora_r: 4\n", "--lora_r", "32", "--no_freeze_vision_encoder", "--max_steps=7", "--debug"
+    )
+    assert (model.lora_r, data.freeze_vision_encoder, training.max_steps) == (32, False, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 3\n", "recipe.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("batch_size: 3\n", "unknown key 'batch_size'; use per_device_train_batch_size"),
+        ("lora_r: [8]\n", "recipe.yaml: lora_r: expected one value, found the list [8]"),
+        ("seed: 1\nseed: 2\n", "recipe.yaml: not YAML: the key 'seed' stands twice"),
+        ("eval_strategy: stepps\n", "stepps is not a valid IntervalStrategy"),
+        ("use_peft: false\n", "not YAML: the key 'use_peft' stands twice"),
+        ("load_in_4bit: true\nbnb_4bit_quant_type: fp4\n", "bnb_4bit_quant_type: expected 'nf4', found 'fp4'"),
+        ("packing: true\n", "packing: would have no effect"),
+        ("hub_token: secret\n", "hub_token: would have no effect; a token in a recipe ends up in files"),
+        ("#raw\n[1, 2]\n", "expected lines of the form 'key: value'"),
+        ("#raw\na: [b\n", "recipe.yaml: not YAML: while parsing a flow sequence"),
+        ("#raw\nx: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("#raw\n" + BASE.replace("use_peft: true\n", ""), "use_peft: must be true"),
+        ("#raw\n" + BASE.replace("dataset_path: data\n", ""), "dataset_path: name the annotation file"),
+        ("#raw\n" + BASE.replace("model_name_or_path: base\n", ""), "model_name_or_path: name the base model"),
+    ],
+)
+def test_a_wrong_recipe_gives_one_clear_line(parse, text, message):
+    with pytest.raises(ValueError) as error:
+        parse(text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rat", "3"], "unknown option '--learning_rat'; did you mean 'learning_rate'?"),
+        (["--lora", "3"], "unknown option '--lora'"),
+        (["--no_4bit"], "unknown option '--no_4bit'; use load_in_4bit: false"),
+        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (["stray.yaml"], "unexpected argument 'stray.yaml'"),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2_and_one_line(parse, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        parse("", *options)
+    assert stop.value.code == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(FileNotFoundError, match=r"--config: no file nope\.yaml"):
+        parse_config(["--config", "nope.yaml"])
+
+
+def test_the_tables_name_real_fields(parse):
+    fields = {name for parsed in parse() for name in vars(parsed)}
+    assert set(WITHOUT_EFFECT) <= fields
+    assert not set(RENAMED) & fields
+    targets = {word for advice in RENAMED.values() for word in advice.replace(":", " ").split() if "_" in word}
+    assert targets - {"CUDA_VISIBLE_DEVICES"} <= fields
+
+
+def test_the_shipped_recipe_holds_the_promised_defaults():
+    data, training, model = parse_config(["--config", "configs/skin.yaml", "--use_cpu", "true", "--bf16", "false"])
+    assert model.model_name_or_path == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_target_modules) == (8, 16, 0.05, None)
+    assert (model.load_in_4bit, model.use_bnb_nested_quant, model.bnb_4bit_quant_type) == (True, True, "nf4")
+    assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (5e-5, 1.0, 3)
+    assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 10)
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 4)
+    assert (training.save_steps, training.logging_steps, training.resume_from_checkpoint) == (250, 10, "auto")
+    assert data.freeze_vision_encoder
+    assert read_recipe(DEFAULT_RECIPE)["bf16"] is True

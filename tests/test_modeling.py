@@ -1,0 +1,149 @@
+"""Exactly the language model is in NF4, exactly the LoRA weights train, and anything else raises."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import get_peft_model
+
+from modeling import (
+    build_lora_config,
+    check_quantized,
+    check_trainable,
+    count_trainable,
+    load_model,
+    load_processor,
+    pin_trainable_to_float32,
+    resolve_dtype,
+)
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def load(base, quantization="nf4", **options):
+    return load_model(str(base), quantization=quantization, dtype="bfloat16", **options)
+
+
+def linear_names(model, kind):
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def test_nf4_layers_are_exactly_the_language_models_linear_layers(tiny_base):
+    model = load(tiny_base)
+    quantised = linear_names(model, Linear4bit)
+    layers = [
+        f"model.language_model.layers.{n}.{part}"
+        for n in range(2)
+        for part in (
+            *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+            *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        )
+    ]
+    assert quantised == set(layers)
+    for name in quantised:
+        layer = model.get_submodule(name)
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+        assert layer.compute_dtype == torch.float32  # on a CPU
+    assert model.lm_head.weight.dtype == torch.float32
+    assert not linear_names(load(tiny_base, quantization=None), Linear4bit)
+
+
+def test_double_quantisation_can_be_switched_off(tiny_base):
+    model = load(tiny_base, double_quant=False)
+    assert not model.model.language_model.layers[0].mlp.up_proj.weight.quant_state.nested
+
+
+def test_check_quantized_raises_when_a_layer_is_in_the_wrong_precision(tiny_base):
+    model = load(tiny_base, quantization=None)
+    with pytest.raises(
+        ValueError, match=r"14 layers are not in the precision asked for, the first is model\.language"
+    ):
+        check_quantized(model, quantized=True)
+    with pytest.raises(ValueError, match="14 layers are not in the precision"):
+        check_quantized(load(tiny_base), quantized=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapted"),
+    [
+        ({}, {"language model": 14}),
+        ({"train_vision": True}, {"language model": 14, "vision tower": 10}),
+        ({"train_merger": True}, {"language model": 14, "merger": 2}),
+        ({"target_modules": ["q_proj", "v_proj"]}, {"language model": 4}),
+    ],
+)
+def test_lora_reaches_what_was_asked_and_nothing_else(tiny_base, flags, adapted):
+    model = get_peft_model(load(tiny_base), build_lora_config(**LORA, **flags))
+    found = {}
+    for name in model.targeted_module_names:
+        part = "language model" if "language_model" in name else "merger" if "merger" in name else "vision tower"
+        found[part] = found.get(part, 0) + 1
+    assert found == adapted
+    counts = count_trainable(model)
+    assert {part for part, count in counts.items() if count} == set(adapted)
+    assert sum(counts.values()) == model.get_nb_trainable_parameters()[0]
+    asked = {flag: flags.get(flag, False) for flag in ("train_vision", "train_merger")}
+    check_trainable(model, **asked, target_modules=flags.get("target_modules"))
+
+
+def test_check_trainable_raises_when_something_else_trains(tiny_base):
+    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    frozen = {"train_vision": False, "train_merger": False}
+    check_trainable(model, **frozen)
+    with pytest.raises(ValueError, match="vision tower: 0 trainable weights, expected some"):
+        check_trainable(model, train_vision=True, train_merger=False)
+    with pytest.raises(ValueError, match="lora_target_modules: no layer of the language model is called 'qproj'"):
+        check_trainable(model, **frozen, target_modules=["q_proj", "qproj"])
+    with_tower = get_peft_model(load(tiny_base), build_lora_config(**LORA, train_vision=True))
+    with pytest.raises(ValueError, match=r"vision tower: \d+ trainable weights, expected none"):
+        check_trainable(with_tower, **frozen)
+    model.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 trainable weights are not LoRA's, the first is .*lm_head\.weight"):
+        check_trainable(model, **frozen)
+
+
+def test_trainable_weights_are_pinned_to_float32(tiny_base):
+    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    pin_trainable_to_float32(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_pixel_limits_take_effect_and_are_saved(tiny_base, tmp_path):
+    processor = load_processor(str(tiny_base), min_pixels=784, max_pixels=12544)
+    processor.save_pretrained(tmp_path)
+    size = load_processor(str(tmp_path)).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (784, 12544)
+    with pytest.raises(ValueError, match="min_pixels 20000 is above max_pixels 12544"):
+        load_processor(str(tmp_path), min_pixels=20000)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "someone/model"])
+def test_a_missing_base_model_gives_one_line(name):
+    for load_part in (load_processor, load):
+        with pytest.raises(ValueError, match=f"model_name_or_path: no .* in '{name}', neither a folder nor") as error:
+            load_part(name)
+        assert "\n" not in str(error.value)
+
+
+def test_an_unknown_quantization_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="expected 'nf4' or None, found 'int8'"):
+        load(tiny_base, quantization="int8")
+
+
+def test_a_cpu_computes_in_float32():
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.float32
+
+
+def test_training_goes_on_after_an_evaluation_in_nf4(tiny_base, processor):
+    """On CPUs with AVX512-BF16 an evaluation repacks the weights, and the next training step used to crash."""
+    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    inputs = dict(processor(text=["What condition is shown?"], return_tensors="pt"))
+    for _ in range(2):
+        model.train()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            model(**inputs)

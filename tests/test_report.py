@@ -1,0 +1,46 @@
+"""Curves from a run's numbers."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from callbacks import write_metrics
+from report import plot_training, smooth
+
+
+def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
+    assert smooth([]) == []
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    # 0.8 * 0.2 * 1 + 0.2 * 2 = 0.56, over 1 - 0.8^2 = 0.36
+    assert smooth([1.0, 2.0]) == pytest.approx([1.0, 0.56 / 0.36])
+
+
+def test_plot_training_draws_each_curve(tmp_path):
+    rows = [{"step": s, "loss": 1 / s, "learning_rate": s * 1e-5} for s in range(1, 20)]
+    path = tmp_path / "training_metrics.png"
+    plot_training(rows, path)
+    without = Image.open(path).convert("RGB")
+    plot_training([*rows, {"step": 10, "eval_loss": 0.3}], path)
+    with_validation = Image.open(path).convert("RGB")
+    orange = (0xD5, 0x5E, 0x00)
+
+    def count(image):
+        return sum(pixels for pixels, colour in image.getcolors(1 << 24) if colour == orange)
+
+    assert count(without) == 0
+    assert count(with_validation) > 10
+    assert [file.name for file in tmp_path.iterdir()] == ["training_metrics.png"]
+
+
+def test_plot_training_takes_a_run_that_has_logged_nothing(tmp_path):
+    plot_training([], tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (960, 720)
+
+
+def test_write_metrics_replaces_the_file_in_one_go(tmp_path):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}]
+    write_metrics(rows[:1], tmp_path / "metrics.jsonl")
+    write_metrics(rows, tmp_path / "metrics.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,239 @@
+"""What training changes, what it leaves alone, and what it leaves behind on disk."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from cli import run
+
+import pytest
+import torch
+from conftest import train_args
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import train_sft
+from config import parse_config
+from modeling import load_processor
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def train(base, data, out, **settings):
+    train_sft.main(train_args(base, data, out, **settings))
+    return load_file(Path(out) / ADAPTER)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out):
+    return [(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(out)]
+
+
+def assert_same_weights(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def make_trainer(base, data, out, **settings):
+    """Do what `main` does up to the first step."""
+    data_args, training_args, model_args = parse_config(train_args(base, data, out, **settings))
+    processor = load_processor(
+        model_args.model_name_or_path, min_pixels=data_args.min_pixels, max_pixels=data_args.max_pixels
+    )
+    splits = train_sft.load_data(data_args, training_args)
+    torch.manual_seed(training_args.seed)
+    model = train_sft.build_model(data_args, model_args)
+    return train_sft.build_trainer(model, processor, splits, training_args)
+
+
+@pytest.mark.parametrize("vision", ["true", "false"])
+def test_after_two_steps_only_lora_weights_differ(tiny_base, demo_data, tmp_path, vision):
+    # LoRA's B starts at zero, so its A moves from the second step on
+    settings = {"max_steps": 2, "warmup_steps": 0, "freeze_vision_encoder": vision}
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, **settings)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    lora = {name for name, parameter in trainer.model.named_parameters() if "lora_" in name}
+    assert changed == lora
+    in_tower = {name for name in changed if "visual" in name}
+    assert bool(in_tower) == (vision == "false")
+
+
+class KeepGradients(TrainerCallback):
+    """Copies the gradients of the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_accumulation_gives_the_loss_and_gradients_of_one_batch(tiny_base, demo_data, tmp_path):
+    """Answers of different lengths: a mean over micro-batches would weigh short ones too much."""
+    seen = {}
+    for batch, steps in ((8, 1), (1, 8), (2, 4)):
+        out = tmp_path / f"{batch}x{steps}"
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = make_trainer(tiny_base, demo_data, out, max_grad_norm=0, **settings)
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        trainer.train()
+        seen[batch] = trainer.state.log_history[0]["loss"], keep.gradients
+    for batch in (1, 2):
+        assert seen[batch][0] == pytest.approx(seen[8][0], rel=1e-5)
+        for name, gradient in seen[8][1].items():
+            torch.testing.assert_close(seen[batch][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"load_in_4bit": "false"},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "lora_dropout": 0.1},
+    ],
+    ids=["nf4", "not quantised", "accumulation and dropout"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(tiny_base, demo_data, tmp_path, settings):
+    settings = {"max_steps": 20, "save_steps": 10, "eval_steps": 5, "logging_steps": 2, **settings}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = train(tiny_base, demo_data, whole, **settings)
+    stopped.mkdir()
+    shutil.copytree(whole / "checkpoint-10", stopped / "checkpoint-10")
+    resumed = train(tiny_base, demo_data, stopped, **settings)
+    assert_same_weights(expected, resumed)
+    assert any(value.abs().max() > 0 for name, value in expected.items() if "lora_B" in name)
+    assert curve(whole) == curve(stopped)
+
+
+def test_a_run_leaves_adapter_processor_curves_and_checkpoints(tiny_base, demo_data, tmp_path):
+    train(tiny_base, demo_data, tmp_path, max_steps=6, save_steps=2, save_total_limit=2)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {ADAPTER, "adapter_config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"} <= files
+    assert {"metrics.jsonl", "training_metrics.png", "run.json"} <= files
+    assert {name for name in files if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
+    in_checkpoint = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert {ADAPTER, "processor_config.json", "tokenizer.json", "optimizer.pt", "rng_state.pth"} <= in_checkpoint
+    size = load_processor(str(tmp_path / "checkpoint-4")).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (12544, 12544)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts == {"base_model": str(tiny_base), "revision": "main", "quantization": "nf4", "dtype": "float32"}
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine(tiny_base, demo_data, tmp_path):
+    peak, warmup, steps = 1e-3, 3, 12
+    train(tiny_base, demo_data, tmp_path, max_steps=steps, warmup_steps=warmup, learning_rate=peak, logging_steps=1)
+    logged = [row["learning_rate"] for row in metrics(tmp_path) if "loss" in row]
+    after = [(n - warmup) / (steps - warmup) for n in range(warmup, steps)]
+    expected = [peak * n / warmup for n in range(warmup)] + [peak * (1 + math.cos(math.pi * x)) / 2 for x in after]
+    assert logged == pytest.approx(expected)
+
+
+def test_gradients_are_clipped(tiny_base, demo_data, tmp_path):
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=1, max_grad_norm=0.01)
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in keep.gradients.values()]))
+    assert norm == pytest.approx(0.01, rel=1e-3)
+    assert trainer.state.log_history[0]["grad_norm"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bf16": "true"}, {"fp16": "true"}, {"gradient_checkpointing": "true"}, {"num_train_epochs": 1}]
+)
+def test_other_ways_to_train_lower_the_loss(tiny_base, demo_data, tmp_path, settings):
+    settings = {"max_steps": 12, "learning_rate": 5e-3, "warmup_steps": 0, **settings}
+    if "num_train_epochs" in settings:
+        settings["max_steps"] = -1
+    train(tiny_base, demo_data, tmp_path, **settings)
+    losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
+    assert len(losses) == (16 if "num_train_epochs" in settings else 12)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_data, tmp_path):
+    plain = train(tiny_base, demo_data, tmp_path / "plain")
+    recomputed = train(tiny_base, demo_data, tmp_path / "recomputed", gradient_checkpointing="true")
+    for name, value in plain.items():
+        torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_workers_make_the_same_batches(tiny_base, demo_data, tmp_path):
+    alone = train(tiny_base, demo_data, tmp_path / "alone")
+    assert_same_weights(alone, train(tiny_base, demo_data, tmp_path / "workers", dataloader_num_workers=2))
+
+
+def test_the_start_table_says_what_the_run_will_do(tiny_base, demo_data, tmp_path, capsys):
+    settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
+    train(tiny_base, demo_data, tmp_path, **settings)
+    out = capsys.readouterr().out
+    assert "samples    32 train, 4 validation" in out
+    assert "of them image; the longest sample has" in out
+    assert "batch      6 samples a step = 2 x 3 accumulated x 1 process(es)" in out
+    assert "steps      12 (2 epochs)" in out
+    assert json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["max_steps"] == 12
+
+
+def test_push_takes_the_finished_run_to_the_named_repository(tiny_base, demo_data, tmp_path, monkeypatch, capsys):
+    pushed = []
+
+    def push(output_dir, repo_id, **options):
+        pushed.append((output_dir, repo_id, options, {path.name for path in output_dir.iterdir()}))
+        return "https://hub/commit"
+
+    monkeypatch.setattr(train_sft, "push_adapter", push)
+    train(tiny_base, demo_data, tmp_path / "skin", push_to_hub="true", hub_model_id="me/skin")
+    train(tiny_base, demo_data, tmp_path / "open", push_to_hub="true", hub_private_repo="false")
+    [(folder, repo_id, options, files), (_, named, public, _)] = pushed
+    assert (folder, repo_id, options) == (tmp_path / "skin", "me/skin", {"private": True, "revision": None})
+    assert {ADAPTER, "processor_config.json", "README.md"} <= files
+    assert (named, public["private"]) == ("open", False)
+    assert "pushed to https://hub/commit" in capsys.readouterr().out
+
+
+ERRORS = {
+    "no such data": ({"dataset_path": "/nowhere/a.json"}, "is no file, no folder and no Hub data set id"),
+    "data is a plain folder": ({"dataset_path": "tests"}, "is not a prepared data set"),
+    "image folder without a file": ({"image_dir": "tests"}, "image_dir: goes with an annotation file"),
+    "no such model": ({"model_name_or_path": "/nowhere"}, "model_name_or_path: no processor in '/nowhere'"),
+    "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "checkpoint /nowhere: no such folder"),
+    "output is a file": ({"output_dir": "Makefile/x"}, "output_dir: cannot write to Makefile/x"),
+    "samples too long": ({"max_length": 20}, "max_length: 4 of 4 samples are over 20 tokens"),
+    "limits the wrong way round": ({"max_pixels": 784}, "min_pixels 12544 is above max_pixels 784"),
+    "no such layer": ({"lora_target_modules": "qproj"}, "qproj"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_a_user_can_get_wrong_ends_with_one_line_and_code_1(tiny_base, demo_data, tmp_path, capsys, case):
+    settings, message = ERRORS[case]
+    args = train_args(tiny_base, demo_data, tmp_path, **settings)
+    assert run(lambda: train_sft.main(args)) == 1
+    stderr = capsys.readouterr().err.strip().splitlines()
+    assert stderr[-1].startswith("error: ") and message in stderr[-1]
+    assert not any("Traceback" in line for line in stderr)
+
+
+def test_a_data_set_without_validation_is_refused_unless_evaluation_is_off(tiny_base, demo_raw, tmp_path, capsys):
+    records = json.loads((demo_raw / "annotations.json").read_text())[:4]
+    (tmp_path / "few.json").write_text(json.dumps(records))
+    settings = {"dataset_path": tmp_path / "few.json", "image_dir": demo_raw / "images"}
+    args = train_args(tiny_base, None, tmp_path / "out", **settings)
+    assert run(lambda: train_sft.main(args)) == 1
+    assert "has no validation split; set eval_strategy: no" in capsys.readouterr().err
+    assert run(lambda: train_sft.main([*args, "--eval_strategy", "no"])) == 0
+
+
+def test_auto_passes_over_a_broken_checkpoint_and_a_fresh_start_needs_a_fresh_folder(
+    tiny_base, demo_data, tmp_path, capsys
+):
+    expected = train(tiny_base, demo_data, tmp_path)
+    (tmp_path / "checkpoint-4" / ADAPTER).write_bytes(b"half")
+    assert_same_weights(expected, train(tiny_base, demo_data, tmp_path))
+    out = capsys.readouterr().out
+    assert f"passed over checkpoint {tmp_path}/checkpoint-4: unreadable" in out
+    assert f"going on from {tmp_path}/checkpoint-2" in out
