@@ -1,0 +1,72 @@
+"""The commands that a user types, as real processes: started, killed, resumed, and asked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from conftest import train_args
+from safetensors.torch import load_file
+
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+
+
+def train_command(*args, **settings):
+    return [*ACCELERATE, "train_sft.py", *train_args(*args, **settings)]
+
+
+def call(*command):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def kill_after(path: Path, command: list[str]) -> None:
+    """Start a run in a process group of its own and kill the whole of it as soon as `path` is there."""
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_weights(tiny_base, demo_data, tmp_path):
+    settings = {"max_steps": 40, "save_steps": 10, "eval_steps": 10, "logging_steps": 5}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert call(*train_command(tiny_base, demo_data, whole, **settings)).returncode == 0
+    command = train_command(tiny_base, demo_data, killed, **settings)
+    kill_after(killed / "checkpoint-20" / "trainer_state.json", command)
+    assert not (killed / "adapter_model.safetensors").exists()
+    assert (killed / "training_metrics.png").exists()
+    assert len((killed / "metrics.jsonl").read_text().splitlines()) >= 5
+    resumed = call(*command)
+    assert resumed.returncode == 0
+    assert f"going on from {killed}/checkpoint-" in resumed.stdout
+    left, right = (load_file(out / "adapter_model.safetensors") for out in (whole, killed))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_main_job_from_annotations_to_an_answer(tiny_base, demo_raw, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    convert = ["convert", "--annotations", demo_raw / "annotations.json", "--images", demo_raw / "images"]
+    assert call(sys.executable, "-m", "data_prep", *convert, "--out", data).returncode == 0
+    assert call(*train_command(tiny_base, data, out)).returncode == 0
+    question = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What condition is shown?"]
+    answered = call(sys.executable, "predict.py", "--adapter", out, *question, "--max-new-tokens", "4")
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout.splitlines()) == 1
+
+
+def test_an_error_ends_the_launched_process_with_one_line(tiny_base, demo_data, tmp_path):
+    direct = call(sys.executable, "train_sft.py", *train_args(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
+    assert direct.returncode == 1
+    [line] = direct.stderr.splitlines()
+    assert line.startswith("error: dataset_path: ") and "nothing.json" in line
+    launched = call(*train_command(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
+    assert launched.returncode == 1
+    assert line in launched.stderr
