@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
 
 
-def smooth(values: list[float], weight: float = 0.8) -> list[float]:
-    """Return the exponential moving average of `values`, corrected for its start."""
+def smooth(values: list[float]) -> list[float]:
+    """Return the exponential moving average of `values` over a twentieth of their number, corrected for its start."""
+    weight = 1 - 1 / max(2, len(values) / 20)
     average, result = 0.0, []
     for step, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value
@@ -47,7 +48,9 @@ def _draw_losses(axes, log_history: list[dict]) -> None:
     if steps:
         axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label="validation loss")
     axes.set(ylabel="loss per answer token", title="Training")
-    axes.set_ylim(bottom=0)
+    if values_of_both := _series(log_history, "loss")[1] + values:
+        steep = max(values_of_both) > 20 * min(values_of_both) > 0
+        axes.set(yscale="log") if steep else axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 

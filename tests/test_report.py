@@ -12,8 +12,10 @@ from report import plot_training, smooth
 def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
     assert smooth([]) == []
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    # 0.8 * 0.2 * 1 + 0.2 * 2 = 0.56, over 1 - 0.8^2 = 0.36
-    assert smooth([1.0, 2.0]) == pytest.approx([1.0, 0.56 / 0.36])
+    # weight 1/2: 1/2 * 1/2 * 1 + 1/2 * 2 = 1.25, over 1 - 1/4
+    assert smooth([1.0, 2.0]) == pytest.approx([1.0, 1.25 / 0.75])
+    # 100 values: a window of 5, so the last step of a jump has moved by a fifth
+    assert smooth([0.0] * 99 + [1.0])[-1] == pytest.approx(0.2, rel=1e-6)
 
 
 def test_plot_training_draws_each_curve(tmp_path):
