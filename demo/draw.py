@@ -17,12 +17,6 @@ SKIN_TONES = {  # Fitzpatrick type -> RGB
     "V": (132, 86, 60),
     "VI": (88, 58, 44),
 }
-APPEARANCE = {
-    "melanoma": "an uneven dark patch",
-    "psoriasis": "a red plaque with white scales",
-    "vitiligo": "a pale patch",
-    "urticaria": "several small red wheals",
-}
 QUESTIONS = {
     "What condition is shown?": "This is {}.",
     "Which diagnosis fits this image?": "The diagnosis is {}.",
@@ -82,11 +76,12 @@ def draw_image(condition: str, skin_type: str, rng: random.Random) -> Image.Imag
 
 
 def make_record(number: int, condition: str, skin_type: str, rng: random.Random) -> dict:
-    """Return a LLaVA record; every third one has two turns, the look first and then the diagnosis."""
+    """Return a LLaVA record; every third one has two turns, the tone first and then the diagnosis."""
     question = rng.choice(list(QUESTIONS))
     turns = [(question, QUESTIONS[question].format(condition))]
-    if number % 3 == 0:
-        turns.insert(0, ("Describe the skin.", f"I see {APPEARANCE[condition]}."))
+    if number % 3 == 0:  # the first answer must not give the second one away
+        tone = "light" if skin_type in ("I", "II", "III") else "dark"
+        turns.insert(0, ("Is the skin light or dark?", f"The skin is {tone}."))
     turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
     return {
         "id": f"demo-{number:04d}",

@@ -13,7 +13,7 @@ def shuffle_images(dataset: Path, out: Path, *, seed: int = 0) -> None:
     test = load_from_disk(str(dataset))["test"]
     order = list(range(len(test)))
     random.Random(seed).shuffle(order)
-    dealt = test.select(order)
+    dealt = test.select(order).flatten_indices()
     for column in ("images", "image_sizes"):
         test = test.remove_columns(column).add_column(column, dealt.data[column], feature=dealt.features[column])
     DatasetDict({"test": test}).save_to_disk(str(out))

@@ -14,7 +14,13 @@ from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
 from modeling import load_processor
 
-TEXTS = ["What condition is shown? Describe the skin.", "This is melanoma. It is psoriasis, vitiligo, urticaria."]
+TEXTS = [
+    "What condition is shown? Is the skin light or dark?",
+    "This is melanoma. It is psoriasis, vitiligo, urticaria.",
+]
+    "What condition is shown? Is the skin light or dark?",
+    "This is melanoma. It is psoriasis, vitiligo, urticaria.",
+]
 
 
 @pytest.fixture(scope="session")
