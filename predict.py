@@ -13,6 +13,7 @@ from pathlib import Path
 from cli import OneLineParser, run
 
 import torch
+from datasets import disable_progress_bars
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    disable_progress_bars()  # of datasets' own bookkeeping
     examples = load_examples(args)
     processor = load_processor(args.adapter or args.base)
     model = load_answering_model(args)

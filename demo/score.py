@@ -5,7 +5,7 @@ import json
 import random
 from pathlib import Path
 
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict, disable_progress_bars, load_from_disk
 
 
 def shuffle_images(dataset: Path, out: Path, *, seed: int = 0) -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     report.add_argument("--shuffled", type=Path, required=True)
     report.add_argument("--plot", type=Path, required=True)
     args = parser.parse_args()
+    disable_progress_bars()
     if args.command == "shuffle":
         shuffle_images(args.dataset, args.out)
         return

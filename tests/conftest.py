@@ -18,9 +18,6 @@ TEXTS = [
     "What condition is shown? Is the skin light or dark?",
     "This is melanoma. It is psoriasis, vitiligo, urticaria.",
 ]
-    "What condition is shown? Is the skin light or dark?",
-    "This is melanoma. It is psoriasis, vitiligo, urticaria.",
-]
 
 
 @pytest.fixture(scope="session")
