@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
 	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base
 	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
-	$(BIN)/accelerate launch train_sft.py --config configs/demo.yaml
+	$(BIN)/accelerate launch --num_processes 1 train_sft.py --config configs/demo.yaml
 	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --out $(DEMO)/predictions.jsonl
 	$(BIN)/python -m demo.score shuffle --dataset $(DEMO)/data --out $(DEMO)/shuffled
 	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/shuffled --out $(DEMO)/predictions_shuffled.jsonl

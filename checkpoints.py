@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-REQUIRED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+ADAPTER = "adapter_model.safetensors"
+REQUIRED = ("adapter_config.json", ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -26,7 +27,7 @@ def check_checkpoint(path: Path) -> None:
     try:
         state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         state["global_step"]
-        with safe_open(path / "adapter_model.safetensors", framework="pt") as tensors:
+        with safe_open(path / ADAPTER, framework="pt") as tensors:
             tensors.keys()
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path}: unreadable: {error}") from error
@@ -43,10 +44,12 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         ValueError: the named checkpoint is unreadable, or a fresh start would write into an earlier run.
     """
     found = list_checkpoints(output_dir)
+    if resume is None and found:
+        rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
+        raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
+    if resume in (None, "auto") and not found and (output_dir / ADAPTER).exists():
+        raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
     if resume is None:
-        if found:
-            rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
-            raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
         return None, []
     if resume != "auto":
         check_checkpoint(Path(resume))

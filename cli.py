@@ -33,8 +33,14 @@ def run(main: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's text; of one that a DataLoader's worker raised, with its traceback, only the last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text

@@ -35,7 +35,7 @@ RENAMED = {
     "use_4bit": "load_in_4bit: true",
     "no_4bit": "load_in_4bit: false",
     "use_amp": "bf16: true or fp16: true",
-    "no_amp": "bf16: false and fp16: false",
+    "no_amp": "bf16: false and dtype: float32",
     "device": "use_cpu: true, or choose a GPU with CUDA_VISIBLE_DEVICES",
     "model_name": "model_name_or_path",
     "data_path": "dataset_path",
@@ -51,20 +51,28 @@ WITHOUT_EFFECT = {
     "bnb_4bit_quant_storage": "weights are stored as bitsandbytes does by default",
     "lora_target_parameters": "use lora_target_modules",
     "lora_modules_to_save": "only LoRA weights are trained",
+    "lora_task_type": "the adapter is for a causal language model",
     "model_init_kwargs": "use dtype, attn_implementation and model_revision",
     "trust_remote_code": "no code is run from a model's repository",
     "chat_template_path": "the processor's own chat template is used",
     "dataset_kwargs": "data_prep makes the data set",
     "dataset_num_proc": "data_prep makes the data set",
+    "dataset_text_field": "the data set's schema is fixed",
     "eos_token": "the processor's own tokens are used",
     "pad_token": "the processor's own tokens are used",
     "shuffle_dataset": "training shuffles by itself in every epoch",
     "packing": "not available for vision data",
+    "packing_strategy": "not available for vision data",
     "eval_packing": "not available for vision data",
     "padding_free": "not available for vision data",
     "pad_to_multiple_of": "batches are padded to their longest sample",
     "completion_only_loss": "the loss is always on the answers, and on nothing else",
     "assistant_only_loss": "the loss is always on the answers, and on nothing else",
+    "save_only_model": "a run could not go on from such a checkpoint",
+    "do_train": "training is what this command does",
+    "do_predict": "predict.py answers the test split",
+    "hub_strategy": "the adapter is pushed once, at the end",
+    "hub_always_push": "the adapter is pushed once, at the end",
     "hub_token": "a token in a recipe ends up in files; log in with `hf auth login` or set HF_TOKEN",
 }
 
@@ -86,11 +94,11 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
     settings = read_recipe(recipe)
-    known = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    known = {item.name: item for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{recipe}: {_unknown(str(key), known, 'unknown key')}")
-        if isinstance(value, list) and known[key].nargs != "+":
+        if isinstance(value, list) and "list" not in str(known[key].type):
             raise ValueError(f"{recipe}: {key}: expected one value, found the list {value}")
     parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
     try:
@@ -164,6 +172,8 @@ def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig
         raise ValueError("use_peft: must be true; LoRA adapters are what is trained here")
     if model.load_in_4bit and model.bnb_4bit_quant_type != "nf4":
         raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
     for settings in (training, model):
         for setting in dataclasses.fields(settings):
             found = getattr(settings, setting.name)

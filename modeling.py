@@ -55,7 +55,7 @@ def load_processor(
 
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0]
-    return f"model_name_or_path: no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
+    return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
 
 
 def load_model(
@@ -99,13 +99,17 @@ def load_model(
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: float32 on a CPU, float16 for bfloat16 on a GPU that lacks it, else as asked."""
-    dtype = torch.bfloat16 if dtype == "auto" else dtype  # what the family's weights are stored in
+    """Return the dtype to compute in: float32 on a CPU, else as asked ("auto": bfloat16, as the family is stored).
+
+    Raises:
+        ValueError: the GPU has no bfloat16.
+    """
+    dtype = "bfloat16" if dtype == "auto" else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if device.type == "cpu":
         return torch.float32
     if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+        raise ValueError("dtype: this GPU has no bfloat16; set dtype: float16, bf16: false, fp16: true")
     return dtype
 
 
@@ -197,7 +201,7 @@ def check_trainable(
     if stray := [name for name in trainable if "lora_" not in name]:
         raise ValueError(f"{len(stray)} trainable weights are not LoRA's, the first is {stray[0]}")
     for target in target_modules or DEFAULT_TARGETS:
-        if not any(f".{target}.lora_" in name for name in trainable):
+        if not any(LANGUAGE_LAYERS in name and f".{target}.lora_" in name for name in trainable):
             raise ValueError(f"lora_target_modules: no layer of the language model is called {target!r}")
     asked = {"language model": True, "vision tower": train_vision, "merger": train_merger, "other": False}
     for part, count in count_trainable(model).items():

@@ -29,11 +29,7 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
         dataset: a split in the schema of `data_prep`.
         processor: the model's processor with the pixel limits of the run.
     """
-    size = processor.image_processor.size
-    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    image = [
-        sum(count_image_tokens(height, width, **limits) for width, height in sizes) for sizes in dataset["image_sizes"]
-    ]
+    image = [_image_tokens(*row, processor) for row in zip(dataset["id"], dataset["image_sizes"], strict=True)]
     total = []
     for batch in dataset.select_columns(["messages", "image_sizes"]).iter(1000):
         texts = processor.apply_chat_template([to_chat(messages) for messages in batch["messages"]])
@@ -43,14 +39,23 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
     return SampleLengths(total=[t + i for t, i in zip(total, image, strict=True)], image=image)
 
 
-def check_lengths(lengths: SampleLengths, sample_ids: list[str], max_length: int | None) -> None:
+def _image_tokens(sample_id: str, sizes: list[list[int]], processor: ProcessorMixin) -> int:
+    limit = processor.image_processor.size
+    limits = {"min_pixels": limit["shortest_edge"], "max_pixels": limit["longest_edge"]}
+    try:
+        return sum(count_image_tokens(height, width, **limits) for width, height in sizes)
+    except ValueError as error:
+        raise ValueError(f"sample {sample_id!r}: {error}") from error
+
+
+def check_lengths(lengths: SampleLengths, sample_ids: list[str], max_length: int | None, *, split: str) -> None:
     """Raise ValueError when samples are longer than `max_length`; the message says how many and names the longest."""
     too_long = [n for n in range(len(sample_ids)) if max_length is not None and lengths.total[n] > max_length]
     if not too_long:
         return
     worst = max(too_long, key=lambda n: lengths.total[n])
     raise ValueError(
-        f"max_length: {len(too_long)} of {len(sample_ids)} samples are over {max_length} tokens; the longest, "
+        f"max_length: {len(too_long)} of {len(sample_ids)} {split} samples are over {max_length} tokens; the longest, "
         f"{sample_ids[worst]!r}, has {lengths.total[worst]}, of which {lengths.image[worst]} are image: raise "
         "max_length or lower max_pixels"
     )

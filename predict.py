@@ -8,19 +8,22 @@ python predict.py --adapter outputs/skin --dataset data/skin --split test --out 
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from cli import OneLineParser, run
 
 import torch
 from datasets import disable_progress_bars
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from collator import collate_prompts
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER, normalise_messages
+from hub import RUN_FACTS
 from modeling import load_model, load_processor
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -35,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--question", help="one question about the images together, or about each image of a folder")
     source.add_argument("--dataset", help="prepared data set: asks each sample's last question instead")
     source.add_argument("--split", default="test", help="of --dataset (default: test)")
+    source.add_argument("--image-dir", help="image folder, when --dataset is an annotation file")
     model = parser.add_argument_group("whom to ask")
     model.add_argument("--adapter", help="folder or Hub id of a trained adapter")
     model.add_argument("--base", help="a base model: asked alone, or in place of the one the adapter names")
@@ -42,7 +46,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--quantization", choices=("auto", "nf4", "none"), default="auto",
         help="of the base model (default: as in training; none without an adapter)",
     )  # fmt: skip
-    model.add_argument("--dtype", default="bfloat16", help="of the arithmetic (default: bfloat16; float32 on a CPU)")
+    model.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"),
+        help="of the arithmetic (default: as in training; bfloat16 without an adapter; a CPU takes float32)",
+    )  # fmt: skip
+    model.add_argument(
+        "--min-pixels", type=int, help="smallest image area, px^2 (default: the adapter's or base's own)"
+    )
+    model.add_argument(
+        "--max-pixels", type=int, help="largest image area, px^2 (default: the adapter's or base's own)"
+    )
     answers = parser.add_argument_group("answers")
     answers.add_argument("--out", type=Path, help="JSON Lines file (default: print to the screen)")
     answers.add_argument("--batch-size", type=int, default=8)
@@ -55,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     disable_progress_bars()  # of datasets' own bookkeeping
     examples = load_examples(args)
-    processor = load_processor(args.adapter or args.base)
+    processor = load_processor(args.adapter or args.base, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     model = load_answering_model(args)
     rows = answer_all(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     write_answers(rows, args.out, total=len(examples))
@@ -68,14 +81,14 @@ def load_examples(args: argparse.Namespace) -> list[dict]:
     if (args.dataset is None) == (not args.image):
         raise ValueError("name either images (--image, with --question) or a prepared data set (--dataset)")
     if args.dataset is not None:
-        return examples_of_split(args.dataset, args.split)
+        return examples_of_split(args.dataset, args.split, args.image_dir)
     if not args.question:
         raise ValueError("--question: what should be asked about the images?")
     return examples_of_images(args.image, args.question)
 
 
-def examples_of_split(dataset: str, split: str) -> list[dict]:
-    splits = load_splits(dataset)
+def examples_of_split(dataset: str, split: str, image_dir: str | None) -> list[dict]:
+    splits = load_splits(dataset, image_dir)
     if split not in splits:
         raise ValueError(f"--split: {dataset} has no split {split!r}, only {sorted(splits)}")
     examples = []
@@ -111,19 +124,30 @@ def _question_about(paths: list[Path], question: str) -> dict:
 
 
 def load_answering_model(args: argparse.Namespace) -> PreTrainedModel | PeftModel:
-    """Load the base model as it was in training, and the adapter on it."""
-    if args.adapter is None:
-        quantization = "nf4" if args.quantization == "nf4" else None
-        return load_model(args.base, quantization=quantization, dtype=args.dtype).eval()
-    config = read_adapter_config(args.adapter)
-    facts = read_run_facts(args.adapter)
-    quantization = facts.get("quantization") if args.quantization == "auto" else args.quantization
-    base = args.base or config.base_model_name_or_path
-    model = load_model(
-        base, quantization=None if quantization == "none" else quantization, dtype=args.dtype,
-        revision=facts.get("revision") if args.base is None else None,
-    )  # fmt: skip
-    return PeftModel.from_pretrained(model, args.adapter).eval()
+    """Load the base model, as it was in training unless the options say otherwise, and the adapter on it."""
+    base = args.base or read_adapter_config(args.adapter).base_model_name_or_path
+    model = load_model(base, **loading_settings(args))
+    # Greedy means the likeliest token: the family's own defaults, which generate() would mix in, penalise repeated ones.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    return (PeftModel.from_pretrained(model, args.adapter) if args.adapter else model).eval()
+
+
+def loading_settings(args: argparse.Namespace) -> dict:
+    """Return the keywords of `load_model`: what the adapter's run noted, changed by the options."""
+    settings = read_run_facts(args.adapter) if args.adapter else {}
+    if args.adapter and not settings and args.quantization == "auto":
+        print(f"{args.adapter} does not say how its base was loaded; taking 16 bit (--quantization)", file=sys.stderr)
+    settings = {"quantization": None, "dtype": "bfloat16", **settings}
+    if args.quantization != "auto":
+        settings["quantization"] = None if args.quantization == "none" else args.quantization
+    if args.dtype:
+        settings["dtype"] = args.dtype
+    if args.base:
+        settings["revision"] = None
+    return settings
 
 
 def read_adapter_config(adapter: str) -> PeftConfig:
@@ -134,11 +158,13 @@ def read_adapter_config(adapter: str) -> PeftConfig:
 
 
 def read_run_facts(adapter: str) -> dict:
-    """Return what `train_sft.py` noted about the base model; nothing for adapters from elsewhere."""
-    path = Path(adapter) / "run.json"
-    if not path.is_file():
-        path = path.parent.parent / "run.json"  # a checkpoint inside a run
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the keywords of `load_model` that `train_sft.py` noted; none for adapters from elsewhere."""
+    folder = Path(adapter)
+    found = [path for path in (folder / RUN_FACTS, folder.parent / RUN_FACTS) if path.is_file()]
+    if not folder.is_dir():
+        with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
+            found = [Path(hf_hub_download(adapter, RUN_FACTS))]
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_size: int, max_new_tokens: int):
@@ -157,7 +183,7 @@ def answer(model, processor: ProcessorMixin, examples: list[dict], max_new_token
     inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(processor, examples).items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
     new_tokens = output[:, inputs["input_ids"].size(1) :]
     return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 

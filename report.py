@@ -22,7 +22,8 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     """Draw loss, smoothed loss and validation loss over the learning rate, against the optimizer step.
 
     Args:
-        log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn.
+        log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn. The first is the
+            mean over answer tokens, the last the trainer's mean over validation batches of their means.
         path: PNG to write; replaced in one go, so that a killed run never leaves half a picture.
     """
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
@@ -41,16 +42,16 @@ def plot_training(log_history: list[dict], path: Path) -> None:
 
 
 def _draw_losses(axes, log_history: list[dict]) -> None:
-    steps, values = _series(log_history, "loss")
-    axes.plot(steps, values, color=GREY, label="training loss", marker="." if len(steps) < 3 else None)
-    axes.plot(steps, smooth(values), color=BLUE, linewidth=2, label="training loss, smoothed")
-    steps, values = _series(log_history, "eval_loss")
+    steps, training = _series(log_history, "loss")
+    axes.plot(steps, training, color=GREY, label="training loss", marker="." if len(steps) < 3 else None)
+    axes.plot(steps, smooth(training), color=BLUE, linewidth=2, label="training loss, smoothed")
+    steps, validation = _series(log_history, "eval_loss")
     if steps:
-        axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label="validation loss")
+        axes.plot(steps, validation, color=ORANGE, marker="o", markersize=4, label="validation loss")
     axes.set(ylabel="loss per answer token", title="Training")
-    if values_of_both := _series(log_history, "loss")[1] + values:
-        steep = max(values_of_both) > 20 * min(values_of_both) > 0
-        axes.set(yscale="log") if steep else axes.set_ylim(bottom=0)
+    drawn = training + validation
+    steep = bool(drawn) and max(drawn) > 20 * min(drawn) > 0
+    axes.set(yscale="log") if steep else axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 

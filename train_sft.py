@@ -22,7 +22,7 @@ from checkpoints import choose_checkpoint
 from collator import VisionSFTCollator
 from config import DataArguments, parse_config
 from data_prep import load_splits
-from hub import push_adapter
+from hub import RUN_FACTS, open_repository, push_adapter
 from modeling import (
     build_lora_config,
     check_trainable,
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     prepare_output(training_args)
     checkpoint = choose_start(training_args)
+    repo_id = claim_repository(training_args)
     processor = load_processor(
         model_args.model_name_or_path,
         min_pixels=data_args.min_pixels,
@@ -49,15 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     lengths = check_data(splits, processor, training_args)
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
-    push = training_args.push_to_hub
     trainer = build_trainer(model, processor, splits, training_args)
     say(*describe_run(trainer, lengths))
     write_run_facts(model_args, Path(training_args.output_dir))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     say(f"adapter, processor, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
-    if push and trainer.is_world_process_zero():
-        push_run(training_args)
+    if repo_id is not None:
+        url = push_adapter(Path(training_args.output_dir), repo_id, revision=training_args.hub_revision)
+        say(f"pushed to {url}")
 
 
 def say(*lines: str) -> None:
@@ -88,14 +89,21 @@ def choose_start(training_args: SFTConfig) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
+def claim_repository(training_args: SFTConfig) -> str | None:
+    """Make sure now that the adapter can be pushed later; return the repository's id in the process that will push.
+
+    The trainer's own push is switched off: it would upload the whole output folder.
+    """
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    if not push or not PartialState().is_main_process:
+        return None
+    repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
+    return open_repository(repo_id, private=training_args.hub_private_repo is not False)
+
+
 def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict:
     """Load the splits and check that those needed are there."""
-    splits = load_splits(
-        data_args.dataset_path,
-        data_args.image_dir,
-        seed=training_args.seed,
-        show_progress=PartialState().is_main_process,
-    )
+    splits = load_splits(data_args.dataset_path, data_args.image_dir, show_progress=PartialState().is_main_process)
     if "train" not in splits or len(splits["train"]) == 0:
         raise ValueError(f"dataset_path: {data_args.dataset_path} has no training split, only {sorted(splits)}")
     if training_args.eval_strategy != "no" and len(splits.get("validation", ())) == 0:
@@ -106,43 +114,46 @@ def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict
 
 def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> SampleLengths:
     """Refuse samples over max_length now and not in the middle of the night; return the training split's lengths."""
-    for name in ("validation", "train"):
-        if name in splits:
-            lengths = measure_lengths(splits[name], processor)
-            check_lengths(lengths, splits[name]["id"], training_args.max_length)
+    if training_args.eval_strategy != "no":
+        validation = measure_lengths(splits["validation"], processor)
+        check_lengths(validation, splits["validation"]["id"], training_args.max_length, split="validation")
+    lengths = measure_lengths(splits["train"], processor)
+    check_lengths(lengths, splits["train"]["id"], training_args.max_length, split="train")
+    if training_args.train_sampling_strategy == "group_by_length":
+        splits["train"] = splits["train"].add_column(training_args.length_column_name, lengths.total)
     return lengths
 
 
+def loading_settings(model_args: ModelConfig) -> dict:
+    """Return the keywords of `load_model`: how the base model is loaded in training, and later for its adapter."""
+    return {
+        "quantization": "nf4" if model_args.load_in_4bit else None,
+        "double_quant": model_args.use_bnb_nested_quant,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "revision": model_args.model_revision,
+    }
+
+
 def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
-    """Load the base model and put LoRA on it."""
+    """Load the base model and put LoRA on it, on what was asked for and on nothing else."""
+    model = load_model(model_args.model_name_or_path, **loading_settings(model_args))
     targets = model_args.lora_target_modules
-    targets = [targets] if isinstance(targets, str) else targets  # ModelConfig unpacks a list of one
-    model = load_model(
-        model_args.model_name_or_path,
-        quantization="nf4" if model_args.load_in_4bit else None,
-        dtype=model_args.dtype,
-        double_quant=model_args.use_bnb_nested_quant,
-        attn_implementation=model_args.attn_implementation,
-        revision=model_args.model_revision,
-    )
-    train_vision = not data_args.freeze_vision_encoder
+    where = {
+        "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
+        "train_vision": not data_args.freeze_vision_encoder,
+        "train_merger": data_args.train_merger,
+    }
     lora_config = build_lora_config(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=targets,
-        train_vision=train_vision,
-        train_merger=data_args.train_merger,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
+        **where,
     )
     model = get_peft_model(model, lora_config)
-    check_trainable(
-        model,
-        train_vision=train_vision,
-        train_merger=data_args.train_merger,
-        target_modules=targets,
-    )
+    check_trainable(model, **where)
     return model
 
 
@@ -151,7 +162,6 @@ def build_trainer(
 ) -> SFTTrainer:
     """Wire the model, the data and our collator into TRL's trainer."""
     training_args.remove_unused_columns = False  # the collator names a sample by its id
-    training_args.push_to_hub = False  # the trainer would upload the whole folder; push_run takes what belongs there
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -178,47 +188,37 @@ def describe_run(trainer: SFTTrainer, lengths: SampleLengths) -> list[str]:
     if trainer.eval_dataset is not None:
         samples += f", {len(trainer.eval_dataset):,} validation"
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    steps, epochs = count_steps(trainer)
+    _, steps_an_epoch, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     trainable, all_weights = trainer.model.get_nb_trainable_parameters()
+    dtype = str(trainer.model.dtype).removeprefix("torch.")
     parts = ", ".join(f"{part} {n:,}" for part, n in count_trainable(trainer.model).items() if n)
     rows = {
         "samples": samples,
         "tokens": f"{total:,} an epoch, {image:,} of them image; the longest sample has {max(lengths.total):,}",
         "trainable": f"{trainable:,} of {all_weights:,} parameters ({trainable / all_weights:.2%}): {parts}",
         "batch": f"{math.prod(batch)} samples a step = {batch[0]} x {batch[1]} accumulated x {batch[2]} process(es)",
-        "steps": f"{steps:,} ({epochs:.3g} epochs)",
-        "device": f"{args.device}, mixed precision {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'off'}",
+        "steps": f"{steps:,} ({steps / steps_an_epoch:.3g} epochs)",
+        "device": f"{args.device}, weights in {dtype}, mixed precision {mixed_precision(trainer)}",
     }
     return [f"{name:<10} {value}" for name, value in rows.items()]
 
 
-def count_steps(trainer: SFTTrainer) -> tuple[int, float]:
-    """Return the optimizer steps of the whole run and the epochs that they make."""
-    args = trainer.args
-    an_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
-    return steps, steps / an_epoch
+def mixed_precision(trainer: SFTTrainer) -> str:
+    """Return the autocast dtype that is really on; raise ValueError when it is not the recipe's."""
+    asked = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
+    found = trainer.accelerator.mixed_precision
+    if found != asked:
+        raise ValueError(
+            f"mixed_precision: accelerate's configuration says {found}, the recipe's bf16 and fp16 say {asked}"
+        )
+    return "off" if found == "no" else found
 
 
 def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
     """Note beside the adapter how its base model was loaded, so that predict.py can load it in the same way."""
-    if not PartialState().is_main_process:
-        return
-    facts = {
-        "base_model": model_args.model_name_or_path,
-        "revision": model_args.model_revision,
-        "quantization": "nf4" if model_args.load_in_4bit else None,
-        "dtype": model_args.dtype,
-    }
-    (output_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def push_run(training_args: SFTConfig) -> None:
-    """Push the finished adapter; private unless `hub_private_repo: false` says otherwise."""
-    repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
-    private = training_args.hub_private_repo is not False
-    url = push_adapter(Path(training_args.output_dir), repo_id, private=private, revision=training_args.hub_revision)
-    say(f"pushed to {url}")
+    if PartialState().is_main_process:
+        facts = json.dumps(loading_settings(model_args), indent=2)
+        (output_dir / RUN_FACTS).write_text(facts + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

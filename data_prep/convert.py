@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class InvalidRecordsError(ValueError):
 class Collected:
     """What one annotation file holds: usable samples, errors, and the number of ids that had to be made unique."""
 
-    samples: list[dict]
+    samples: list[dict] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
     num_records: int = 0
     num_renamed: int = 0
@@ -75,7 +76,7 @@ def prepare_dataset(
         annotations: JSON array or JSON Lines file.
         image_dir: folder that the records' image paths start from; None when no record has an image.
         split: shares of train, validation and test.
-        seed: of the split; the same input and seed give the same split in any order of the records.
+        seed: of the split; the same ids and seed give the same split in any order of the records.
         on_error: "fail" raises with every problem found, "drop" keeps those records out.
         format: one of `records.FORMATS`; recognised record by record when None.
         num_workers: processes that decode images; all cores when None.
@@ -121,16 +122,22 @@ def collect_samples(
     """Parse every record and decode every image once; arguments as in `prepare_dataset`."""
     raw_records = read_annotations(annotations)
     root = _image_root(image_dir)
-    found = Collected(samples=[], num_records=len(raw_records))
+    found = Collected(num_records=len(raw_records))
+    parsed = []
     for number, raw in enumerate(raw_records):
         try:
             sample = parse_record(raw, number, format=format)
             sample["images"] = _resolve_images(sample, root)
+            parsed.append(sample)
+        except DataError as error:
+            found.errors.append(error)
+    sizes = _probe_images(parsed, num_workers, show_progress)
+    for sample in parsed:
+        try:
+            _attach_sizes(sample, sizes, root)
             found.samples.append(sample)
         except DataError as error:
             found.errors.append(error)
-    sizes = _probe_images(found.samples, num_workers, show_progress)
-    found.samples = [sample for sample in found.samples if _attach_sizes(sample, sizes, root, found.errors)]
     found.errors.sort(key=lambda error: error.record)
     found.num_renamed = _make_ids_unique(found.samples)
     return found
@@ -163,21 +170,24 @@ def _probe_images(samples: list[dict], num_workers: int | None, show_progress: b
     paths = sorted({path for sample in samples for path in sample["images"]})
     if not paths:
         return {}
-    with ProcessPoolExecutor(num_workers or os.cpu_count()) as pool:
-        results = pool.map(probe_image, paths, chunksize=16)
-        bar = tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress)
-        return dict(zip(paths, bar, strict=True))
+    try:
+        with ProcessPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
+            results = pool.map(probe_image, paths, chunksize=16)
+            bar = tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress)
+            return dict(zip(paths, bar, strict=True))
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "images: a decoding process was killed, most likely out of memory; use fewer workers"
+        ) from error
 
 
-def _attach_sizes(sample: dict, sizes: dict, root: Path | None, errors: list[DataError]) -> bool:
-    """Add `image_sizes`, upright `[width, height]` in px; on a bad image note the error and return False."""
+def _attach_sizes(sample: dict, sizes: dict, root: Path | None) -> None:
+    """Add `image_sizes`, upright `[width, height]` in px; raise DataError for an image that cannot be used."""
     for path in sample["images"]:
         if isinstance(sizes[path], str):
-            errors.append(_image_error(sample, f"{str(path.relative_to(root))!r}: {sizes[path]}"))
-            return False
+            raise _image_error(sample, f"{str(path.relative_to(root))!r}: {sizes[path]}")
     sample["image_sizes"] = [list(sizes[path]) for path in sample["images"]]
     sample["images"] = [str(path) for path in sample["images"]]
-    return True
 
 
 def _make_ids_unique(samples: list[dict]) -> int:

@@ -12,14 +12,14 @@ from .records import DataError, FieldError, normalise_messages
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load_splits(dataset_path: str, image_dir: str | None = None, *, seed: int = 42, show_progress: bool = True):
+def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progress: bool = True) -> DatasetDict:
     """Return a `DatasetDict` in the project's schema, images undecoded (`{"bytes", "path"}`).
 
     Args:
-        dataset_path: an annotation file, a folder written by `python -m data_prep convert`, or a Hub data set id.
+        dataset_path: an annotation file, a folder written by `python -m data_prep convert`, or a Hub data set id. An
+            annotation file is always split alike (seed 42), so that a test split stays one whoever trains on the rest.
         image_dir: the annotation file's image folder; an error with anything else.
-        seed: of the split that an annotation file gets.
-        show_progress: show progress bars.
+        show_progress: show a progress bar.
 
     Raises:
         FileNotFoundError, ValueError: there is no such data, or it has another form; the message says which.
@@ -28,10 +28,10 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, seed: int = 
     if image_dir is not None and not path.is_file():
         raise ValueError(f"image_dir: goes with an annotation file, and dataset_path {dataset_path!r} is not a file")
     if path.is_file():
-        splits = prepare_dataset(path, image_dir, seed=seed, show_progress=show_progress)
+        splits = prepare_dataset(path, image_dir, show_progress=show_progress)
     elif path.is_dir():
         splits = _load_folder(path)
-    elif HUB_ID.fullmatch(dataset_path) and not path.suffix:
+    elif HUB_ID.fullmatch(dataset_path) and path.suffix not in (".json", ".jsonl"):
         splits = _load_hub(dataset_path)
     else:
         raise FileNotFoundError(f"dataset_path: {dataset_path!r} is no file, no folder and no Hub data set id")
@@ -62,20 +62,25 @@ def standardise(dataset: Dataset, name: str) -> Dataset:
 
     Raises:
         DataError: names the first row that breaks a rule.
-        ValueError: no `messages` column.
+        ValueError: no `messages` column, or both `image` and `images`.
     """
-    if "messages" not in dataset.column_names:
-        raise ValueError(f"split {name!r} has the columns {dataset.column_names}, and none is 'messages'")
-    if "images" in dataset.column_names:
+    columns = dataset.column_names
+    if "messages" not in columns:
+        raise ValueError(f"split {name!r} has the columns {columns}, and none is 'messages'")
+    if "image" in columns and "images" in columns:
+        raise ValueError(f"split {name!r} has both an 'image' and an 'images' column")
+    if "images" in columns:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
+    if "image" in columns:
+        dataset = dataset.cast_column("image", Image(decode=False))
     return dataset.map(
         _standard_row, with_indices=True, fn_kwargs={"split": name}, features=FEATURES,
-        remove_columns=[column for column in dataset.column_names if column not in FEATURES],
+        remove_columns=[column for column in columns if column not in FEATURES],
     )  # fmt: skip
 
 
 def _standard_row(row: dict, index: int, split: str) -> dict:
-    images = list(row.get("images") or [])
+    images = list(row.get("images") or ([row["image"]] if row.get("image") else []))
     sample_id = str(row.get("id") or f"{split}-{index:06d}")
     try:
         messages = normalise_messages(row["messages"], images)

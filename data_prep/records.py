@@ -204,7 +204,8 @@ def normalise_messages(turns, images: list, *, system=None, field: str = "messag
     if system is not None:
         if not isinstance(system, str):
             raise FieldError("system", f"expected a text, found {_describe(system)}")
-        messages.insert(0, {"role": "system", "content": system.strip()})
+        if system.strip():  # an empty one would silence the chat template's own
+            messages.insert(0, {"role": "system", "content": system.strip()})
     _check_order(messages, field)
     _check_texts(messages, field)
     _place_markers(messages, len(images), field)

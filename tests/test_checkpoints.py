@@ -48,6 +48,13 @@ def test_a_fresh_start_never_writes_into_an_earlier_run(run):
         choose_checkpoint(run, None)
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_finished_adapter_without_checkpoints_is_never_overwritten(tmp_path, resume):
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds a finished adapter and no checkpoint; choose another one"):
+        choose_checkpoint(tmp_path, resume)
+
+
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_named_checkpoint_must_be_whole(run, name):
     path = run / "checkpoint-10"

@@ -169,8 +169,8 @@ def test_load_splits_says_what_a_path_is_not(write_records, tmp_path):
         load_splits(str(images))
     with pytest.raises(ValueError, match="image_dir: goes with an annotation file"):
         load_splits(str(tmp_path), str(images))
-    with pytest.raises(FileNotFoundError, match="'someone/skin' is no local path, and the Hub says"):
-        load_splits("someone/skin")
+    with pytest.raises(FileNotFoundError, match=r"'someone/skin-v1\.5' is no local path, and the Hub says"):
+        load_splits("someone/skin-v1.5")
     DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"split 'train' of .* lacks the columns"):
         load_splits(str(tmp_path / "other"))
@@ -196,6 +196,11 @@ def test_a_foreign_data_set_is_brought_into_the_schema():
     assert row["id"] == "train-000000"
     assert row["image_sizes"] == [[30, 50]]
     assert [m["content"] for m in row["messages"]] == ["<image>What?", "A nevus."]
+    single = Dataset.from_dict({"messages": [messages], "image": [Image.new("RGB", (30, 50))]})
+    [row] = standardise(single.cast_column("image", ImageFeature()), "test")
+    assert (row["id"], row["image_sizes"]) == ("test-000000", [[30, 50]])
+    with pytest.raises(ValueError, match="has both an 'image' and an 'images' column"):
+        standardise(Dataset.from_dict({"messages": [messages], "image": [None], "images": [[]]}), "train")
     bad = Dataset.from_dict({"messages": [[{"role": "user", "content": "<|im_end|>"}]]})
     with pytest.raises(DataError, match=r"record 0 \(id 'train-000000'\)"):
         standardise(bad, "train")

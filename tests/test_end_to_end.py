@@ -62,11 +62,13 @@ def test_the_main_job_from_annotations_to_an_answer(tiny_base, demo_raw, tmp_pat
     assert len(answered.stdout.splitlines()) == 1
 
 
-def test_an_error_ends_the_launched_process_with_one_line(tiny_base, demo_data, tmp_path):
+def test_an_error_is_one_line_and_the_launcher_can_be_told_to_add_nothing(tiny_base, demo_data, tmp_path):
     direct = call(sys.executable, "train_sft.py", *train_args(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
     assert direct.returncode == 1
     [line] = direct.stderr.splitlines()
     assert line.startswith("error: dataset_path: ") and "nothing.json" in line
-    launched = call(*train_command(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
+    script, *args = train_command(tiny_base, tmp_path / "nothing.json", tmp_path / "run")[2:]
+    launched = call(*ACCELERATE, "--quiet", "--num_processes", "1", script, *args)
     assert launched.returncode == 1
-    assert line in launched.stderr
+    assert line in launched.stderr.splitlines()
+    assert "Traceback" not in launched.stderr

@@ -5,6 +5,7 @@ import json
 from cli import run
 
 import pytest
+import torch
 from conftest import train_args
 from PIL import Image
 
@@ -92,14 +93,32 @@ def test_a_checkpoint_and_the_adapter_answer_alike_and_the_base_alone_does_not(a
     assert ask(capsys, "--base", tiny_base, *question, "--max-new-tokens", 8) != ours
 
 
-def test_the_base_model_is_loaded_as_in_training_unless_told_otherwise(adapter, monkeypatch):
-    seen = []
-    real = predict.load_model
-    monkeypatch.setattr(predict, "load_model", lambda *a, **k: seen.append(k["quantization"]) or real(*a, **k))
-    for options in ([], ["--quantization", "none"], ["--quantization", "nf4"]):
-        args = predict.build_parser().parse_args(["--adapter", str(adapter), *options])
-        predict.load_answering_model(args)
-    assert seen == ["nf4", None, "nf4"]
+def test_the_base_model_is_loaded_as_in_training_unless_told_otherwise(adapter, capsys):
+    facts = json.loads((adapter / "run.json").read_text())
+    (adapter / "run.json").write_text(json.dumps({**facts, "double_quant": False}))
+
+    def load(*options):
+        model = predict.load_answering_model(predict.build_parser().parse_args(["--adapter", str(adapter), *options]))
+        return model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
+
+    assert not load().weight.quant_state.nested
+    (adapter / "run.json").write_text(json.dumps(facts))
+    assert load().weight.quant_state.nested
+    assert type(load("--quantization", "none")) is torch.nn.Linear
+    (adapter / "run.json").rename(adapter / "elsewhere.json")
+    assert type(load()) is torch.nn.Linear
+    assert "does not say how its base was loaded" in capsys.readouterr().err
+    (adapter / "elsewhere.json").rename(adapter / "run.json")
+
+
+def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base, demo_raw, capsys):
+    question = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What condition is shown?"]
+    plain = ask(capsys, "--adapter", adapter, *question)
+    path = tiny_base / "generation_config.json"
+    own = path.read_text()
+    path.write_text(json.dumps({**json.loads(own), "repetition_penalty": 50.0, "do_sample": True, "temperature": 9.0}))
+    assert ask(capsys, "--adapter", adapter, *question) == plain
+    path.write_text(own)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,11 @@ def test_images_without_a_marker_go_before_the_first_user_text():
     ]
 
 
+def test_an_empty_system_text_leaves_the_templates_own():
+    record = {"question": "a", "answer": "b", "system": " "}
+    assert [m["role"] for m in parse_record(record, 0)["messages"]] == ["user", "assistant"]
+
+
 def test_text_only_records_and_unusual_texts_are_kept():
     sample = parse_record({"question": "هل هذا خطير؟ {{ x }} 🩺", "answer": "לא"}, 0)
     assert sample["images"] == []
