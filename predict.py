@@ -127,7 +127,7 @@ def load_answering_model(args: argparse.Namespace) -> PreTrainedModel | PeftMode
     """Load the base model, as it was in training unless the options say otherwise, and the adapter on it."""
     base = args.base or read_adapter_config(args.adapter).base_model_name_or_path
     model = load_model(base, **loading_settings(args))
-    # Greedy means the likeliest token: the family's own defaults, which generate() would mix in, penalise repeated ones.
+    # Greedy means the likeliest token; generate() would mix in the family's own defaults, which penalise repeated ones.
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
