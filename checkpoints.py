@@ -33,6 +33,15 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"checkpoint {path}: unreadable: {error}") from error
 
 
+def check_same_lora(path: Path, config: dict) -> None:
+    """Raise ValueError when the checkpoint's adapter has another shape or scale than the one about to train."""
+    saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
+        if saved.get(key) != config[key]:
+            rule = "keep the LoRA settings to go on, or choose another output_dir"
+            raise ValueError(f"checkpoint {path}: {key} was {saved.get(key)!r} and is {config[key]!r} now; {rule}")
+
+
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to go on from, and a line for each one that was passed over.
 

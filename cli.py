@@ -14,10 +14,29 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage of every option."""
+    """An argument parser whose errors are one line, and which takes options whole, with dashes or underscores."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([_with_dashes(word) for word in words], namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def _with_dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number above 0 (the `type` of an option)."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
 
 
 def run(main: Callable[[], int | None]) -> int:

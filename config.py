@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 from cli import OneLineParser
 
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig, TrlParser
 
 DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
@@ -29,21 +31,42 @@ class DataArguments:
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
 
 
-# What people know from other scripts, and what to write here.
+# What people know from other scripts, and the recipe's line for it.
 RENAMED = {
-    "batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size: N",
     "use_4bit": "load_in_4bit: true",
     "no_4bit": "load_in_4bit: false",
-    "use_amp": "bf16: true or fp16: true",
-    "no_amp": "bf16: false and dtype: float32",
-    "device": "use_cpu: true, or choose a GPU with CUDA_VISIBLE_DEVICES",
-    "model_name": "model_name_or_path",
-    "data_path": "dataset_path",
-    "image_folder": "image_dir",
-    "dataset_name": "dataset_path",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
+    "use_amp": "bf16: true",
+    "no_amp": "bf16: false, dtype: float32",
+    "device": "use_cpu: true",
+    "model_name": "model_name_or_path: NAME",
+    "data_path": "dataset_path: PATH",
+    "dataset_name": "dataset_path: PATH",
+    "image_folder": "image_dir: PATH",
+    "epochs": "num_train_epochs: N",
+    "lr": "learning_rate: X",
+    "lora_rank": "lora_r: N",
 }
+
+# The smallest value that means something; what is below would be ignored, or crash hours later.
+AT_LEAST = {
+    "min_pixels": 28 * 28,
+    "max_pixels": 28 * 28,
+    "max_length": 1,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "lora_dropout": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+}
+ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation reports, each with eval_ before it
 
 # Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
 WITHOUT_EFFECT = {
@@ -85,32 +108,37 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
     """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win.
 
     Raises:
-        ValueError: a key or value of the file is wrong; the message names the file, the key and the rule.
+        ValueError: a key or value is wrong; the message names the key and the rule.
         FileNotFoundError: no such file.
         SystemExit: code 2 after one line about a wrong option.
     """
-    parser = RecipeParser((DataArguments, SFTConfig, ModelConfig), prog="train_sft.py", allow_abbrev=False)
+    parser = RecipeParser((DataArguments, SFTConfig, ModelConfig), prog="train_sft.py")
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
     settings = read_recipe(recipe)
-    known = {item.name: item for kind in parser.dataclass_types for item in dataclasses.fields(kind) if item.init}
-    for key, value in settings.items():
-        if key not in known:
-            raise ValueError(f"{recipe}: {_unknown(str(key), known, 'unknown key')}")
-        if isinstance(value, list) and "list" not in str(known[key].type):
-            raise ValueError(f"{recipe}: {key}: expected one value, found the list {value}")
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    _check_recipe(recipe, settings, hints)
     parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
-    try:
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{recipe}: {error}") from error
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
     if unknown:
-        parser.error(_unknown(unknown[0].split("=")[0], known, "unexpected argument"))
+        parser.error(_unknown(unknown[0].split("=")[0], hints, "unexpected argument"))
     _check_settings(*parsed)
     return tuple(parsed)
+
+
+def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:
+    """Raise ValueError for a key that does not exist, or a list, mapping or nothing where one value belongs."""
+    for key, value in settings.items():
+        if key not in hints:
+            raise ValueError(f"{recipe}: {_unknown(str(key), hints, 'unknown key')}")
+        kinds = {get_origin(kind) or kind for kind in (hints[key], *get_args(hints[key]))}
+        if isinstance(value, list) and (list not in kinds or not all(isinstance(item, str) for item in value)):
+            raise ValueError(f"{recipe}: {key}: did not expect the list {value}")
+        if (value is None and type(None) not in kinds) or (isinstance(value, dict) and dict not in kinds):
+            raise ValueError(f"{recipe}: {key}: expected one value, found {value}")
 
 
 def read_recipe(path: Path) -> dict:
@@ -154,16 +182,17 @@ def _as_text(value):
 
 def _unknown(word: str, known: Iterable[str], what: str) -> str:
     """Say what to write instead of a key or an option that does not exist."""
-    key = word.lstrip("-").replace("-", "_")
-    what = "unknown option" if word.startswith("-") else what
+    key, is_option = word.lstrip("-").replace("-", "_"), word.startswith("-")
+    what = "unknown option" if is_option else what
     if key in RENAMED:
-        return f"{what} {word!r}; use {RENAMED[key]}"
+        lines = RENAMED[key].split(", ")
+        return f"{what} {word!r}; use " + " ".join(f"--{x.replace(':', '')}" if is_option else x for x in lines)
     near = difflib.get_close_matches(key, known, n=1)
     return f"{what} {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig) -> None:
-    """Raise ValueError for a setting that is missing, contradicts another, or would have no effect."""
+    """Raise ValueError for a setting that is missing, makes no sense, or would have no effect."""
     if data.dataset_path is None:
         raise ValueError("dataset_path: name the annotation file, the prepared folder or the Hub data set")
     if model.model_name_or_path is None:
@@ -174,9 +203,28 @@ def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig
         raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
-    for settings in (training, model):
+    for settings in (data, training, model):
         for setting in dataclasses.fields(settings):
-            found = getattr(settings, setting.name)
-            default = None if setting.name == "pad_to_multiple_of" else setting.default
-            if setting.name in WITHOUT_EFFECT and found != default:
-                raise ValueError(f"{setting.name}: would have no effect; {WITHOUT_EFFECT[setting.name]}")
+            _check_setting(setting, getattr(settings, setting.name))
+    if training.max_steps == 0:
+        raise ValueError("max_steps: expected a number above 0, or -1 to count epochs, found 0")
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
+    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
+        raise ValueError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or write none")
+
+
+def _check_setting(setting: dataclasses.Field, found) -> None:
+    name = setting.name
+    default = None if name == "pad_to_multiple_of" else setting.default  # "auto", which means None but on Trainium
+    if name in WITHOUT_EFFECT and found != default:
+        raise ValueError(f"{name}: would have no effect; {WITHOUT_EFFECT[name]}")
+    if (choices := setting.metadata.get("choices")) and found is not None and found not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {found!r}")
+    if name in AT_LEAST and found is not None and found < AT_LEAST[name]:
+        raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {found}")
+    if name in ABOVE_ZERO and found is not None and found <= 0:
+        raise ValueError(f"{name}: expected a number above 0, found {found}")
+    if name == "lora_dropout" and found >= 1:
+        raise ValueError(f"lora_dropout: expected a share below 1, found {found}")

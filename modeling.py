@@ -1,5 +1,7 @@
 """Which weights load, in which precision, which of them train, and the checks that it is really so."""
 
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
@@ -85,6 +87,8 @@ def load_model(
     device = PartialState().device
     dtype = resolve_dtype(dtype, device)
     config = quantization_config(dtype, double_quant=double_quant) if quantization else None
+    if (Path(model_name_or_path) / "adapter_config.json").is_file():
+        raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
@@ -92,6 +96,8 @@ def load_model(
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
+    except ImportError as error:
+        raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
     check_quantized(model, quantized=quantization is not None)
     if device.type == "cpu":
         _keep_trainable_on_cpu(model)
@@ -193,16 +199,19 @@ def count_trainable(model: torch.nn.Module) -> dict[str, int]:
     return counts
 
 
-def check_trainable(
-    model: torch.nn.Module, *, train_vision: bool, train_merger: bool, target_modules: list[str] | None = None
-) -> None:
-    """Raise ValueError unless exactly what was asked for trains: LoRA weights, in the parts and layers named."""
+def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> None:
+    """Raise ValueError for a name in `lora_target_modules` that no linear layer of the language model has."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    known = {name.rsplit(".", 1)[1] for name in linear if name.startswith(LANGUAGE_LAYERS)}
+    if unknown := set(target_modules or DEFAULT_TARGETS) - known:
+        raise ValueError(f"lora_target_modules: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
+
+
+def check_trainable(model: torch.nn.Module, *, train_vision: bool, train_merger: bool) -> None:
+    """Raise ValueError unless exactly what was asked for trains: LoRA weights, in the parts that were named."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if stray := [name for name in trainable if "lora_" not in name]:
         raise ValueError(f"{len(stray)} trainable weights are not LoRA's, the first is {stray[0]}")
-    for target in target_modules or DEFAULT_TARGETS:
-        if not any(LANGUAGE_LAYERS in name and f".{target}.lora_" in name for name in trainable):
-            raise ValueError(f"lora_target_modules: no layer of the language model is called {target!r}")
     asked = {"language model": True, "vision tower": train_vision, "merger": train_merger, "other": False}
     for part, count in count_trainable(model).items():
         if bool(count) != asked[part]:

@@ -11,22 +11,23 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from cli import OneLineParser, run
+from cli import OneLineParser, positive_int, run
 
 import torch
 from datasets import disable_progress_bars
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
+from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from collator import collate_prompts
 from data_prep import load_splits
-from data_prep.records import IMAGE_MARKER, normalise_messages
+from data_prep.images import probe_image
+from data_prep.records import IMAGE_MARKER, FieldError, normalise_messages
 from hub import RUN_FACTS
 from modeling import load_model, load_processor
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     answers = parser.add_argument_group("answers")
     answers.add_argument("--out", type=Path, help="JSON Lines file (default: print to the screen)")
-    answers.add_argument("--batch-size", type=int, default=8)
-    answers.add_argument("--max-new-tokens", type=int, default=128)
+    answers.add_argument("--batch-size", type=positive_int, default=8)
+    answers.add_argument("--max-new-tokens", type=positive_int, default=128)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     disable_progress_bars()  # of datasets' own bookkeeping
     examples = load_examples(args)
+    if args.adapter:
+        read_adapter_config(args.adapter)
     processor = load_processor(args.adapter or args.base, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     model = load_answering_model(args)
     rows = answer_all(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
@@ -80,6 +83,10 @@ def load_examples(args: argparse.Namespace) -> list[dict]:
         raise ValueError("name an adapter (--adapter), or a base model to ask alone (--base)")
     if (args.dataset is None) == (not args.image):
         raise ValueError("name either images (--image, with --question) or a prepared data set (--dataset)")
+    if args.dataset is not None and args.question:
+        raise ValueError("--question: a prepared data set brings its own questions")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out: {args.out} is a folder, expected a file")
     if args.dataset is not None:
         return examples_of_split(args.dataset, args.split, args.image_dir)
     if not args.question:
@@ -111,15 +118,22 @@ def examples_of_images(paths: list[Path], question: str) -> list[dict]:
         return [_question_about(paths, question)]
     if len(paths) > 1:
         raise ValueError(f"--image: {folders[0]} is a folder; name one folder, or files")
-    found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in suffixes)
     if not found:
-        raise ValueError(f"--image: no images in {folders[0]} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"--image: no file in {folders[0]} is named like an image")
     return [_question_about([path], question) for path in found]
 
 
 def _question_about(paths: list[Path], question: str) -> dict:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]
-    messages = normalise_messages(turns, list(paths), field="--question")[:-1]
+    for path in paths:
+        if isinstance(reason := probe_image(path), str):
+            raise ValueError(f"--image: {path}: {reason}")
+    try:
+        messages = normalise_messages(turns, list(paths), field="--question", names=["--question", "answer"])[:-1]
+    except FieldError as error:
+        raise ValueError(str(error)) from error
     return {"id": ", ".join(path.name for path in paths), "images": [str(p) for p in paths], "messages": messages}
 
 
@@ -127,12 +141,15 @@ def load_answering_model(args: argparse.Namespace) -> PreTrainedModel | PeftMode
     """Load the base model, as it was in training unless the options say otherwise, and the adapter on it."""
     base = args.base or read_adapter_config(args.adapter).base_model_name_or_path
     model = load_model(base, **loading_settings(args))
-    # Greedy means the likeliest token; generate() would mix in the family's own defaults, which penalise repeated ones.
+    # Greedy means the likeliest token; generate() would mix in the family's defaults, which penalise repeated ones.
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
     )
-    return (PeftModel.from_pretrained(model, args.adapter) if args.adapter else model).eval()
+    try:
+        return (PeftModel.from_pretrained(model, args.adapter) if args.adapter else model).eval()
+    except SafetensorError as error:
+        raise ValueError(f"--adapter: {args.adapter}: unreadable weights: {error}") from error
 
 
 def loading_settings(args: argparse.Namespace) -> dict:
@@ -164,7 +181,10 @@ def read_run_facts(adapter: str) -> dict:
     if not folder.is_dir():
         with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
             found = [Path(hf_hub_download(adapter, RUN_FACTS))]
-    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+    try:
+        return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+    except ValueError as error:
+        raise ValueError(f"{found[0]}: not JSON: {error}") from error
 
 
 def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_size: int, max_new_tokens: int):
@@ -195,9 +215,11 @@ def write_answers(rows, out: Path | None, *, total: int) -> None:
             print(row["prediction"] if total == 1 else f"{row['id']}: {row['prediction']}")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", encoding="utf-8") as file:
+    unfinished = out.with_name(out.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    unfinished.replace(out)
     print(f"{total} answers in {out}")
 
 

@@ -18,13 +18,14 @@ from transformers import ProcessorMixin, ProgressCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from callbacks import CurvesCallback, ProgressLine
-from checkpoints import choose_checkpoint
+from checkpoints import check_same_lora, choose_checkpoint, list_checkpoints
 from collator import VisionSFTCollator
 from config import DataArguments, parse_config
 from data_prep import load_splits
 from hub import RUN_FACTS, open_repository, push_adapter
 from modeling import (
     build_lora_config,
+    check_targets,
     check_trainable,
     count_trainable,
     load_model,
@@ -50,9 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     lengths = check_data(splits, processor, training_args)
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
+    if checkpoint is not None:
+        check_same_lora(Path(checkpoint), model.peft_config["default"].to_dict())
+    write_run_facts(model_args, Path(training_args.output_dir))
     trainer = build_trainer(model, processor, splits, training_args)
     say(*describe_run(trainer, lengths))
-    write_run_facts(model_args, Path(training_args.output_dir))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     say(f"adapter, processor, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
@@ -139,21 +142,20 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     """Load the base model and put LoRA on it, on what was asked for and on nothing else."""
     model = load_model(model_args.model_name_or_path, **loading_settings(model_args))
     targets = model_args.lora_target_modules
-    where = {
-        "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
-        "train_vision": not data_args.freeze_vision_encoder,
-        "train_merger": data_args.train_merger,
-    }
+    targets = [targets] if isinstance(targets, str) else targets  # ModelConfig unpacks a list of one
+    check_targets(model, targets)
+    parts = {"train_vision": not data_args.freeze_vision_encoder, "train_merger": data_args.train_merger}
     lora_config = build_lora_config(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
-        **where,
+        target_modules=targets,
+        **parts,
     )
     model = get_peft_model(model, lora_config)
-    check_trainable(model, **where)
+    check_trainable(model, **parts)
     return model
 
 
@@ -215,10 +217,18 @@ def mixed_precision(trainer: SFTTrainer) -> str:
 
 
 def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
-    """Note beside the adapter how its base model was loaded, so that predict.py can load it in the same way."""
+    """Note beside the adapter how its base model is loaded, so that predict.py can load it in the same way.
+
+    Raises:
+        ValueError: the checkpoints in the folder were made with another precision or revision.
+    """
+    path, facts = output_dir / RUN_FACTS, loading_settings(model_args)
+    if list_checkpoints(output_dir) and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := {key: (before.get(key), value) for key, value in facts.items() if before.get(key) != value}:
+            raise ValueError(f"output_dir: {output_dir} was trained on another base, (before, now): {changed}")
     if PartialState().is_main_process:
-        facts = json.dumps(loading_settings(model_args), indent=2)
-        (output_dir / RUN_FACTS).write_text(facts + "\n", encoding="utf-8")
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cli import OneLineParser, run
+from cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
@@ -34,13 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-error", choices=("fail", "drop"), default="fail",
         help="fail: list all problems and stop (default); drop: keep those records out, listed in rejected.jsonl",
     )  # fmt: skip
-    convert.add_argument("--workers", type=int, help="processes that decode images (default: all cores)")
+    convert.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
     convert.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
     convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def convert(args: argparse.Namespace) -> None:
+    args.out = args.out.resolve()
     _check_out(args.out, overwrite=args.overwrite)
     rejected: list = []
     splits = prepare_dataset(
@@ -55,12 +56,22 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
+    _check_writable(out)
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset_dict.json").is_file()):
         raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")
     if any(out.iterdir()) and not overwrite:
         raise ValueError(f"--out: {out} already holds a data set; choose another folder or add --overwrite")
+
+
+def _check_writable(out: Path) -> None:
+    """Find out before the images are decoded."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(out.name + ".unfinished").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to {out}: {error.strerror}") from error
 
 
 def _save(splits: DatasetDict, rejected: list, out: Path) -> None:

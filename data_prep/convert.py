@@ -1,5 +1,6 @@
 """An annotation file and an image folder become a `DatasetDict` of chat samples."""
 
+import difflib
 import logging
 import os
 from collections import Counter
@@ -13,8 +14,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
 from .images import probe_image, resolve_image
-from .records import DataError, FieldError, parse_record, read_annotations
-from .split import SPLITS, assign_splits
+from .records import READ_KEYS, DataError, parse_record, read_annotations, unread_keys
+from .split import SPLITS, assign_splits, check_fractions
 
 FEATURES = Features(
     {
@@ -48,12 +49,13 @@ class InvalidRecordsError(ValueError):
 
 @dataclass
 class Collected:
-    """What one annotation file holds: usable samples, errors, and the number of ids that had to be made unique."""
+    """What one annotation file holds: usable samples, errors, and what was renamed or not looked at."""
 
     samples: list[dict] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
     num_records: int = 0
     num_renamed: int = 0
+    unread: Counter = field(default_factory=Counter)
 
 
 def prepare_dataset(
@@ -89,6 +91,7 @@ def prepare_dataset(
     """
     if on_error not in ("fail", "drop"):
         raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
+    check_fractions(split)
     found = collect_samples(
         annotations, image_dir, format=format, num_workers=num_workers, show_progress=show_progress
     )
@@ -102,11 +105,15 @@ def prepare_dataset(
 
 
 def _mention(found: Collected, annotations) -> None:
-    """Nothing is kept out or renamed in silence."""
+    """Nothing is kept out, renamed or passed over in silence."""
     if found.errors:
         logger.warning("%s: %d of %d records kept out", annotations, len(found.errors), found.num_records)
     if found.num_renamed:
         logger.warning("%s: %d records repeat an id and were renamed, 'x' to 'x#2'", annotations, found.num_renamed)
+    for key, count in found.unread.most_common(5):
+        near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        logger.warning("%s: the key %r of %d records is not read%s", annotations, key, count, hint)
 
 
 def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
@@ -122,6 +129,8 @@ def collect_samples(
     """Parse every record and decode every image once; arguments as in `prepare_dataset`."""
     raw_records = read_annotations(annotations)
     root = _image_root(image_dir)
+    if root is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in raw_records):
+        raise ValueError(f"image_dir: {annotations} names images, and no image folder was given")
     found = Collected(num_records=len(raw_records))
     parsed = []
     for number, raw in enumerate(raw_records):
@@ -131,6 +140,7 @@ def collect_samples(
             parsed.append(sample)
         except DataError as error:
             found.errors.append(error)
+    found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
     sizes = _probe_images(parsed, num_workers, show_progress)
     for sample in parsed:
         try:
@@ -154,15 +164,13 @@ def _image_root(image_dir) -> Path | None:
 
 def _resolve_images(sample: dict, root: Path | None) -> list[Path]:
     try:
-        if sample["images"] and root is None:
-            raise ValueError(f"{sample['images'][0]!r} needs an image folder, and none was given")
         return [resolve_image(name, root) for name in sample["images"]]
     except ValueError as error:
         raise _image_error(sample, str(error)) from error
 
 
 def _image_error(sample: dict, reason: str) -> DataError:
-    return DataError(str(FieldError("images", reason)), record=sample["record"], sample_id=sample["id"])
+    return DataError(f"image {reason}", record=sample["record"], sample_id=sample["id"])
 
 
 def _probe_images(samples: list[dict], num_workers: int | None, show_progress: bool) -> dict[Path, tuple | str]:

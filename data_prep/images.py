@@ -89,11 +89,14 @@ def resolve_image(name: str, image_dir: Path) -> Path:
     Raises:
         ValueError: the name is an address, or leads out of the folder.
     """
+    shown = repr(name if len(name) <= 100 else name[:100] + "...")
     if "://" in name or name.startswith("data:"):
-        raise ValueError(f"{name!r} is an address, expected a path inside {image_dir}")
+        raise ValueError(f"{shown} is an address, expected a path inside {image_dir}")
+    if "\0" in name:
+        raise ValueError(f"{shown} holds a NUL character")
     path = (image_dir / name).resolve()
     if not path.is_relative_to(image_dir):
-        raise ValueError(f"{name!r} leads out of the image folder {image_dir}")
+        raise ValueError(f"{shown} leads out of the image folder {image_dir}")
     return path
 
 

@@ -26,7 +26,7 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
     """
     path = Path(dataset_path)
     if image_dir is not None and not path.is_file():
-        raise ValueError(f"image_dir: goes with an annotation file, and dataset_path {dataset_path!r} is not a file")
+        raise ValueError(f"image_dir: goes with an annotation file, and {dataset_path!r} is not a file")
     if path.is_file():
         splits = prepare_dataset(path, image_dir, show_progress=show_progress)
     elif path.is_dir():
@@ -34,18 +34,18 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
     elif HUB_ID.fullmatch(dataset_path) and path.suffix not in (".json", ".jsonl"):
         splits = _load_hub(dataset_path)
     else:
-        raise FileNotFoundError(f"dataset_path: {dataset_path!r} is no file, no folder and no Hub data set id")
+        raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
     return splits.cast_column("images", List(Image(decode=False)))
 
 
 def _load_folder(path: Path) -> DatasetDict:
     if not (path / "dataset_dict.json").is_file():
         hint = "pass the annotation file, or prepare it with `python -m data_prep convert`"
-        raise ValueError(f"dataset_path: {path} is not a prepared data set (no dataset_dict.json): {hint}")
+        raise ValueError(f"{path} is not a prepared data set (no dataset_dict.json): {hint}")
     splits = load_from_disk(str(path))
     for name, dataset in splits.items():
         if missing := set(FEATURES) - set(dataset.column_names):
-            raise ValueError(f"dataset_path: split {name!r} of {path} lacks the columns {sorted(missing)}")
+            raise ValueError(f"split {name!r} of {path} lacks the columns {sorted(missing)}")
     return splits
 
 
@@ -53,7 +53,7 @@ def _load_hub(dataset_id: str) -> DatasetDict:
     try:
         splits = load_dataset(dataset_id)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise FileNotFoundError(f"dataset_path: {dataset_id!r} is no local path, and the Hub says: {error}") from error
+        raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}") from error
     return DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
 
 

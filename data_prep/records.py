@@ -10,6 +10,7 @@ IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
 # The key that gives a format away. ShareGPT files use either of the first two.
 FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "question"}
+READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", "label", "group", "skin_type"}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
@@ -94,6 +95,8 @@ def _read_lines(path: Path, text: str) -> Iterator:
             continue
         try:
             yield json.loads(line, parse_constant=_refuse_constant)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
 
@@ -130,9 +133,22 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
         raise DataError(f"expected an object, found {_describe(raw)}", record=record)
     sample_id = str(raw["id"]) if isinstance(raw.get("id"), str | int) else None
     try:
+        _check_record(raw)
         return {"record": record, "id": sample_id or _content_id(raw), **_parse_fields(raw, format)}
     except FieldError as error:
         raise DataError(str(error), record=record, sample_id=sample_id) from error
+
+
+def _check_record(raw: dict) -> None:
+    for key in ("video", "videos"):
+        if raw.get(key):
+            raise FieldError(key, "videos are not supported")
+    if not isinstance(raw.get("id"), str | int | None) or isinstance(raw.get("id"), bool):
+        raise FieldError("id", f"expected a text or a whole number, found {_describe(raw['id'])}")
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FieldError("text", f"half of a character pair, {error.object[error.start]!r}") from error
 
 
 def _content_id(raw: dict) -> str:
@@ -141,17 +157,22 @@ def _content_id(raw: dict) -> str:
 
 
 def _parse_fields(raw: dict, format: str | None) -> dict:
-    for key in ("video", "videos"):
-        if raw.get(key):
-            raise FieldError(key, "videos are not supported")
     format = format or _recognise(raw)
     images = _image_paths(raw)
     if format == "flat":
-        turns = [{"role": "user", "content": raw.get("question")}, {"role": "assistant", "content": raw.get("answer")}]
+        names = ["question", "answer"]
+        turns = [
+            {"role": role, "content": raw.get(key)} for role, key in zip(("user", "assistant"), names, strict=True)
+        ]
     else:
-        turns = raw.get(FORMAT_KEYS[format])
-    messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format])
+        names, turns = None, raw.get(FORMAT_KEYS[format])
+    messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
     return {"images": images, "messages": messages, **{k: _text(raw, k) for k in ("label", "group", "skin_type")}}
+
+
+def unread_keys(raw: dict) -> list[str]:
+    """Return a record's keys that `parse_record` does not look at, such as misspelt ones."""
+    return [key for key in raw if key not in READ_KEYS]
 
 
 def _recognise(raw: dict) -> str:
@@ -186,7 +207,9 @@ def _text(raw: dict, field: str) -> str | None:
     return str(value).strip() or None
 
 
-def normalise_messages(turns, images: list, *, system=None, field: str = "messages") -> list[dict]:
+def normalise_messages(
+    turns, images: list, *, system=None, field: str = "messages", names: list[str] | None = None
+) -> list[dict]:
     """Return `[{role, content}]` with checked roles, order, texts and `<image>` markers.
 
     Args:
@@ -194,13 +217,15 @@ def normalise_messages(turns, images: list, *, system=None, field: str = "messag
         images: the sample's images; a path inside a typed block is appended to it.
         system: optional text of a system turn, put first.
         field: name of the field, for the error.
+        names: name of each turn, for the error; the field's with the turn's number when None.
 
     Raises:
         FieldError: what is wrong with it.
     """
     if not isinstance(turns, list) or not turns:
         raise FieldError(field, f"expected a list of turns, found {_describe(turns)}")
-    messages = [_turn(turn, position, images, field) for position, turn in enumerate(turns)]
+    names = names or [f"{field}[{position}]" for position in range(len(turns))]
+    messages = [_turn(turn, images, name) for turn, name in zip(turns, names, strict=True)]
     if system is not None:
         if not isinstance(system, str):
             raise FieldError("system", f"expected a text, found {_describe(system)}")
@@ -212,19 +237,17 @@ def normalise_messages(turns, images: list, *, system=None, field: str = "messag
     return messages
 
 
-def _turn(turn, position: int, images: list, field: str) -> dict:
+def _turn(turn, images: list, name: str) -> dict:
     if not isinstance(turn, dict):
-        raise FieldError(f"{field}[{position}]", f"expected an object, found {_describe(turn)}")
+        raise FieldError(name, f"expected an object, found {_describe(turn)}")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise FieldError(f"{field}[{position}]", f"role {role!r} is not one of {', '.join(ROLES)}")
+        raise FieldError(name, f"role {role!r} is not one of {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
-        content = "".join(_block(block, images, f"{field}[{position}]") for block in content)
+        content = "".join(_block(block, images, name) for block in content)
     if not isinstance(content, str) or not content.strip():
-        raise FieldError(
-            f"{field}[{position}]", f"the {ROLES[role]}'s text is {_describe(content)}, expected some text"
-        )
+        raise FieldError(name, f"expected some text, found {_describe(content)}")
     # An answer that starts with a newline would merge with the newline before it into another token.
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
 

@@ -53,12 +53,12 @@ def test_all_problems_are_collected_and_raised_once(write_records):
         prepare_dataset(path, images, **ALL_TRAIN)
     reasons = {e.record: e.reason for e in error.value.errors}
     assert "a.json: 7 of 8 records cannot be used" in str(error.value)
-    assert reasons[1] == "field 'images': 'gone.jpg': no such file"
+    assert reasons[1] == "image 'gone.jpg': no such file"
     assert "'../a.json' leads out of the image folder" in reasons[2]
     assert "'http://x/y.jpg' is an address" in reasons[3]
-    assert "the assistant's text is null" in reasons[4]
-    assert reasons[5] == "field 'images': 'empty.jpg': the file is empty (zero bytes)"
-    assert reasons[6] == "field 'images': 'text.jpg': not an image"
+    assert reasons[4] == "field 'answer': expected some text, found null"
+    assert reasons[5] == "image 'empty.jpg': the file is empty (zero bytes)"
+    assert reasons[6] == "image 'text.jpg': not an image"
     assert "'cut.jpg': broken image: image file is truncated" in reasons[7]
 
 
@@ -66,14 +66,14 @@ def test_one_problem_is_one_line(write_records):
     path, images = write_records([flat("gone.jpg", id="ham_0031")])
     with pytest.raises(InvalidRecordsError) as error:
         prepare_dataset(path, images, **ALL_TRAIN)
-    assert str(error.value) == f"{path}: record 0 (id 'ham_0031'), field 'images': 'gone.jpg': no such file"
+    assert str(error.value) == f"{path}: record 0 (id 'ham_0031'), image 'gone.jpg': no such file"
 
 
 def test_a_missing_image_folder_is_named(write_records):
     path, images = write_records([flat("red.jpg", id="x")])
     with pytest.raises(FileNotFoundError, match=r"image_dir: no folder .*nowhere"):
         prepare_dataset(path, images / "nowhere", **ALL_TRAIN)
-    with pytest.raises(InvalidRecordsError, match=r"'red\.jpg' needs an image folder, and none was given"):
+    with pytest.raises(ValueError, match=r"a\.json names images, and no image folder was given"):
         prepare_dataset(path, None, **ALL_TRAIN)
 
 
@@ -90,6 +90,13 @@ def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):
     path, images = write_records([flat("red.jpg", id="a"), flat("blue.jpg", id="a"), flat("red.jpg", id="a#2")])
     assert prepare_dataset(path, images, **ALL_TRAIN)["train"]["id"] == ["a", "a#3", "a#2"]
     assert "1 records repeat an id" in caplog.text
+
+
+def test_keys_that_nobody_reads_are_said(write_records, caplog):
+    path, images = write_records([{"imgae": "red.jpg", "Label": "nevus", "question": "a", "answer": "b"}])
+    prepare_dataset(path, images, **ALL_TRAIN)
+    assert "the key 'imgae' of 1 records is not read; did you mean 'image'?" in caplog.text
+    assert "the key 'Label' of 1 records is not read; did you mean 'label'?" in caplog.text
 
 
 def test_the_split_depends_on_ids_and_seed_alone():
@@ -133,7 +140,7 @@ def test_convert_lists_what_it_dropped(write_records, tmp_path, capsys):
     convert(path, images, tmp_path / "out", "--on-error", "drop")
     assert "rejected 1 records" in capsys.readouterr().out
     row = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert row == {"record": 1, "id": "b", "reason": "field 'images': 'gone.jpg': no such file"}
+    assert row == {"record": 1, "id": "b", "reason": "image 'gone.jpg': no such file"}
 
 
 def test_convert_never_overwrites_unasked(write_records, tmp_path):
@@ -154,6 +161,9 @@ def test_the_command_ends_with_one_line_and_exit_code(write_records, tmp_path):
     wrong = subprocess.run([*command, "--formt", "llava"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "--formt" in wrong.stderr
+    unwritable = subprocess.run([*command[:-1], "/proc/x/o", "--images", images], capture_output=True, text=True)
+    assert (unwritable.returncode, unwritable.stderr.count("\n")) == (1, 1)
+    assert unwritable.stderr.startswith("error: --out: cannot write to /proc/x/o")
 
 
 def test_data_prep_needs_no_torch():
@@ -163,7 +173,7 @@ def test_data_prep_needs_no_torch():
 
 def test_load_splits_says_what_a_path_is_not(write_records, tmp_path):
     _, images = write_records([flat("red.jpg")])
-    with pytest.raises(FileNotFoundError, match="is no file, no folder and no Hub data set id"):
+    with pytest.raises(FileNotFoundError, match="no file, no folder and no Hub data set id"):
         load_splits(str(tmp_path / "gone.json"))
     with pytest.raises(ValueError, match="is not a prepared data set"):
         load_splits(str(images))

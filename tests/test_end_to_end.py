@@ -66,7 +66,7 @@ def test_an_error_is_one_line_and_the_launcher_can_be_told_to_add_nothing(tiny_b
     direct = call(sys.executable, "train_sft.py", *train_args(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
     assert direct.returncode == 1
     [line] = direct.stderr.splitlines()
-    assert line.startswith("error: dataset_path: ") and "nothing.json" in line
+    assert line.startswith("error: no data at ") and "nothing.json" in line
     script, *args = train_command(tiny_base, tmp_path / "nothing.json", tmp_path / "run")[2:]
     launched = call(*ACCELERATE, "--quiet", "--num_processes", "1", script, *args)
     assert launched.returncode == 1

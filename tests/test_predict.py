@@ -1,6 +1,7 @@
 """Asking a trained adapter: about files, a folder, a split; alone, in batches, without the adapter."""
 
 import json
+import shutil
 
 from cli import run
 
@@ -128,16 +129,48 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         (["--adapter", "x"], "name either images (--image, with --question) or a prepared data set"),
         (["--adapter", "x", "--image", "Makefile"], "--question: what should be asked"),
         (["--adapter", "x", "--image", "/nowhere.jpg", "--question", "?"], "--image: no file or folder /nowhere.jpg"),
-        (["--adapter", "x", "--image", "configs", "--question", "?"], "--image: no images in configs"),
+        (
+            ["--adapter", "x", "--image", "configs", "--question", "?"],
+            "--image: no file in configs is named like an image",
+        ),
         (["--adapter", "x", "--image", "tests", "--image", "configs", "--question", "?"], "name one folder, or files"),
-        (["--adapter", "x", "--image", "Makefile", "--question", "a<image><image>"], "2 <image> marker(s) for 1"),
-        (["--adapter", "/nowhere", "--image", "Makefile", "--question", "?"], "no processor in '/nowhere'"),
+        (["--adapter", "x", "--image", "Makefile", "--question", "?"], "--image: Makefile: not an image"),
+        (["--adapter", "x", "--dataset", "x", "--question", "?"], "--question: a prepared data set brings its own"),
+        (["--base", "x", "--image", "Makefile", "--question", "?", "--out", "tests"], "--out: tests is a folder"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(capsys, options, message):
     assert run(lambda: predict.main(options)) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+def test_markers_in_a_question_must_fit_the_images(adapter, demo_raw, capsys):
+    image = str(demo_raw / "images" / "0001.jpg")
+    question = ["--image", image, "--question", "a<image><image>"]
+    assert run(lambda: predict.main(["--adapter", str(adapter), *question])) == 1
+    assert "2 <image> marker(s) for 1 image(s)" in capsys.readouterr().err
+
+
+def test_a_missing_or_broken_adapter_is_named(adapter, demo_raw, tmp_path, capsys):
+    question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    assert run(lambda: predict.main(["--adapter", "/nowhere", *question])) == 1
+    assert "--adapter: no adapter in '/nowhere'" in capsys.readouterr().err
+    shutil.copytree(adapter, tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    assert run(lambda: predict.main(["--adapter", str(tmp_path / "broken"), *question])) == 1
+    assert "unreadable weights" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_answers_replace_a_file_only_when_all_are_there(adapter, demo_data, tmp_path):
+    out = tmp_path / "old.jsonl"
+    out.write_text("kept")
+    options = ["--adapter", str(adapter), "--dataset", str(demo_data), "--out", str(out)]
+    assert run(lambda: predict.main([*options, "--split", "dev"])) == 1
+    assert out.read_text() == "kept"
+    predict.main(options)
+    assert len(rows_of(out)) == 4
+    assert not (tmp_path / "old.jsonl.unfinished").exists()
 
 
 def test_a_split_that_is_not_there_is_named(adapter, demo_data, capsys):

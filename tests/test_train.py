@@ -235,7 +235,7 @@ def test_a_push_without_a_token_ends_before_training(tiny_base, demo_data, tmp_p
 
 
 ERRORS = {
-    "no such data": ({"dataset_path": "/nowhere/a.json"}, "is no file, no folder and no Hub data set id"),
+    "no such data": ({"dataset_path": "/nowhere/a.json"}, "no file, no folder and no Hub data set id"),
     "data is a plain folder": ({"dataset_path": "tests"}, "is not a prepared data set"),
     "image folder without a file": ({"image_dir": "tests"}, "image_dir: goes with an annotation file"),
     "no such model": ({"model_name_or_path": "/nowhere"}, "no processor in '/nowhere', neither a folder"),
@@ -244,7 +244,7 @@ ERRORS = {
     "samples too long": ({"max_length": 20}, "max_length: 4 of 4 validation samples are over 20 tokens"),
     "limits the wrong way round": ({"max_pixels": 784}, "min_pixels 12544 is above max_pixels 784"),
     "fp16 on a CPU": ({"fp16": "true"}, "fp16: needs a GPU"),
-    "no such layer": ({"lora_target_modules": "qproj"}, "qproj"),
+    "no such layer": ({"lora_target_modules": "("}, "lora_target_modules: ( not among down_proj, gate_proj"),
 }
 
 
@@ -266,6 +266,24 @@ def test_a_data_set_without_validation_is_refused_unless_evaluation_is_off(tiny_
     assert run(lambda: train_sft.main(args)) == 1
     assert "has no validation split; set eval_strategy: no" in capsys.readouterr().err
     assert run(lambda: train_sft.main([*args, "--eval_strategy", "no"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_r": 8}, "r was 4 and is 8 now; keep the LoRA settings to go on"),
+        ({"lora_alpha": 64}, "lora_alpha was 32 and is 64 now"),
+        ({"freeze_vision_encoder": "false"}, "target_modules was"),
+        ({"load_in_4bit": "false"}, "was trained on another base, (before, now): {'quantization': ('nf4', None)}"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_adapter_or_base(tiny_base, demo_data, tmp_path, capsys, settings, message):
+    train(tiny_base, demo_data, tmp_path)
+    before = (tmp_path / "run.json").read_text()
+    args = train_args(tiny_base, demo_data, tmp_path, **{"max_steps": 6, **settings})
+    assert run(lambda: train_sft.main(args)) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "run.json").read_text() == before
 
 
 def test_auto_passes_over_a_broken_checkpoint_and_a_fresh_start_needs_a_fresh_folder(
