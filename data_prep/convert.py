@@ -129,13 +129,13 @@ def collect_samples(
     """Parse every record and decode every image once; arguments as in `prepare_dataset`."""
     raw_records = read_annotations(annotations)
     root = _image_root(image_dir)
-    if root is None and any(isinstance(raw, dict) and (raw.get("image") or raw.get("images")) for raw in raw_records):
-        raise ValueError(f"image_dir: {annotations} names images, and no image folder was given")
     found = Collected(num_records=len(raw_records))
     parsed = []
     for number, raw in enumerate(raw_records):
         try:
             sample = parse_record(raw, number, format=format)
+            if sample["images"] and root is None:
+                raise ValueError(f"image_dir: {annotations} names images, and no image folder was given")
             sample["images"] = _resolve_images(sample, root)
             parsed.append(sample)
         except DataError as error:
