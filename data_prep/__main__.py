@@ -6,12 +6,15 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
-from data_prep.convert import prepare_dataset
+from data_prep.balance import MODES
+from data_prep.check import ERRORS, KINDS, count_findings
+from data_prep.convert import Prepared, prepare
 from data_prep.records import FORMATS
 
 EXAMPLE = "example: python -m data_prep convert --annotations formatted_dataset.json --images images --out data/skin"
@@ -34,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-error", choices=("fail", "drop"), default="fail",
         help="fail: list all problems and stop (default); drop: keep those records out, listed in rejected.jsonl",
     )  # fmt: skip
+    convert.add_argument(
+        "--balance", choices=tuple(MODES), default="none",
+        help="draw rare labels more often in training: full evens the labels out, sqrt goes half the way",
+    )  # fmt: skip
     convert.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
     convert.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
     convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -43,15 +50,20 @@ def build_parser() -> argparse.ArgumentParser:
 def convert(args: argparse.Namespace) -> None:
     args.out = args.out.resolve()
     _check_out(args.out, overwrite=args.overwrite)
-    rejected: list = []
-    splits = prepare_dataset(
-        args.annotations, args.images, split=tuple(args.split), seed=args.seed, on_error=args.on_error,
-        format=args.format, num_workers=args.workers, on_rejected=rejected.extend,
-    )  # fmt: skip
-    _save(splits, rejected, args.out)
-    print(_summary(splits))
-    if rejected:
-        print(f"rejected {len(rejected)} records, each with its reason in {args.out / 'rejected.jsonl'}")
+    with TemporaryDirectory(dir=args.out.parent) as clean:
+        prepared = prepare(
+            args.annotations, args.images, split=tuple(args.split), seed=args.seed, on_error=args.on_error,
+            format=args.format, balance=args.balance, num_workers=args.workers, clean_dir=Path(clean),
+        )  # fmt: skip
+        _save(prepared, args.out)
+    print(_summary(prepared.splits))
+    for kind, count in count_findings(prepared.findings).items():
+        print(f"{'error' if kind in ERRORS else 'found':<11}{count:>7} {KINDS[kind]}")
+    if args.balance != "none":
+        counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
+        print(f"an epoch draws, balanced by {args.balance}: {counts}")
+    if prepared.errors:
+        print(f"rejected {len(prepared.errors)} records, each with its reason in {args.out / 'rejected.jsonl'}")
     print(f"written to {args.out}")
 
 
@@ -74,14 +86,16 @@ def _check_writable(out: Path) -> None:
         raise ValueError(f"--out: cannot write to {out}: {error.strerror}") from error
 
 
-def _save(splits: DatasetDict, rejected: list, out: Path) -> None:
+def _save(prepared: Prepared, out: Path) -> None:
     """Write beside `out` first, so that an interrupted run leaves no half of a data set under its name."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    splits.save_to_disk(str(unfinished))
-    if rejected:
+    prepared.splits.save_to_disk(str(unfinished))
+    findings = "".join(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n" for finding in prepared.findings)
+    (unfinished / "findings.jsonl").write_text(findings, encoding="utf-8")
+    if prepared.errors:
         with (unfinished / "rejected.jsonl").open("w", encoding="utf-8") as file:
-            for error in rejected:
+            for error in prepared.errors:
                 row = {"record": error.record, "id": error.sample_id, "reason": error.reason}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if out.exists():

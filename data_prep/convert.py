@@ -1,40 +1,43 @@
-"""An annotation file and an image folder become a `DatasetDict` of chat samples."""
+"""Annotation files and image folders become a checked, split `DatasetDict` of chat samples."""
 
 import difflib
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from tqdm import tqdm
 
-from .images import probe_image, resolve_image
+from . import check
+from .balance import effective_counts, sampling_weights
+from .duplicates import near_pairs
+from .images import ImageFacts, clean_copy, inspect_image, resolve_image
 from .records import READ_KEYS, DataError, parse_record, read_annotations, unread_keys
-from .split import SPLITS, assign_splits, check_fractions
+from .split import SPLITS, assign_splits, check_fractions, join_groups
 
 FEATURES = Features(
     {
         "id": Value("string"),
         "images": List(Image()),
         "messages": List({"role": Value("string"), "content": Value("string")}),
-        "label": Value("string"),
-        "group": Value("string"),
-        "skin_type": Value("string"),
+        **{name: Value("string") for name in ("label", "group", "skin_type", "age", "sex", "site", "source")},
         "image_sizes": List(List(Value("int32"), length=2)),
+        "weight": Value("float32"),
     }
 )
 MAX_LISTED = 20
+GIVEN_SPLITS = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation", "dev": "validation"}
 
 logger = logging.getLogger(__name__)
 
 
 class InvalidRecordsError(ValueError):
-    """All the records of one file that cannot be used, in the order of the file."""
+    """All the records of one source that cannot be used, in the order of the file."""
 
     def __init__(self, source: str | Path, errors: list[DataError], num_records: int):
         self.errors = errors
@@ -48,8 +51,25 @@ class InvalidRecordsError(ValueError):
 
 
 @dataclass
+class Prepared:
+    """What `prepare` made.
+
+    Attributes:
+        splits: the data set.
+        findings: everything that the checks found.
+        errors: the records that were kept out.
+        effective: how many samples of each label an epoch draws from the training split on average.
+    """
+
+    splits: DatasetDict
+    findings: list[check.Finding]
+    errors: list[DataError]
+    effective: dict[str | None, float]
+
+
+@dataclass
 class Collected:
-    """What one annotation file holds: usable samples, errors, and what was renamed or not looked at."""
+    """What one source holds: usable samples, errors, and what was renamed or not looked at."""
 
     samples: list[dict] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
@@ -58,7 +78,12 @@ class Collected:
     unread: Counter = field(default_factory=Counter)
 
 
-def prepare_dataset(
+def prepare_dataset(annotations: str | os.PathLike, image_dir: str | os.PathLike | None, **options) -> DatasetDict:
+    """Return `prepare(...).splits`: a `DatasetDict` of `train`, `validation` and `test`."""
+    return prepare(annotations, image_dir, **options).splits
+
+
+def prepare(
     annotations: str | os.PathLike,
     image_dir: str | os.PathLike | None,
     *,
@@ -66,24 +91,28 @@ def prepare_dataset(
     seed: int = 42,
     on_error: str = "fail",
     format: str | None = None,
+    balance: str = "none",
     num_workers: int | None = None,
     show_progress: bool = True,
-    on_rejected: Callable[[list[DataError]], None] | None = None,
-) -> DatasetDict:
-    """Read an annotation file and its images into a `DatasetDict` of `train`, `validation` and `test`.
+    clean_dir: Path | None = None,
+) -> Prepared:
+    """Read an annotation file and its images, check them, and split them without leaks.
 
-    A split that no sample falls into is left out.
+    Samples that share a group, an image, or copies of an image stay in one split. A split that no sample falls into is
+    left out.
 
     Args:
         annotations: JSON array or JSON Lines file.
         image_dir: folder that the records' image paths start from; None when no record has an image.
-        split: shares of train, validation and test.
+        split: shares of train, validation and test, for the samples that name no split of their own.
         seed: of the split; the same ids and seed give the same split in any order of the records.
         on_error: "fail" raises with every problem found, "drop" keeps those records out.
         format: one of `records.FORMATS`; recognised record by record when None.
+        balance: how training samples are weighted, see `balance.sampling_weights`.
         num_workers: processes that decode images; all cores when None.
         show_progress: show a progress bar.
-        on_rejected: with "drop", called once with the errors of the records that were kept out.
+        clean_dir: folder for copies of the images that carry private metadata, without it; the data set names those
+            copies. None leaves all images as they are, which is right as long as they are not embedded anywhere.
 
     Raises:
         InvalidRecordsError: on_error is "fail" and a record cannot be used.
@@ -92,64 +121,46 @@ def prepare_dataset(
     if on_error not in ("fail", "drop"):
         raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
     check_fractions(split)
-    found = collect_samples(
-        annotations, image_dir, format=format, num_workers=num_workers, show_progress=show_progress
-    )
+    found = read_source(Path(annotations), image_dir, format=format)
+    facts = inspect_images(found, num_workers=num_workers, show_progress=show_progress)
+    found.num_renamed = _make_ids_unique(found.samples)
     if found.errors and (on_error == "fail" or not found.samples):
         raise InvalidRecordsError(annotations, found.errors, found.num_records)
     _mention(found, annotations)
-    if on_rejected is not None:
-        on_rejected(found.errors)
-    splits = assign_splits([sample["id"] for sample in found.samples], split, seed=seed)
-    return DatasetDict({name: _build(found.samples, splits, name) for name in SPLITS if name in splits})
-
-
-def _mention(found: Collected, annotations) -> None:
-    """Nothing is kept out, renamed or passed over in silence."""
-    if found.errors:
-        logger.warning("%s: %d of %d records kept out", annotations, len(found.errors), found.num_records)
-    if found.num_renamed:
-        logger.warning("%s: %d records repeat an id and were renamed, 'x' to 'x#2'", annotations, found.num_renamed)
-    for key, count in found.unread.most_common(5):
-        near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        logger.warning("%s: the key %r of %d records is not read%s", annotations, key, count, hint)
-
-
-def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
-    rows = [
-        {key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name
+    picture_of, copies = find_copies(facts)
+    groups = _groups(found.samples, picture_of)
+    splits = _splits(found.samples, groups, split, seed)
+    findings = [
+        *check.check_records(found.errors),
+        *check.check_texts(found.samples),
+        *check.check_images(found.samples, facts),
+        *check.check_copies(found.samples, *copies),
+        *check.check_labels(found.samples, picture_of),
+        *check.check_splits(found.samples, groups, splits),
     ]
-    return Dataset.from_list(rows, features=FEATURES)
+    effective = _set_weights(found.samples, splits, balance)
+    if clean_dir is not None:
+        _clean_images(found.samples, facts, clean_dir)
+    built = {name: _build(found.samples, splits, name) for name in SPLITS if name in splits}
+    return Prepared(DatasetDict(built), findings, found.errors, effective)
 
 
-def collect_samples(
-    annotations, image_dir, *, format: str | None = None, num_workers: int | None = None, show_progress: bool = True
-) -> Collected:
-    """Parse every record and decode every image once; arguments as in `prepare_dataset`."""
+def read_source(annotations: Path, image_dir, *, format: str | None = None) -> Collected:
+    """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them."""
     raw_records = read_annotations(annotations)
     root = _image_root(image_dir)
     found = Collected(num_records=len(raw_records))
-    parsed = []
     for number, raw in enumerate(raw_records):
         try:
             sample = parse_record(raw, number, format=format)
             if sample["images"] and root is None:
                 raise ValueError(f"image_dir: {annotations} names images, and no image folder was given")
-            sample["images"] = _resolve_images(sample, root)
-            parsed.append(sample)
-        except DataError as error:
-            found.errors.append(error)
-    found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
-    sizes = _probe_images(parsed, num_workers, show_progress)
-    for sample in parsed:
-        try:
-            _attach_sizes(sample, sizes, root)
+            sample["files"], sample["source"] = sample["images"], annotations.stem
+            sample["images"] = [_resolve(sample, name, root) for name in sample["files"]]
             found.samples.append(sample)
         except DataError as error:
             found.errors.append(error)
-    found.errors.sort(key=lambda error: error.record)
-    found.num_renamed = _make_ids_unique(found.samples)
+    found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
     return found
 
 
@@ -162,40 +173,43 @@ def _image_root(image_dir) -> Path | None:
     return root
 
 
-def _resolve_images(sample: dict, root: Path | None) -> list[Path]:
+def _resolve(sample: dict, name: str, root: Path) -> str:
     try:
-        return [resolve_image(name, root) for name in sample["images"]]
+        return str(resolve_image(name, root))
     except ValueError as error:
-        raise _image_error(sample, str(error)) from error
+        raise DataError(f"image {error}", record=sample["record"], sample_id=sample["id"]) from error
 
 
-def _image_error(sample: dict, reason: str) -> DataError:
-    return DataError(f"image {reason}", record=sample["record"], sample_id=sample["id"])
+def inspect_images(found: Collected, *, num_workers: int | None, show_progress: bool) -> dict[str, ImageFacts]:
+    """Decode each different image once, in a process pool; move samples with a bad one to the errors.
+
+    Adds `image_sizes`, upright `[width, height]` in px, to each sample and returns the facts by path.
+    """
+    paths = sorted({path for sample in found.samples for path in sample["images"]})
+    facts = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
+    parsed, found.samples = found.samples, []
+    for sample in parsed:
+        bad = next((n for n, path in enumerate(sample["images"]) if isinstance(facts[path], str)), None)
+        if bad is None:
+            sample["image_sizes"] = [list(facts[path].size) for path in sample["images"]]
+            found.samples.append(sample)
+        else:
+            reason = f"image {sample['files'][bad]!r}: {facts[sample['images'][bad]]}"
+            found.errors.append(DataError(reason, record=sample["record"], sample_id=sample["id"]))
+    found.errors.sort(key=lambda error: error.record)
+    return {path: fact for path, fact in facts.items() if not isinstance(fact, str)}
 
 
-def _probe_images(samples: list[dict], num_workers: int | None, show_progress: bool) -> dict[Path, tuple | str]:
-    """Decode each different image once, in a process pool; return its size, or the reason why it cannot be used."""
-    paths = sorted({path for sample in samples for path in sample["images"]})
+def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageFacts | str]:
     if not paths:
-        return {}
+        return []
     try:
         with ProcessPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
-            results = pool.map(probe_image, paths, chunksize=16)
-            bar = tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress)
-            return dict(zip(paths, bar, strict=True))
+            results = pool.map(inspect_image, paths, chunksize=16)
+            return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
     except BrokenProcessPool as error:
-        raise ValueError(
-            "images: a decoding process was killed, most likely out of memory; use fewer workers"
-        ) from error
-
-
-def _attach_sizes(sample: dict, sizes: dict, root: Path | None) -> None:
-    """Add `image_sizes`, upright `[width, height]` in px; raise DataError for an image that cannot be used."""
-    for path in sample["images"]:
-        if isinstance(sizes[path], str):
-            raise _image_error(sample, f"{str(path.relative_to(root))!r}: {sizes[path]}")
-    sample["image_sizes"] = [list(sizes[path]) for path in sample["images"]]
-    sample["images"] = [str(path) for path in sample["images"]]
+        reason = "a decoding process was killed, most likely out of memory; use fewer workers"
+        raise ValueError(f"images: {reason}") from error
 
 
 def _make_ids_unique(samples: list[dict]) -> int:
@@ -213,3 +227,111 @@ def _make_ids_unique(samples: list[dict]) -> int:
         sample["id"] = name
         renamed += 1
     return renamed
+
+
+def _mention(found: Collected, annotations) -> None:
+    """Nothing is kept out, renamed or passed over in silence."""
+    if found.errors:
+        logger.warning("%s: %d of %d records kept out", annotations, len(found.errors), found.num_records)
+    if found.num_renamed:
+        logger.warning("%s: %d records repeat an id and were renamed, 'x' to 'x#2'", annotations, found.num_renamed)
+    for key, count in found.unread.most_common(5):
+        near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        logger.warning("%s: the key %r of %d records is not read%s", annotations, key, count, hint)
+
+
+def find_copies(facts: dict[str, ImageFacts]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
+    """Return one path for each path's picture, and the sets of paths that are exact and near copies."""
+    by_digest = defaultdict(list)
+    for path in sorted(facts):
+        by_digest[facts[path].digest].append(path)
+    firsts = [paths[0] for paths in by_digest.values()]
+    hashes = np.array([facts[path].hashes for path in firsts], dtype=np.uint64).reshape(-1, 2)
+    thumbnails = np.frombuffer(b"".join(facts[path].thumbnail for path in firsts), np.uint8).reshape(-1, 8, 8, 3)
+    pairs = near_pairs(hashes[:, 0], hashes[:, 1], thumbnails)
+    roots = join_groups(len(firsts), [list(pair) for pair in pairs])
+    alike = defaultdict(list)
+    for path, root in zip(firsts, roots, strict=True):
+        alike[root].append(path)
+    picture_of = {path: firsts[roots[n]] for n, paths in enumerate(by_digest.values()) for path in paths}
+    exact = [paths for paths in by_digest.values() if len(paths) > 1]
+    return picture_of, (exact, [paths for paths in alike.values() if len(paths) > 1])
+
+
+def _groups(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
+    """Return each sample's group: samples with one `group`, or with copies of one picture, belong together."""
+    together = defaultdict(list)
+    for index, sample in enumerate(samples):
+        if sample["group"] is not None:
+            together["group", sample["source"], sample["group"]].append(index)
+        for path in sample["images"]:
+            together["picture", picture_of[path]].append(index)
+    return join_groups(len(samples), list(together.values()))
+
+
+def _splits(samples: list[dict], groups: list[int], fractions: tuple[float, float, float], seed: int) -> list[str]:
+    """Return each sample's split: the given one, else that of its group, else dealt by group and label.
+
+    Given train and test splits are kept as they are; a validation split, when none is given, comes out of train.
+    """
+    splits = [_given_split(sample) for sample in samples]
+    given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
+    splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
+
+    def deal(indices: list[int], shares: tuple[float, ...], names: tuple[str, ...]) -> None:
+        ids, labels = ([samples[index][key] for index in indices] for key in ("id", "label"))
+        own = [groups[index] for index in indices]
+        for index, split in zip(
+            indices, assign_splits(ids, shares, seed=seed, groups=own, labels=labels, names=names), strict=True
+        ):
+            splits[index] = split
+
+    if undealt := [index for index, split in enumerate(splits) if split is None]:
+        deal(undealt, fractions, SPLITS)
+    elif "validation" not in splits and fractions[1] > 0 and "train" in splits:
+        train = [index for index, split in enumerate(splits) if split == "train"]
+        share = fractions[1] / (fractions[0] + fractions[1])
+        deal(train, (1 - share, share), SPLITS[:2])
+    return splits
+
+
+def _given_split(sample: dict) -> str | None:
+    if sample["split"] is None:
+        return None
+    if (split := GIVEN_SPLITS.get(sample["split"].lower())) is None:
+        where = f"record {sample['record']} (id {sample['id']!r}), field 'split'"
+        raise ValueError(f"{where}: expected train, validation or test, found {sample['split']!r}")
+    return split
+
+
+def _set_weights(samples: list[dict], splits: list[str], balance: str) -> dict[str | None, float]:
+    """Give each training sample its sampling weight, all others 1; return the training split's effective counts."""
+    train = [sample for sample, split in zip(samples, splits, strict=True) if split == "train"]
+    labels = [sample["label"] for sample in train]
+    weights = sampling_weights(labels, [sample["source"] for sample in train], balance=balance)
+    for sample in samples:
+        sample["weight"] = 1.0
+    for sample, weight in zip(train, weights, strict=True):
+        sample["weight"] = weight
+    return effective_counts(labels, weights)
+
+
+def _clean_images(samples: list[dict], facts: dict[str, ImageFacts], folder: Path) -> None:
+    """Replace each image that carries private metadata by a copy in `folder` that does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = {}
+    for path in sorted(path for path, fact in facts.items() if fact.private):
+        data, ending = clean_copy(path)
+        copy = folder / f"{Path(path).stem}-{facts[path].digest[:8]}{ending}"
+        copy.write_bytes(data)
+        copies[path] = str(copy)
+    for sample in samples:
+        sample["images"] = [copies.get(path, path) for path in sample["images"]]
+
+
+def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
+    rows = [
+        {key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name
+    ]
+    return Dataset.from_list(rows, features=FEATURES)

@@ -1,17 +1,28 @@
 """The one way in for an image: an upright RGB picture, or an error that says why not."""
 
+import hashlib
 import io
 import math
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
+import imagehash
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
 MAX_ASPECT_RATIO = 200  # the family's own limit, see smart_resize in qwen_vl_utils
 PATCH_CELL = 28  # px; one language-model token covers a square of this side (patch 14 x merge 2)
+ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
+PRIVATE_TAGS = {
+    "GPS": {GPS_IFD},
+    "date": {0x0132, 0x9003, 0x9004},
+    # artist, copyright, owner, serial numbers of body and lens, Windows' author
+    "person or device": {0x013B, 0x8298, 0xA430, 0xA431, 0xA435, 0x9C9D},
+    "text": {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F},  # description, comment, title, keywords
+}
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -76,11 +87,106 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def probe_image(path: str) -> tuple[int, int] | str:
-    """Return `(width, height)` in px of the upright image, or the reason why it cannot be used (runs in a worker)."""
+    """Return `(width, height)` in px of the upright image, or the reason why it cannot be used."""
     try:
         return load_image(path).size
     except (ValueError, OSError) as error:
         return str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What one pass over an image file found.
+
+    Attributes:
+        size: upright width and height, px.
+        mode: colour mode as stored.
+        digest: SHA-256 of the file, the same for exact copies.
+        hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
+        thumbnail: 8 x 8 RGB, to tell a chance hit of the hash from a copy.
+        turned: the file is stored lying or mirrored, and EXIF says so.
+        private: kinds of metadata that do not belong into a data set: "GPS", "date", "person or device", "text".
+    """
+
+    size: tuple[int, int]
+    mode: str
+    digest: str
+    hashes: tuple[int, int]
+    thumbnail: bytes
+    turned: bool
+    private: tuple[str, ...]
+
+
+def inspect_image(path: str) -> ImageFacts | str:
+    """Decode an image whole and return what there is to know of it, or the reason why it cannot be used."""
+    try:
+        _check_file(Path(path))
+        data = Path(path).read_bytes()
+        upright = load_image({"bytes": data})
+        with Image.open(io.BytesIO(data)) as stored:
+            mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
+    except (ValueError, OSError) as error:
+        return str(error)
+    small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    grey = small.convert("L")
+    return ImageFacts(
+        size=upright.size,
+        mode=mode,
+        digest=hashlib.sha256(data).hexdigest(),
+        hashes=(_phash(grey), _phash(ImageOps.mirror(grey))),
+        thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
+        turned=turned,
+        private=private,
+    )
+
+
+def _phash(image: Image.Image) -> int:
+    return int(str(imagehash.phash(image)), 16)
+
+
+def private_metadata(image: Image.Image) -> tuple[str, ...]:
+    """Return which kinds of private metadata an opened image file carries."""
+    exif = image.getexif()
+    tags = {*exif, *exif.get_ifd(EXIF_IFD)}
+    found = [kind for kind, wanted in PRIVATE_TAGS.items() if wanted & tags]
+    texts = {key for key, value in image.info.items() if isinstance(value, str)} if image.format == "PNG" else set()
+    if texts or {"comment", "photoshop", "xmp"} & set(image.info):
+        found.append("text")
+    return tuple(dict.fromkeys(found))
+
+
+def clean_copy(path: str) -> tuple[bytes, str]:
+    """Return an image file without its metadata, and the ending of its name: the same pixels and the same way up.
+
+    A JPEG loses the segments that hold metadata and keeps its coded pixels; anything else becomes an upright PNG.
+    """
+    data = Path(path).read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        kind, orientation = image.format, image.getexif().get(ORIENTATION, 1)
+    pixels = load_image({"bytes": data})
+    if kind == "JPEG":
+        stripped = _strip_jpeg(data, orientation)
+        if load_image({"bytes": stripped}).tobytes() == pixels.tobytes():
+            return stripped, ".jpg"
+    buffer = io.BytesIO()
+    pixels.save(buffer, "PNG")
+    return buffer.getvalue(), ".png"
+
+
+def _strip_jpeg(data: bytes, orientation: int) -> bytes:
+    """Keep a JPEG's segments for decoding (tables, JFIF, ICC, Adobe) and its orientation, up to the image's end."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    payload = exif.tobytes()
+    kept = [data[:2], b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload]
+    position = 2
+    while data[position + 1] != 0xDA:  # start of scan: coded pixels follow
+        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if data[position + 1] in (0xE0, 0xE2, 0xEE) or not 0xE0 <= data[position + 1] <= 0xFE:
+            kept.append(data[position : position + length])
+        position += length
+    end = data.find(b"\xff\xd9", position)
+    return b"".join([*kept, data[position : end + 2]])
 
 
 def resolve_image(name: str, image_dir: Path) -> Path:

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_
 
 from .convert import FEATURES, prepare_dataset
 from .images import load_image
-from .records import DataError, FieldError, normalise_messages
+from .records import FACTS, DataError, FieldError, normalise_messages
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -87,5 +87,10 @@ def _standard_row(row: dict, index: int, split: str) -> dict:
         sizes = [list(load_image(image).size) for image in images]
     except (FieldError, ValueError, OSError) as error:
         raise DataError(str(error), record=index, sample_id=sample_id) from error
-    texts = {key: None if row.get(key) is None else str(row[key]) for key in ("label", "group", "skin_type")}
-    return {"id": sample_id, "images": images, "messages": messages, **texts, "image_sizes": sizes}
+    texts = {key: None if row.get(key) is None else str(row[key]) for key in (*FACTS, "source") if key in FEATURES}
+    weight = row.get("weight") or 1.0
+    return {
+        **{"id": sample_id, "images": images, "messages": messages},
+        **texts,
+        **{"image_sizes": sizes, "weight": weight},
+    }

@@ -10,7 +10,9 @@ IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
 # The key that gives a format away. ShareGPT files use either of the first two.
 FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "question"}
-READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", "label", "group", "skin_type"}
+# What is known about a sample besides its words and images; each is a text or None.
+FACTS = ("label", "group", "skin_type", "age", "sex", "site", "split")
+READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", *FACTS}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
@@ -123,8 +125,8 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
         format: one of `FORMATS`; recognised by its keys when None.
 
     Returns:
-        `{record, id, images: [path as written], messages: [{role, content}], label, group, skin_type}`. Content is
-        plain text with one `<image>` where each image stands; the last three are text or None.
+        `{record, id, images: [path as written], messages: [{role, content}], **FACTS}`. Content is plain text with one
+        `<image>` where each image stands; facts are text or None.
 
     Raises:
         DataError: names the record, the field and the rule that was broken.
@@ -167,7 +169,7 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
     else:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
-    return {"images": images, "messages": messages, **{k: _text(raw, k) for k in ("label", "group", "skin_type")}}
+    return {"images": images, "messages": messages, **{fact: _text(raw, fact) for fact in FACTS}}
 
 
 def unread_keys(raw: dict) -> list[str]:

@@ -1,6 +1,7 @@
-"""Which sample goes to which split."""
+"""Which sample goes to which split: whole groups, and each label in its share."""
 
 import hashlib
+from collections import Counter, defaultdict
 
 SPLITS = ("train", "validation", "test")
 
@@ -11,23 +12,94 @@ def check_fractions(fractions: tuple[float, float, float]) -> None:
         raise ValueError(f"split: expected shares of train, validation and test that add up to 1, found {fractions}")
 
 
-def assign_splits(sample_ids: list[str], fractions: tuple[float, float, float], *, seed: int) -> list[str]:
-    """Return the split of each sample, the same for the same ids and seed whatever their order.
+def join_groups(size: int, links: list[list[int]]) -> list[int]:
+    """Return each item's group: items that share a link, directly or through others, share a group.
+
+    Args:
+        size: number of items.
+        links: lists of items that belong together.
+
+    Returns:
+        For each item the lowest item of its group.
+    """
+    parent = list(range(size))
+
+    def root(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    for first, *others in (link for link in links if len(link) > 1):
+        for other in others:
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    return [root(item) for item in range(size)]
+
+
+def assign_splits(
+    sample_ids: list[str],
+    fractions: tuple[float, ...],
+    *,
+    seed: int,
+    groups: list | None = None,
+    labels: list[str | None] | None = None,
+    names: tuple[str, ...] = SPLITS,
+) -> list[str]:
+    """Return the split of each sample, the same for the same samples and seed in any order.
+
+    Groups stay whole. They are dealt out largest first, each to the split that lacks most of what the group holds, so
+    that every label comes near its share in each split; single samples, at the end, even out what is left.
 
     Args:
         sample_ids: unique ids.
-        fractions: shares of train, validation and test; they add up to 1.
+        fractions: share of each split; they add up to 1.
         seed: another seed gives another split.
+        groups: group of each sample; each is its own when None.
+        labels: label of each sample; all alike when None.
+        names: name of each split.
 
     Raises:
-        ValueError: the fractions are not three shares that add up to 1, or the training split would be empty.
+        ValueError: the fractions do not add up to 1, or the first split would be empty.
     """
-    check_fractions(fractions)
-    ranked = sorted(sample_ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    num_validation, num_test = (round(len(ranked) * share) for share in fractions[1:])
-    num_train = len(ranked) - num_validation - num_test
-    if num_train < 1:
-        raise ValueError(f"split: {fractions} leaves no training sample out of {len(ranked)}")
-    names = ["train"] * num_train + ["validation"] * num_validation + ["test"] * num_test
-    split_of = dict(zip(ranked, names, strict=True))
-    return [split_of[name] for name in sample_ids]
+    labels = labels or [None] * len(sample_ids)
+    members = defaultdict(list)
+    for index, group in enumerate(groups or sample_ids):
+        members[group].append(index)
+    totals = Counter(labels)
+    lacking = [{label: share * count for label, count in totals.items()} for share in fractions]
+
+    def rank(indices: list[int]) -> tuple:
+        drawn = min(hashlib.sha256(f"{seed}:{sample_ids[i]}".encode()).hexdigest() for i in indices)
+        return -len(indices), min(totals[labels[i]] for i in indices), drawn
+
+    result = [names[0]] * len(sample_ids)
+    for indices in sorted(members.values(), key=rank):
+        counts = Counter(labels[i] for i in indices)
+        best = _neediest(counts, lacking, fractions, totals)
+        for label, count in counts.items():
+            lacking[best][label] -= count
+        for index in indices:
+            result[index] = names[best]
+    if names[0] not in result:
+        raise ValueError(f"split: {fractions} leaves no {names[0]} sample out of {len(sample_ids)}")
+    return result
+
+
+def _neediest(counts: Counter, lacking: list[dict], fractions: tuple[float, ...], totals: Counter) -> int:
+    """Return the split that lacks the largest part of its share of a group's labels.
+
+    Splits that the group would overfill by more than half of itself are left out; when all are, the one that it
+    overfills least wins. Ties go to the larger split.
+    """
+
+    def need(split: int) -> tuple[float, float]:
+        share = fractions[split]
+        return sum(count * lacking[split][label] / (share * totals[label]) for label, count in counts.items()), share
+
+    def excess(split: int) -> float:
+        return max((count - lacking[split][label]) / fractions[split] for label, count in counts.items())
+
+    open_splits = [split for split, share in enumerate(fractions) if share > 0]
+    fitting = [s for s in open_splits if all(count <= 2 * lacking[s][label] for label, count in counts.items())]
+    return max(fitting, key=need) if fitting else min(open_splits, key=excess)

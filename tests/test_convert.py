@@ -11,8 +11,9 @@ from PIL import Image
 
 from data_prep import DataError, InvalidRecordsError, load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
+from data_prep.convert import prepare
 from data_prep.load import standardise
-from data_prep.split import assign_splits
+from data_prep.split import assign_splits, check_fractions
 
 ALL_TRAIN = {"split": (1, 0, 0), "show_progress": False}
 
@@ -24,7 +25,8 @@ def flat(image, **more):
 def test_prepare_dataset_gives_the_schema_that_trl_reads(write_records):
     path, images = write_records([flat("red.jpg", id="a", label="nevus"), {"question": "Hi?", "answer": "Yes."}])
     train = prepare_dataset(path, images, **ALL_TRAIN)["train"]
-    assert train.column_names == ["id", "images", "messages", "label", "group", "skin_type", "image_sizes"]
+    facts = ["label", "group", "skin_type", "age", "sex", "site", "source"]
+    assert train.column_names == ["id", "images", "messages", *facts, "image_sizes", "weight"]
     first, second = train
     assert first["images"][0].size == (60, 40)
     assert first["image_sizes"] == [[60, 40]]
@@ -79,10 +81,9 @@ def test_a_missing_image_folder_is_named(write_records):
 
 def test_drop_keeps_the_rest_and_says_so(write_records, caplog):
     path, images = write_records([flat("red.jpg", id="a"), flat("gone.jpg", id="b"), flat("blue.jpg", id="c")])
-    rejected = []
-    splits = prepare_dataset(path, images, on_error="drop", on_rejected=rejected.extend, **ALL_TRAIN)
-    assert splits["train"]["id"] == ["a", "c"]
-    assert [(e.record, e.sample_id) for e in rejected] == [(1, "b")]
+    prepared = prepare(path, images, on_error="drop", **ALL_TRAIN)
+    assert prepared.splits["train"]["id"] == ["a", "c"]
+    assert [(e.record, e.sample_id) for e in prepared.errors] == [(1, "b")]
     assert "1 of 3 records kept out" in caplog.text
 
 
@@ -111,11 +112,11 @@ def test_the_split_depends_on_ids_and_seed_alone():
 @pytest.mark.parametrize("fractions", [(0.8, 0.1), (0.8, 0.3, 0.1), (1.1, -0.1, 0.0)])
 def test_shares_that_do_not_add_up_are_refused(fractions):
     with pytest.raises(ValueError, match="split: expected shares"):
-        assign_splits(["a", "b"], fractions, seed=0)
+        check_fractions(fractions)
 
 
 def test_a_split_without_training_samples_is_refused():
-    with pytest.raises(ValueError, match="leaves no training sample out of 2"):
+    with pytest.raises(ValueError, match="leaves no train sample out of 2"):
         assign_splits(["a", "b"], (0.0, 0.5, 0.5), seed=0)
 
 

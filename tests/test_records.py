@@ -62,6 +62,7 @@ def test_parse_record_reads_every_format_into_the_same_sample(raw):
         "label": "nevus",
         "group": "7",
         "skin_type": "III",
+        **dict.fromkeys(("age", "sex", "site", "split")),
     }
 
 

@@ -1,0 +1,178 @@
+"""What is wrong, or worth knowing, about a data set: findings that name record, id and file."""
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+
+from .images import PATCH_CELL, ImageFacts
+from .records import IMAGE_MARKER, DataError
+
+LONG_ANSWER = 2000  # characters
+
+# Kinds of findings, the worst first. Errors would hurt training; warnings deserve a look; notes are counted.
+ERRORS = {
+    "unusable": "records that cannot be used",
+    "leak": "groups or pictures that stand in more than one of the given splits",
+    "contradiction": "one picture under different labels",
+    "giveaway": "questions that contain the answer's label",
+    "tiny": f"images under {PATCH_CELL} px a side",
+}
+WARNINGS = {
+    "exact copy": "image files that are byte for byte the same",
+    "near copy": "images that look the same: re-encoded, resized or mirrored",
+    "long answer": f"answers over {LONG_ANSWER:,} characters",
+    "private": "images with GPS, dates, names or comments (not copied into the data set)",
+    "rare label": "labels with too few groups to stand in every split",
+}
+NOTES = {
+    "short answer": "answers of one word",
+    "turned": "images stored lying or mirrored, turned upright by their EXIF orientation",
+}
+KINDS = {**ERRORS, **WARNINGS, **NOTES}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        kind: key of `KINDS`.
+        detail: what exactly, with the value.
+        record: 0-based place in its source; None when it is about no single record.
+        sample_id: the record's id.
+        file: image file, as the record names it.
+        others: ids of the other samples concerned.
+    """
+
+    kind: str
+    detail: str
+    record: int | None = None
+    sample_id: str | None = None
+    file: str | None = None
+    others: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def count_findings(findings: list[Finding]) -> dict[str, int]:
+    """Return the number of findings of each kind that occurs, in the order of `KINDS`."""
+    counts = Counter(finding.kind for finding in findings)
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def has_errors(findings: list[Finding]) -> bool:
+    return any(finding.kind in ERRORS for finding in findings)
+
+
+def check_records(errors: list[DataError]) -> list[Finding]:
+    """Turn the errors of unusable records into findings."""
+    return [Finding("unusable", error.reason, error.record, error.sample_id) for error in errors]
+
+
+def check_texts(samples: list[dict]) -> list[Finding]:
+    """Look at questions and answers. A question may offer labels to choose from, but not name the right one alone."""
+    labels = {sample["label"].lower() for sample in samples if sample["label"]}
+    findings = []
+    for sample in samples:
+        for question, answer in _pairs(sample["messages"]):
+            if _gives_away(question.lower(), answer.lower(), (sample["label"] or "").lower(), labels):
+                findings.append(_about(sample, "giveaway", f"{sample['label']!r} stands in {question[:80]!r}"))
+            if len(answer.split()) == 1:
+                findings.append(_about(sample, "short answer", repr(answer[:80])))
+            if len(answer) > LONG_ANSWER:
+                findings.append(_about(sample, "long answer", f"{len(answer):,} characters"))
+    return findings
+
+
+def _gives_away(question: str, answer: str, label: str, labels: set[str]) -> bool:
+    if not label or label not in question or label not in answer:
+        return False
+    return not any(other in question for other in labels if other not in label)
+
+
+def _pairs(messages: list[dict]) -> list[tuple[str, str]]:
+    texts = [m["content"].replace(IMAGE_MARKER, "").strip() for m in messages if m["role"] != "system"]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def _about(sample: dict, kind: str, detail: str, file: str | None = None, others=()) -> Finding:
+    return Finding(kind, detail, sample["record"], sample["id"], file, tuple(others))
+
+
+def check_images(samples: list[dict], facts: dict[str, ImageFacts]) -> list[Finding]:
+    """Look at each image once, named by the first sample that uses it."""
+    findings, seen = [], set()
+    for sample in samples:
+        for path, name in zip(sample["images"], sample["files"], strict=True):
+            if path in seen:
+                continue
+            seen.add(path)
+            fact = facts[path]
+            if min(fact.size) < PATCH_CELL:
+                findings.append(_about(sample, "tiny", f"{fact.size[0]} x {fact.size[1]} px", name))
+            if fact.turned:
+                findings.append(_about(sample, "turned", "turned upright", name))
+            if fact.private:
+                findings.append(_about(sample, "private", ", ".join(fact.private), name))
+    return findings
+
+
+def check_copies(samples: list[dict], exact: list[list[str]], near: list[list[str]]) -> list[Finding]:
+    """Report image files that are copies; `exact` and `near` are sets of paths, each named by its first sample."""
+    first, name_of = {}, {}
+    for sample in samples:
+        for path, name in zip(sample["images"], sample["files"], strict=True):
+            first.setdefault(path, sample)
+            name_of.setdefault(path, name)
+    findings = []
+    for kind, sets in (("exact copy", exact), ("near copy", near)):
+        for path, *copies in sets:
+            detail = f"same as {', '.join(name_of[copy] for copy in copies)}"
+            others = [first[copy]["id"] for copy in copies]
+            findings.append(_about(first[path], kind, detail, name_of[path], others))
+    return findings
+
+
+def check_labels(samples: list[dict], picture_of: dict[str, str]) -> list[Finding]:
+    """Report pictures that carry more than one label; `picture_of` maps each path to one path of its copies."""
+    users = defaultdict(list)
+    for sample in samples:
+        for path, name in zip(sample["images"], sample["files"], strict=True):
+            if sample["label"] is not None:
+                users[picture_of[path]].append((sample, name))
+    findings = []
+    for same in users.values():
+        labels = sorted({sample["label"] for sample, _ in same})
+        if len(labels) > 1:
+            (first, name), *others = same
+            ids = [sample["id"] for sample, _ in others]
+            findings.append(_about(first, "contradiction", " and ".join(labels), name, ids))
+    return findings
+
+
+def check_splits(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
+    """Report groups that cross splits (only given splits can do that), and labels that some split lacks."""
+    members = defaultdict(list)
+    for sample, group, split in zip(samples, groups, splits, strict=True):
+        members[group].append((sample, split))
+    findings = []
+    for group in members.values():
+        where = sorted({split for _, split in group})
+        if len(where) > 1:
+            first, others = group[0][0], [sample["id"] for sample, _ in group[1:]]
+            findings.append(_about(first, "leak", f"stands in {' and '.join(where)}", others=others))
+    return findings + _rare_labels(samples, groups, splits)
+
+
+def _rare_labels(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
+    found, held = defaultdict(set), defaultdict(set)
+    for sample, group, split in zip(samples, groups, splits, strict=True):
+        if sample["label"] is not None:
+            found[sample["label"]].add(split)
+            held[sample["label"]].add(group)
+    findings = []
+    for label in sorted(found):
+        if missing := sorted(set(splits) - found[label]):
+            detail = f"{label!r} has {len(held[label])} group(s), none in {', '.join(missing)}"
+            findings.append(Finding("rare label", detail))
+    return findings
