@@ -5,17 +5,20 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cli import OneLineParser, positive_int, run
 
+import yaml
 from datasets import DatasetDict, disable_progress_bars
 
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, count_findings
-from data_prep.convert import Prepared, prepare
+from data_prep.convert import Prepared, Source, prepare
 from data_prep.records import FORMATS
+from data_prep.tables import shipped
 
 EXAMPLE = "example: python -m data_prep convert --annotations formatted_dataset.json --images images --out data/skin"
 
@@ -24,8 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert")
     convert = commands.add_parser("convert", help="JSON or JSON Lines + images -> data set folder", epilog=EXAMPLE)
-    convert.add_argument("--annotations", type=Path, required=True, help="JSON array or JSON Lines file")
+    convert.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, table, or folder of class folders")
     convert.add_argument("--images", type=Path, help="folder that the records' image paths start from")
+    convert.add_argument("--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}")
+    convert.add_argument("--sources", type=Path, help="YAML list of several: data, images, recipe, format, weight")
     convert.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
     convert.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
     convert.add_argument(
@@ -47,13 +52,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_sources(args: argparse.Namespace) -> list[Source]:
+    """Return the one source that the options name, or those of the `--sources` file, relative to its folder."""
+    if (args.annotations is None) == (args.sources is None):
+        raise ValueError("name either one source (--annotations) or a list of them (--sources)")
+    if args.sources is None:
+        return [Source(args.annotations, args.images, args.recipe, args.format)]
+    try:
+        rows = yaml.safe_load(args.sources.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--sources: {args.sources}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "data" in row for row in rows):
+        raise ValueError(f"--sources: {args.sources}: expected a list, each with `data`")
+    folder, keys = args.sources.parent, {field.name for field in fields(Source)}
+    for row in rows:
+        if unknown := set(row) - keys:
+            raise ValueError(f"--sources: unknown key {min(unknown)!r}; there are {', '.join(sorted(keys))}")
+    return [Source(**{**row, **{key: folder / row[key] for key in ("data", "images") if key in row}}) for row in rows]
+
+
 def convert(args: argparse.Namespace) -> None:
     args.out = args.out.resolve()
     _check_out(args.out, overwrite=args.overwrite)
     with TemporaryDirectory(dir=args.out.parent) as clean:
         prepared = prepare(
-            args.annotations, args.images, split=tuple(args.split), seed=args.seed, on_error=args.on_error,
-            format=args.format, balance=args.balance, num_workers=args.workers, clean_dir=Path(clean),
+            read_sources(args), split=tuple(args.split), seed=args.seed, on_error=args.on_error,
+            balance=args.balance, num_workers=args.workers, clean_dir=Path(clean),
         )  # fmt: skip
         _save(prepared, args.out)
     print(_summary(prepared.splits))

@@ -19,6 +19,7 @@ from .duplicates import near_pairs
 from .images import ImageFacts, clean_copy, inspect_image, resolve_image
 from .records import READ_KEYS, DataError, parse_record, read_annotations, unread_keys
 from .split import SPLITS, assign_splits, check_fractions, join_groups
+from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows
 
 FEATURES = Features(
     {
@@ -37,17 +38,35 @@ logger = logging.getLogger(__name__)
 
 
 class InvalidRecordsError(ValueError):
-    """All the records of one source that cannot be used, in the order of the file."""
+    """All the records that cannot be used, in the order of their sources."""
 
-    def __init__(self, source: str | Path, errors: list[DataError], num_records: int):
+    def __init__(self, errors: list[DataError], num_records: int):
         self.errors = errors
-        if len(errors) == 1:
-            super().__init__(f"{source}: {errors[0]}")
-            return
-        lines = [f"{source}: {len(errors)} of {num_records} records cannot be used", *map(str, errors[:MAX_LISTED])]
+        lines = [f"{error.source}: {error}" for error in errors[:MAX_LISTED]]
+        if len(errors) > 1:
+            lines.insert(0, f"{len(errors)} of {num_records} records cannot be used")
         if len(errors) > MAX_LISTED:
             lines.append(f"... and {len(errors) - MAX_LISTED} more")
         super().__init__("\n  ".join(lines))
+
+
+@dataclass
+class Source:
+    """Where samples come from.
+
+    Attributes:
+        data: a JSON or JSON Lines file, a table (with `recipe`), or a folder of class folders.
+        images: folder that image paths start from; the class folders' own when None.
+        recipe: name or path of a recipe for a table, see `tables.load_recipe`.
+        format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
+        weight: share of this source among several; by its size when None.
+    """
+
+    data: Path
+    images: Path | None = None
+    recipe: str | None = None
+    format: str | None = None
+    weight: float | None = None
 
 
 @dataclass
@@ -57,7 +76,7 @@ class Prepared:
     Attributes:
         splits: the data set.
         findings: everything that the checks found.
-        errors: the records that were kept out.
+        errors: the records that were kept out, as bad or by their recipe.
         effective: how many samples of each label an epoch draws from the training split on average.
     """
 
@@ -76,38 +95,43 @@ class Collected:
     num_records: int = 0
     num_renamed: int = 0
     unread: Counter = field(default_factory=Counter)
+    left_out: list[DataError] = field(default_factory=list)
 
 
-def prepare_dataset(annotations: str | os.PathLike, image_dir: str | os.PathLike | None, **options) -> DatasetDict:
-    """Return `prepare(...).splits`: a `DatasetDict` of `train`, `validation` and `test`."""
-    return prepare(annotations, image_dir, **options).splits
+def prepare_dataset(
+    annotations: str | os.PathLike,
+    image_dir: str | os.PathLike | None,
+    *,
+    recipe: str | None = None,
+    format: str | None = None,
+    **options,
+) -> DatasetDict:
+    """Return the splits that `prepare` makes of one source; the other options are `prepare`'s."""
+    source = Source(Path(annotations), Path(image_dir) if image_dir is not None else None, recipe, format)
+    return prepare([source], **options).splits
 
 
 def prepare(
-    annotations: str | os.PathLike,
-    image_dir: str | os.PathLike | None,
+    sources: list[Source],
     *,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 42,
     on_error: str = "fail",
-    format: str | None = None,
     balance: str = "none",
     num_workers: int | None = None,
     show_progress: bool = True,
     clean_dir: Path | None = None,
 ) -> Prepared:
-    """Read an annotation file and its images, check them, and split them without leaks.
+    """Read annotations and images, check them, and split them without leaks.
 
     Samples that share a group, an image, or copies of an image stay in one split. A split that no sample falls into is
     left out.
 
     Args:
-        annotations: JSON array or JSON Lines file.
-        image_dir: folder that the records' image paths start from; None when no record has an image.
+        sources: one or several; several mix by their weights.
         split: shares of train, validation and test, for the samples that name no split of their own.
         seed: of the split; the same ids and seed give the same split in any order of the records.
         on_error: "fail" raises with every problem found, "drop" keeps those records out.
-        format: one of `records.FORMATS`; recognised record by record when None.
         balance: how training samples are weighted, see `balance.sampling_weights`.
         num_workers: processes that decode images; all cores when None.
         show_progress: show a progress bar.
@@ -121,12 +145,17 @@ def prepare(
     if on_error not in ("fail", "drop"):
         raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
     check_fractions(split)
-    found = read_source(Path(annotations), image_dir, format=format)
+    shares = _shares(sources)
+    found = Collected()
+    for source in sources:
+        _merge(found, read_source(source))
     facts = inspect_images(found, num_workers=num_workers, show_progress=show_progress)
     found.num_renamed = _make_ids_unique(found.samples)
-    if found.errors and (on_error == "fail" or not found.samples):
-        raise InvalidRecordsError(annotations, found.errors, found.num_records)
-    _mention(found, annotations)
+    if found.errors and on_error == "fail":
+        raise InvalidRecordsError(found.errors, found.num_records)
+    if not found.samples:
+        raise InvalidRecordsError([*found.errors, *found.left_out], found.num_records)
+    _mention(found)
     picture_of, copies = find_copies(facts)
     groups = _groups(found.samples, picture_of)
     splits = _splits(found.samples, groups, split, seed)
@@ -138,30 +167,110 @@ def prepare(
         *check.check_labels(found.samples, picture_of),
         *check.check_splits(found.samples, groups, splits),
     ]
-    effective = _set_weights(found.samples, splits, balance)
+    effective = _set_weights(found.samples, splits, balance, shares)
     if clean_dir is not None:
         _clean_images(found.samples, facts, clean_dir)
     built = {name: _build(found.samples, splits, name) for name in SPLITS if name in splits}
-    return Prepared(DatasetDict(built), findings, found.errors, effective)
+    return Prepared(DatasetDict(built), findings, [*found.errors, *found.left_out], effective)
 
 
-def read_source(annotations: Path, image_dir, *, format: str | None = None) -> Collected:
+def _shares(sources: list[Source]) -> dict[str, float] | None:
+    """Return the weight of each source by its name, None when none has one."""
+    names = [_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources: two are called {Counter(names).most_common(1)[0][0]!r}")
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return None
+    if any(weight is None or weight <= 0 for weight in weights):
+        raise ValueError("sources: give every source a weight above 0, or none of them")
+    return dict(zip(names, weights, strict=True))
+
+
+def _name(source: Source) -> str:
+    own = load_recipe(source.recipe).get("source") if source.recipe else None
+    return own or source.data.stem
+
+
+def _merge(found: Collected, other: Collected) -> None:
+    found.samples += other.samples
+    found.errors += other.errors
+    found.left_out += other.left_out
+    found.num_records += other.num_records
+    found.unread += other.unread
+
+
+def read_source(source: Source) -> Collected:
     """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them."""
-    raw_records = read_annotations(annotations)
-    root = _image_root(image_dir)
+    raw_records, recipe = _read_raw(source)
+    root = _image_root(source.data if source.images is None and source.data.is_dir() else source.images)
     found = Collected(num_records=len(raw_records))
+    find = FileFinder(root, search=recipe is not None)
     for number, raw in enumerate(raw_records):
         try:
-            sample = parse_record(raw, number, format=format)
+            raw, reason = _in_words(raw, recipe, number)
+            if reason is not None:
+                found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=source.data.name))
+                continue
+            sample = parse_record(raw, number, format="flat" if recipe else source.format)
             if sample["images"] and root is None:
-                raise ValueError(f"image_dir: {annotations} names images, and no image folder was given")
-            sample["files"], sample["source"] = sample["images"], annotations.stem
-            sample["images"] = [_resolve(sample, name, root) for name in sample["files"]]
+                raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
+            sample["files"], sample["source"], sample["origin"] = sample["images"], _name(source), source.data.name
+            sample["images"] = [find(sample, name) for name in sample["files"]]
             found.samples.append(sample)
         except DataError as error:
+            error.source = source.data.name
             found.errors.append(error)
-    found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
+    if recipe is None:
+        found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
     return found
+
+
+def _read_raw(source: Source) -> tuple[list, dict | None]:
+    """Return a source's records or rows, and the recipe that puts its rows into words."""
+    if source.data.is_dir():
+        return read_folders(source.data), load_recipe(source.recipe or "folder")
+    if source.recipe is not None:
+        recipe = load_recipe(source.recipe)
+        return read_rows(source.data, recipe), recipe
+    if source.data.suffix in TABLE_ENDINGS and source.data.suffix != ".jsonl":
+        raise ValueError(f"{source.data} is a table: name the recipe that says what its columns are (--recipe)")
+    return read_annotations(source.data), None
+
+
+def _in_words(raw, recipe: dict | None, number: int) -> tuple[dict, str | None]:
+    if recipe is None:
+        return raw, None
+    try:
+        return make_record(raw, recipe)
+    except ValueError as error:
+        raise DataError(str(error), record=number) from error
+
+
+class FileFinder:
+    """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well."""
+
+    def __init__(self, root: Path | None, *, search: bool):
+        self.root, self.search, self.index = root, search, None
+
+    def __call__(self, sample: dict, name: str) -> str:
+        try:
+            path = resolve_image(name, self.root)
+            if self.search and not path.exists():
+                path = self._search(name) or path
+        except ValueError as error:
+            raise DataError(f"image {error}", record=sample["record"], sample_id=sample["id"]) from error
+        return str(path)
+
+    def _search(self, name: str) -> Path | None:
+        if self.index is None:
+            self.index = defaultdict(list)
+            for path in self.root.rglob("*"):
+                self.index[path.name].append(path)
+        found = self.index[Path(name).name]
+        if len(found) > 1:
+            raise ValueError(f"{name!r} stands in {len(found)} folders, {found[0].parent} and {found[1].parent}")
+        return resolve_image(str(found[0].relative_to(self.root)), self.root) if found else None
 
 
 def _image_root(image_dir) -> Path | None:
@@ -171,13 +280,6 @@ def _image_root(image_dir) -> Path | None:
     if not root.is_dir():
         raise FileNotFoundError(f"image_dir: no folder {image_dir}")
     return root
-
-
-def _resolve(sample: dict, name: str, root: Path) -> str:
-    try:
-        return str(resolve_image(name, root))
-    except ValueError as error:
-        raise DataError(f"image {error}", record=sample["record"], sample_id=sample["id"]) from error
 
 
 def inspect_images(found: Collected, *, num_workers: int | None, show_progress: bool) -> dict[str, ImageFacts]:
@@ -195,8 +297,9 @@ def inspect_images(found: Collected, *, num_workers: int | None, show_progress: 
             found.samples.append(sample)
         else:
             reason = f"image {sample['files'][bad]!r}: {facts[sample['images'][bad]]}"
-            found.errors.append(DataError(reason, record=sample["record"], sample_id=sample["id"]))
-    found.errors.sort(key=lambda error: error.record)
+            about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
+            found.errors.append(DataError(reason, **about))
+    found.errors.sort(key=lambda error: (error.source, error.record))
     return {path: fact for path, fact in facts.items() if not isinstance(fact, str)}
 
 
@@ -229,16 +332,18 @@ def _make_ids_unique(samples: list[dict]) -> int:
     return renamed
 
 
-def _mention(found: Collected, annotations) -> None:
+def _mention(found: Collected) -> None:
     """Nothing is kept out, renamed or passed over in silence."""
     if found.errors:
-        logger.warning("%s: %d of %d records kept out", annotations, len(found.errors), found.num_records)
+        logger.warning("%d of %d records kept out", len(found.errors), found.num_records)
+    for reason, count in Counter(error.reason for error in found.left_out).most_common(5):
+        logger.warning("%d rows left out by the recipe: %s", count, reason)
     if found.num_renamed:
-        logger.warning("%s: %d records repeat an id and were renamed, 'x' to 'x#2'", annotations, found.num_renamed)
+        logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", found.num_renamed)
     for key, count in found.unread.most_common(5):
         near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        logger.warning("%s: the key %r of %d records is not read%s", annotations, key, count, hint)
+        logger.warning("the key %r of %d records is not read%s", key, count, hint)
 
 
 def find_copies(facts: dict[str, ImageFacts]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
@@ -305,11 +410,11 @@ def _given_split(sample: dict) -> str | None:
     return split
 
 
-def _set_weights(samples: list[dict], splits: list[str], balance: str) -> dict[str | None, float]:
+def _set_weights(samples: list[dict], splits: list[str], balance: str, shares) -> dict[str | None, float]:
     """Give each training sample its sampling weight, all others 1; return the training split's effective counts."""
     train = [sample for sample, split in zip(samples, splits, strict=True) if split == "train"]
     labels = [sample["label"] for sample in train]
-    weights = sampling_weights(labels, [sample["source"] for sample in train], balance=balance)
+    weights = sampling_weights(labels, [sample["source"] for sample in train], balance=balance, shares=shares)
     for sample in samples:
         sample["weight"] = 1.0
     for sample, weight in zip(train, weights, strict=True):

@@ -27,19 +27,13 @@ class DataError(ValueError):
         record: 0-based position in the annotation file.
         sample_id: the record's id, None when it has none.
         reason: what is wrong, and with which field.
+        source: name of the file that it stands in, None when there is but one.
     """
 
-    def __init__(self, reason: str, *, record: int, sample_id: str | None = None):
-        self.record, self.sample_id, self.reason = record, sample_id, reason
+    def __init__(self, reason: str, *, record: int, sample_id: str | None = None, source: str | None = None):
+        self.record, self.sample_id, self.reason, self.source = record, sample_id, reason, source
         name = f" (id {sample_id!r})" if sample_id is not None else ""
         super().__init__(f"record {record}{name}, {reason}")
-
-    def __reduce__(self):
-        return _rebuild_error, (self.reason, self.record, self.sample_id)
-
-
-def _rebuild_error(reason: str, record: int, sample_id: str | None) -> DataError:
-    return DataError(reason, record=record, sample_id=sample_id)
 
 
 class FieldError(ValueError):

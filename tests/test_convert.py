@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep import DataError, InvalidRecordsError, load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
-from data_prep.convert import prepare
+from data_prep.convert import Source, prepare
 from data_prep.load import standardise
 from data_prep.split import assign_splits, check_fractions
 
@@ -54,7 +54,7 @@ def test_all_problems_are_collected_and_raised_once(write_records):
     with pytest.raises(InvalidRecordsError) as error:
         prepare_dataset(path, images, **ALL_TRAIN)
     reasons = {e.record: e.reason for e in error.value.errors}
-    assert "a.json: 7 of 8 records cannot be used" in str(error.value)
+    assert str(error.value).startswith("7 of 8 records cannot be used\n  a.json: record 1 (id 'b'), image 'gone.jpg'")
     assert reasons[1] == "image 'gone.jpg': no such file"
     assert "'../a.json' leads out of the image folder" in reasons[2]
     assert "'http://x/y.jpg' is an address" in reasons[3]
@@ -68,7 +68,7 @@ def test_one_problem_is_one_line(write_records):
     path, images = write_records([flat("gone.jpg", id="ham_0031")])
     with pytest.raises(InvalidRecordsError) as error:
         prepare_dataset(path, images, **ALL_TRAIN)
-    assert str(error.value) == f"{path}: record 0 (id 'ham_0031'), image 'gone.jpg': no such file"
+    assert str(error.value) == "a.json: record 0 (id 'ham_0031'), image 'gone.jpg': no such file"
 
 
 def test_a_missing_image_folder_is_named(write_records):
@@ -81,7 +81,7 @@ def test_a_missing_image_folder_is_named(write_records):
 
 def test_drop_keeps_the_rest_and_says_so(write_records, caplog):
     path, images = write_records([flat("red.jpg", id="a"), flat("gone.jpg", id="b"), flat("blue.jpg", id="c")])
-    prepared = prepare(path, images, on_error="drop", **ALL_TRAIN)
+    prepared = prepare([Source(path, images)], on_error="drop", **ALL_TRAIN)
     assert prepared.splits["train"]["id"] == ["a", "c"]
     assert [(e.record, e.sample_id) for e in prepared.errors] == [(1, "b")]
     assert "1 of 3 records kept out" in caplog.text

@@ -1,0 +1,232 @@
+"""Tables become records: a recipe says which column is what, and how a row is put into words."""
+
+import ast
+import difflib
+import hashlib
+import re
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
+KEYS = {
+    *("source", "join", "id", "images", "group", "group_pattern", "label", "skin_type", "age", "sex", "site", "split"),
+    *("texts", "missing", "skip", "optional", "questions", "answer"),
+}
+PLACE = re.compile(r"\{([^{}]+)\}")
+
+
+def shipped() -> list[str]:
+    """Return the names of the recipes that come with the project."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path) -> dict:
+    """Return a recipe by the name of a shipped one ("ham10000") or the path of a YAML file.
+
+    Raises:
+        ValueError: no such recipe, not YAML, an unknown key, or a key that is missing.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"recipe: no file {name}; shipped are {', '.join(shipped())}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {path}: expected lines of the form 'key: value'")
+    for key in recipe:
+        if key not in KEYS:
+            raise ValueError(f"recipe {path}: unknown key {key!r}{_suggest(str(key), KEYS)}")
+    if missing := {"images", "questions", "answer"} - set(recipe):
+        raise ValueError(f"recipe {path}: lacks {', '.join(sorted(missing))}")
+    return recipe
+
+
+def _suggest(word: str, known) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a table with every cell as stripped text, "" where it is empty; `5.0` reads as `5`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, an unknown ending, not a table, or empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"table: no file {path}")
+    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path).astype(object).fillna("").map(str)
+        elif path.suffix == ".jsonl":
+            table = pd.read_json(path, lines=True, dtype=False).astype(object).fillna("").map(str)
+        else:
+            separator = "\t" if path.suffix in (".tsv",) else None  # None: found out, comma or tab
+            table = pd.read_csv(path, sep=separator, engine="python", **text)
+    except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from error
+    if table.empty:
+        raise ValueError(f"{path}: holds no rows")
+    table.columns = [str(column).strip() for column in table.columns]
+    return table.map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip()))
+
+
+def read_rows(path: Path, recipe: dict) -> list[dict]:
+    """Return a table's rows, joined as the recipe says, with its markers of missing values as "".
+
+    Raises:
+        ValueError: a column that the recipe names is not there; the message suggests the nearest.
+    """
+    table = read_table(path)
+    if "join" in recipe:
+        table = _join(table, path.parent / recipe["join"]["file"], recipe["join"]["by"])
+    _check_columns(path, table, recipe)
+    missing = {"", *map(str, recipe.get("missing", ()))}
+    return [{c: "" if cell in missing else cell for c, cell in row.items()} for row in table.to_dict("records")]
+
+
+def read_folders(root: Path) -> list[dict]:
+    """Return a row for each file in a folder of class folders: its `path` from there and its `folder`."""
+    files = sorted(path.relative_to(root) for path in root.rglob("[!.]*") if path.is_file())
+    rows = [{"path": str(path), "folder": path.parts[-2]} for path in files if len(path.parts) > 1]
+    if not rows:
+        raise ValueError(f"{root}: expected a folder for each class, with images in it")
+    return rows
+
+
+def _join(table: pd.DataFrame, path: Path, key: str) -> pd.DataFrame:
+    other = read_table(path)
+    for name, side in (("table", table), (path.name, other)):
+        if key not in side.columns:
+            raise ValueError(f"{name}: no column {key!r} to join by{_suggest(key, side.columns)}")
+    fresh = [key, *(column for column in other.columns if column not in table.columns)]
+    return table.merge(other[fresh], on=key, how="left", validate="many_to_one").fillna("")
+
+
+def _columns_of(recipe: dict) -> list[str]:
+    """Return the columns that a recipe names."""
+    places = [place for template in recipe["images"] for place in PLACE.findall(template)]
+    label = recipe.get("label", {})
+    lists = [recipe.get(fact, []) for fact in ("group", "age", "sex", "site", "split")]
+    lists += [label.get("names", {}) if label.get("one_hot") else label.get("columns", [])]
+    lists += [recipe.get("skin_type", {}).get("columns", []), recipe.get("skin_type", {}).get("scales", {})]
+    single = [recipe.get("id"), recipe.get("skip", {}).get("column"), recipe.get("group_pattern", {}).get("column")]
+    return [*places, *(column for names in lists for column in names), *(column for column in single if column)]
+
+
+def _check_columns(path: Path, table: pd.DataFrame, recipe: dict) -> None:
+    optional = set(recipe.get("optional", ()))
+    for column in _columns_of(recipe):
+        if column in table.columns:
+            continue
+        if column not in optional:
+            near = _suggest(column, table.columns)
+            raise ValueError(f"{path}: no column {column!r}{near or f'; there are {list(table.columns)[:12]}'}")
+        table[column] = ""
+    for text, columns in recipe.get("texts", {}).items():
+        if not set(columns) & set(table.columns):
+            raise ValueError(
+                f"{path}: none of the columns {columns} for {text!r}{_suggest(columns[0], table.columns)}"
+            )
+
+
+def make_record(row: dict, recipe: dict) -> tuple[dict, str | None]:
+    """Put a row into the form that `records.parse_record` takes; also return why the recipe leaves it out, or None.
+
+    Raises:
+        ValueError: a code that the recipe does not know, or several diagnoses at once.
+    """
+    label = _label(row, recipe.get("label", {}))
+    texts = {name: _first(row, columns) for name, columns in recipe.get("texts", {}).items()}
+    values = {**row, **texts, "label": label}
+    images = [name for name in (_fill(template, row) for template in recipe["images"]) if name]
+    sample_id = row[recipe["id"]] if "id" in recipe else ", ".join(images)
+    record = {
+        "id": sample_id,
+        "images": images,
+        "label": label or None,
+        "group": _group(row, recipe) or None,
+        "skin_type": _skin_type(row, recipe.get("skin_type", {})) or None,
+        **{fact: _first(row, recipe.get(fact, [])) or None for fact in ("age", "sex", "site", "split")},
+        "question": _fill(_choose(recipe["questions"], sample_id), values),
+        "answer": _fill(recipe["answer"], values),
+    }
+    return record, _reason_to_skip(row, recipe, values)
+
+
+def _reason_to_skip(row: dict, recipe: dict, values: dict) -> str | None:
+    skip = recipe.get("skip")
+    if skip and re.search(skip["matching"], row[skip["column"]]):
+        return f"{skip['column']} is {row[skip['column']]!r}"
+    empty = [place for place in PLACE.findall(recipe["answer"]) if not values.get(place)]
+    return f"no {empty[0]} to answer with" if empty else None
+
+
+def _fill(template: str, values: dict) -> str:
+    """Put values into `{places}`; "" when one of an image's places is empty."""
+    if any(not values.get(place) for place in PLACE.findall(template)):
+        return ""
+    return PLACE.sub(lambda match: values[match.group(1)], template)
+
+
+def _first(row: dict, columns: list[str]) -> str:
+    return next((row[column] for column in columns if row.get(column)), "")
+
+
+def _label(row: dict, spec: dict) -> str:
+    if spec.get("one_hot"):
+        hits = [column for column in spec["names"] if row[column] == "1"]
+        if len(hits) > 1:
+            raise ValueError(f"the columns {', '.join(hits)} are 1 at once")
+        return spec["names"][hits[0]] if hits else ""
+    text = _first(row, spec.get("columns", []))
+    if spec.get("pick") == "heaviest" and text:
+        text = _heaviest(text)
+    for old, new in spec.get("replace", {}).items():
+        text = text.replace(old, new)
+    return _decode(text, spec, spec.get("columns", []))
+
+
+def _decode(code: str, spec: dict, columns: list[str]) -> str:
+    """Return what a code stands for; codes stand for themselves when the recipe lists no names."""
+    if not code or "names" not in spec:
+        return code
+    if code not in spec["names"]:
+        raise ValueError(f"column {columns[0]!r}: {code!r} is not one of {', '.join(spec['names'])}")
+    return spec["names"][code]
+
+
+def _heaviest(text: str) -> str:
+    """Return the name with the largest weight of a dictionary written in Python."""
+    try:
+        weights = ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"expected a dictionary of weights, found {text[:60]!r}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"expected a dictionary of weights, found {text[:60]!r}")
+    return max(weights, key=weights.get) if weights else ""
+
+
+def _group(row: dict, recipe: dict) -> str:
+    if pattern := recipe.get("group_pattern"):
+        match = re.search(pattern["matching"], row[pattern["column"]])
+        return next((part for part in match.groups() if part), "") if match else ""
+    return _first(row, recipe.get("group", []))
+
+
+def _skin_type(row: dict, spec: dict) -> str:
+    """Return a Fitzpatrick type by its Roman numeral, or a value of another scale with the scale's name before it."""
+    columns = spec.get("columns", [])
+    if name := _decode(_first(row, columns), spec, columns):
+        return name
+    return next((f"{scale} {row[column]}" for column, scale in spec.get("scales", {}).items() if row.get(column)), "")
+
+
+def _choose(questions: list[str], sample_id: str) -> str:
+    """Pick a wording by the sample's id, so that it does not depend on the order of the rows."""
+    return questions[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(questions)]
