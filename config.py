@@ -25,6 +25,9 @@ class DataArguments:
         default=None, metadata={"help": "annotation file, folder made by `python -m data_prep convert`, or Hub id"}
     )
     image_dir: str | None = field(default=None, metadata={"help": "image folder of an annotation file"})
+    fold: int | None = field(
+        default=None, metadata={"help": "of a data set in folds: validate on it, train on the rest"}
+    )
     min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
     max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})

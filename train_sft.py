@@ -12,7 +12,7 @@ from pathlib import Path
 from cli import run
 
 from accelerate import PartialState
-from datasets import DatasetDict, disable_progress_bars
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import PeftModel, get_peft_model
 from transformers import ProcessorMixin, ProgressCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -21,7 +21,8 @@ from callbacks import CurvesCallback, ProgressLine
 from checkpoints import check_same_lora, choose_checkpoint, list_checkpoints
 from collator import VisionSFTCollator
 from config import DataArguments, parse_config
-from data_prep import load_splits
+from data_prep import join_folds, load_splits
+from data_prep.balance import draw
 from hub import RUN_FACTS, open_repository, push_adapter
 from modeling import (
     build_lora_config,
@@ -107,12 +108,23 @@ def claim_repository(training_args: SFTConfig) -> str | None:
 def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict:
     """Load the splits and check that those needed are there."""
     splits = load_splits(data_args.dataset_path, data_args.image_dir, show_progress=PartialState().is_main_process)
+    splits = join_folds(splits, data_args.fold)
     if "train" not in splits or len(splits["train"]) == 0:
         raise ValueError(f"dataset_path: {data_args.dataset_path} has no training split, only {sorted(splits)}")
     if training_args.eval_strategy != "no" and len(splits.get("validation", ())) == 0:
         rule = "set eval_strategy: no, or prepare the data with one"
         raise ValueError(f"dataset_path: {data_args.dataset_path} has no validation split; {rule}")
+    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     return splits
+
+
+def draw_by_weight(train: Dataset, seed: int) -> Dataset:
+    """Return the training split with its samples as often as `data_prep convert --balance` weighed them."""
+    if set(train["weight"]) == {1.0}:
+        return train
+    indices = draw(train["weight"], seed=seed)
+    say(f"drawn by weight: an epoch sees {len(set(indices)):,} different samples of {len(train):,}")
+    return train.select(indices)
 
 
 def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> SampleLengths:

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
         help="shares of the three splits (default: 0.8 0.1 0.1)",
     )  # fmt: skip
+    convert.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation, besides test")
     convert.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
     convert.add_argument(
         "--on-error", choices=("fail", "drop"), default="fail",
@@ -76,7 +77,7 @@ def convert(args: argparse.Namespace) -> None:
     _check_out(args.out, overwrite=args.overwrite)
     with TemporaryDirectory(dir=args.out.parent) as clean:
         prepared = prepare(
-            read_sources(args), split=tuple(args.split), seed=args.seed, on_error=args.on_error,
+            read_sources(args), split=tuple(args.split), seed=args.seed, folds=args.folds, on_error=args.on_error,
             balance=args.balance, num_workers=args.workers, clean_dir=Path(clean),
         )  # fmt: skip
         _save(prepared, args.out)

@@ -116,6 +116,7 @@ def prepare(
     *,
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 42,
+    folds: int = 0,
     on_error: str = "fail",
     balance: str = "none",
     num_workers: int | None = None,
@@ -130,6 +131,8 @@ def prepare(
     Args:
         sources: one or several; several mix by their weights.
         split: shares of train, validation and test, for the samples that name no split of their own.
+        folds: number of equal parts, for cross-validation, that everything but test is dealt into: `fold_0` and on
+            instead of train and validation.
         seed: of the split; the same ids and seed give the same split in any order of the records.
         on_error: "fail" raises with every problem found, "drop" keeps those records out.
         balance: how training samples are weighted, see `balance.sampling_weights`.
@@ -159,6 +162,8 @@ def prepare(
     picture_of, copies = find_copies(facts)
     groups = _groups(found.samples, picture_of)
     splits = _splits(found.samples, groups, split, seed)
+    if folds:
+        splits = _folds(found.samples, groups, splits, folds, seed)
     findings = [
         *check.check_records(found.errors),
         *check.check_texts(found.samples),
@@ -170,7 +175,7 @@ def prepare(
     effective = _set_weights(found.samples, splits, balance, shares)
     if clean_dir is not None:
         _clean_images(found.samples, facts, clean_dir)
-    built = {name: _build(found.samples, splits, name) for name in SPLITS if name in splits}
+    built = {name: _build(found.samples, splits, name) for name in sorted(set(splits), key=_rank)}
     return Prepared(DatasetDict(built), findings, [*found.errors, *found.left_out], effective)
 
 
@@ -401,6 +406,23 @@ def _splits(samples: list[dict], groups: list[int], fractions: tuple[float, floa
     return splits
 
 
+def _folds(samples: list[dict], groups: list[int], splits: list[str], folds: int, seed: int) -> list[str]:
+    """Deal everything but the test split into parts of one size, by group and label."""
+    if folds < 2:
+        raise ValueError(f"folds: expected at least 2, found {folds}")
+    indices = [index for index, split in enumerate(splits) if split != "test"]
+    names = tuple(f"fold_{number}" for number in range(folds))
+    ids, labels = ([samples[index][key] for index in indices] for key in ("id", "label"))
+    own = [groups[index] for index in indices]
+    dealt = assign_splits(ids, (1 / folds,) * folds, seed=seed, groups=own, labels=labels, names=names)
+    next_fold = iter(dealt)
+    return [split if split == "test" else next(next_fold) for split in splits]
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return (SPLITS.index(name) if name in SPLITS else -1), name
+
+
 def _given_split(sample: dict) -> str | None:
     if sample["split"] is None:
         return None
@@ -412,7 +434,7 @@ def _given_split(sample: dict) -> str | None:
 
 def _set_weights(samples: list[dict], splits: list[str], balance: str, shares) -> dict[str | None, float]:
     """Give each training sample its sampling weight, all others 1; return the training split's effective counts."""
-    train = [sample for sample, split in zip(samples, splits, strict=True) if split == "train"]
+    train = [s for s, split in zip(samples, splits, strict=True) if split == "train" or split.startswith("fold_")]
     labels = [sample["label"] for sample in train]
     weights = sampling_weights(labels, [sample["source"] for sample in train], balance=balance, shares=shares)
     for sample in samples:

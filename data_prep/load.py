@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, List, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, load_dataset, load_from_disk
 
 from .convert import FEATURES, prepare_dataset
 from .images import load_image
@@ -36,6 +36,23 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
     else:
         raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
     return splits.cast_column("images", List(Image(decode=False)))
+
+
+def join_folds(splits: DatasetDict, fold: int | None) -> DatasetDict:
+    """Return `train` (all folds but one) and `validation` (that one) of a data set in folds; others as they are.
+
+    Raises:
+        ValueError: the data set has folds and none is named, or it has no such fold.
+    """
+    folds = sorted((name for name in splits if name.startswith("fold_")), key=lambda name: int(name[5:]))
+    if not folds and fold is None:
+        return splits
+    if fold is None or f"fold_{fold}" not in folds:
+        held = f"has the folds {', '.join(folds)}" if folds else "has no folds"
+        raise ValueError(f"fold: the data set {held}, and the fold named is {fold}")
+    train = concatenate_datasets([splits[name] for name in folds if name != f"fold_{fold}"])
+    others = {name: split for name, split in splits.items() if name not in folds}
+    return DatasetDict({"train": train, "validation": splits[f"fold_{fold}"], **others})
 
 
 def _load_folder(path: Path) -> DatasetDict:

@@ -90,12 +90,13 @@ def _neediest(counts: Counter, lacking: list[dict], fractions: tuple[float, ...]
     """Return the split that lacks the largest part of its share of a group's labels.
 
     Splits that the group would overfill by more than half of itself are left out; when all are, the one that it
-    overfills least wins. Ties go to the larger split.
+    overfills least wins. Ties go to the split that lacks most of all samples, then to the larger one.
     """
 
-    def need(split: int) -> tuple[float, float]:
-        share = fractions[split]
-        return sum(count * lacking[split][label] / (share * totals[label]) for label, count in counts.items()), share
+    def need(split: int) -> tuple[float, float, float]:
+        lacks, share = lacking[split], fractions[split]
+        of_labels = sum(count * lacks[label] / (share * totals[label]) for label, count in counts.items())
+        return round(of_labels, 9), round(sum(lacks.values()) / share, 6), share
 
     def excess(split: int) -> float:
         return max((count - lacking[split][label]) / fractions[split] for label, count in counts.items())

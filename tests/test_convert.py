@@ -9,9 +9,10 @@ from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from data_prep import DataError, InvalidRecordsError, load_splits, prepare_dataset
+from data_prep import DataError, InvalidRecordsError, join_folds, load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
 from data_prep.convert import Source, prepare
+from data_prep.images import load_image
 from data_prep.load import standardise
 from data_prep.split import assign_splits, check_fractions
 
@@ -217,3 +218,55 @@ def test_a_foreign_data_set_is_brought_into_the_schema():
         standardise(bad, "train")
     with pytest.raises(ValueError, match="none is 'messages'"):
         standardise(Dataset.from_dict({"text": ["a"]}), "train")
+
+
+def test_folds_hold_everything_but_test_and_join_again(demo_raw):
+    source = Source(demo_raw / "annotations.json", demo_raw / "images")
+    splits = prepare([source], folds=4, show_progress=False).splits
+    assert list(splits) == ["fold_0", "fold_1", "fold_2", "fold_3", "test"]
+    assert [len(splits[f"fold_{n}"]) for n in range(4)] == [9, 9, 9, 9]
+    joined = join_folds(splits, 2)
+    assert sorted(joined["train"]["id"]) == sorted(i for n in (0, 1, 3) for i in splits[f"fold_{n}"]["id"])
+    assert joined["validation"]["id"] == splits["fold_2"]["id"]
+    assert joined["test"]["id"] == splits["test"]["id"]
+    with pytest.raises(ValueError, match="has the folds fold_0, fold_1, fold_2, fold_3, and the fold named is None"):
+        join_folds(splits, None)
+    with pytest.raises(ValueError, match="has no folds, and the fold named is 1"):
+        join_folds(joined, 1)
+
+
+def test_given_splits_are_kept_and_validation_comes_out_of_train(write_records):
+    records = [{"question": f"q{n}", "answer": "a b", "split": "test" if n < 10 else "train"} for n in range(50)]
+    path, _ = write_records(records)
+    prepared = prepare([Source(path)], show_progress=False)
+    assert {name: len(split) for name, split in prepared.splits.items()} == {"train": 36, "validation": 4, "test": 10}
+    assert {m[0]["content"] for m in prepared.splits["test"]["messages"]} == {f"q{n}" for n in range(10)}
+    assert prepared.findings == []
+    path, _ = write_records([{**records[0], "group": "p1"}, {**records[20], "group": "p1"}, *records[21:]])
+    [leak] = [f for f in prepare([Source(path)], show_progress=False).findings if f.kind == "leak"]
+    assert leak.detail == "stands in test and train"
+    path, _ = write_records([{**records[0], "split": "tset"}])
+    with pytest.raises(ValueError, match=r"field 'split': expected train, validation or test, found 'tset'"):
+        prepare([Source(path)], show_progress=False)
+
+
+def test_a_sample_without_a_split_follows_its_group_into_a_given_one(write_records):
+    records = [{"question": f"q{n}", "answer": "a b", "group": f"g{n % 10}"} for n in range(40)]
+    records[3]["split"] = "test"
+    path, _ = write_records(records)
+    splits = prepare([Source(path)], split=(1, 0, 0), show_progress=False).splits
+    assert set(splits["test"]["group"]) == {"g3"} and len(splits["test"]) == 4
+
+
+def test_images_embedded_in_a_data_set_carry_no_private_metadata(write_records, tmp_path):
+    path, images = write_records([flat("red.jpg", id="a"), flat("gps.jpg", id="b")])
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "Dr Secret"
+    exif.get_ifd(0x8825)[1] = "N"
+    Image.effect_noise((64, 32), 60).convert("RGB").save(images / "gps.jpg", exif=exif, comment=b"patient Secret")
+    convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
+    samples = {row["id"]: row["images"][0]["bytes"] for row in load_splits(str(tmp_path / "out"))["train"]}
+    assert samples["a"] == (images / "red.jpg").read_bytes()
+    assert b"Secret" not in samples["b"]
+    assert load_image({"bytes": samples["b"]}).tobytes() == load_image(images / "gps.jpg").tobytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "images", "out"}

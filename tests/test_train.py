@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from cli import run
@@ -10,11 +11,14 @@ from cli import run
 import pytest
 import torch
 from conftest import train_args
+from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import train_sft
 from config import parse_config
+from data_prep import load_splits
+from data_prep.convert import Source, prepare
 from modeling import load_processor
 
 ADAPTER = "adapter_model.safetensors"
@@ -295,3 +299,19 @@ def test_auto_passes_over_a_broken_checkpoint_and_a_fresh_start_needs_a_fresh_fo
     out = capsys.readouterr().out
     assert f"passed over checkpoint {tmp_path}/checkpoint-4: unreadable" in out
     assert f"going on from {tmp_path}/checkpoint-2" in out
+
+
+def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_path, capsys):
+    records = json.loads((demo_raw / "annotations.json").read_text())
+    rare = [record for n, record in enumerate(records) if record["label"] != "vitiligo" or n < 10]
+    (tmp_path / "a.json").write_text(json.dumps(rare))
+    source = Source(tmp_path / "a.json", demo_raw / "images")
+    prepare([source], folds=3, balance="full", show_progress=False).splits.save_to_disk(str(tmp_path / "folds"))
+    trainer = make_trainer(tiny_base, tmp_path / "folds", tmp_path / "run", fold=1)
+    others = concatenate_datasets([load_splits(str(tmp_path / "folds"))[f"fold_{n}"] for n in (0, 2)])
+    held, drawn = Counter(others["label"]), Counter(trainer.train_dataset["label"])
+    assert held["vitiligo"] < drawn["vitiligo"] <= 3 * held["vitiligo"]
+    assert set(trainer.train_dataset["id"]) < set(others["id"])
+    assert "drawn by weight: an epoch sees" in capsys.readouterr().out
+    assert len(trainer.train_dataset) == len(others)
+    assert trainer.eval_dataset["id"] == load_splits(str(tmp_path / "folds"))["fold_1"]["id"]
