@@ -90,16 +90,17 @@ def _neediest(counts: Counter, lacking: list[dict], fractions: tuple[float, ...]
     """Return the split that lacks the largest part of its share of a group's labels.
 
     Splits that the group would overfill by more than half of itself are left out; when all are, the one that it
-    overfills least wins. Ties go to the split that lacks most of all samples, then to the larger one.
+    overfills least wins. Ties go to the larger split, then to the one that lacks most samples of any label.
     """
 
     def need(split: int) -> tuple[float, float, float]:
         lacks, share = lacking[split], fractions[split]
         of_labels = sum(count * lacks[label] / (share * totals[label]) for label, count in counts.items())
-        return round(of_labels, 9), round(sum(lacks.values()) / share, 6), share
+        return round(of_labels, 9), share, sum(lacks.values())
 
-    def excess(split: int) -> float:
-        return max((count - lacking[split][label]) / fractions[split] for label, count in counts.items())
+    def excess(split: int) -> tuple[float, float]:
+        lacks, share = lacking[split], fractions[split]
+        return round(max((count - lacks[label]) / share for label, count in counts.items()), 9), -sum(lacks.values())
 
     open_splits = [split for split, share in enumerate(fractions) if share > 0]
     fitting = [s for s in open_splits if all(count <= 2 * lacking[s][label] for label, count in counts.items())]
