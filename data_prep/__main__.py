@@ -115,7 +115,7 @@ def _save(prepared: Prepared, out: Path) -> None:
     """Write beside `out` first, so that an interrupted run leaves no half of a data set under its name."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    prepared.splits.save_to_disk(str(unfinished))
+    prepared.splits.save_to_disk(str(unfinished), max_shard_size="500MB")
     findings = "".join(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n" for finding in prepared.findings)
     (unfinished / "findings.jsonl").write_text(findings, encoding="utf-8")
     if prepared.errors:

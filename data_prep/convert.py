@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
 from tqdm import tqdm
 
 from . import check
 from .balance import effective_counts, sampling_weights
 from .duplicates import near_pairs
-from .images import ImageFacts, clean_copy, inspect_image, resolve_image
+from .images import ImageFacts, clean_copy, inspect_image, perceptual_hash, resolve_image
 from .records import READ_KEYS, DataError, parse_record, read_annotations, unread_keys
 from .split import SPLITS, assign_splits, check_fractions, join_groups
 from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows
@@ -78,12 +79,14 @@ class Prepared:
         findings: everything that the checks found.
         errors: the records that were kept out, as bad or by their recipe.
         effective: how many samples of each label an epoch draws from the training split on average.
+        groups: group of each sample by its id; samples of one group stay in one split.
     """
 
     splits: DatasetDict
     findings: list[check.Finding]
     errors: list[DataError]
     effective: dict[str | None, float]
+    groups: dict[str, int]
 
 
 @dataclass
@@ -176,7 +179,8 @@ def prepare(
     if clean_dir is not None:
         _clean_images(found.samples, facts, clean_dir)
     built = {name: _build(found.samples, splits, name) for name in sorted(set(splits), key=_rank)}
-    return Prepared(DatasetDict(built), findings, [*found.errors, *found.left_out], effective)
+    group_of = {sample["id"]: group for sample, group in zip(found.samples, groups, strict=True)}
+    return Prepared(DatasetDict(built), findings, [*found.errors, *found.left_out], effective, group_of)
 
 
 def _shares(sources: list[Source]) -> dict[str, float] | None:
@@ -311,6 +315,7 @@ def inspect_images(found: Collected, *, num_workers: int | None, show_progress: 
 def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageFacts | str]:
     if not paths:
         return []
+    perceptual_hash(PILImage.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
     try:
         with ProcessPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
             results = pool.map(inspect_image, paths, chunksize=16)

@@ -43,9 +43,9 @@ def load_image(source: str | os.PathLike | dict | Image.Image) -> Image.Image:
     if not isinstance(source, io.BytesIO):
         _check_file(Path(source))
     try:
-        with Image.open(source) as image:
-            check_size(image.width, image.height)
-            return _to_rgb(image)
+        image = Image.open(source)
+        check_size(image.width, image.height)
+        return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("not an image") from error
     except Image.DecompressionBombError as error:
@@ -75,7 +75,9 @@ def check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)  # a decoded copy; phone photos are stored lying on their side
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # phone photos are stored lying on their side
     if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -122,10 +124,14 @@ def inspect_image(path: str) -> ImageFacts | str:
     try:
         _check_file(Path(path))
         data = Path(path).read_bytes()
-        upright = load_image({"bytes": data})
         with Image.open(io.BytesIO(data)) as stored:
             mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
-    except (ValueError, OSError) as error:
+        upright = load_image({"bytes": data})
+    except UnidentifiedImageError:
+        return "not an image"
+    except Image.DecompressionBombError as error:
+        return f"too large: {error}"
+    except (ValueError, OSError, SyntaxError) as error:
         return str(error)
     small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
     grey = small.convert("L")
@@ -133,15 +139,16 @@ def inspect_image(path: str) -> ImageFacts | str:
         size=upright.size,
         mode=mode,
         digest=hashlib.sha256(data).hexdigest(),
-        hashes=(_phash(grey), _phash(ImageOps.mirror(grey))),
+        hashes=(perceptual_hash(grey), perceptual_hash(ImageOps.mirror(grey))),
         thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
         turned=turned,
         private=private,
     )
 
 
-def _phash(image: Image.Image) -> int:
-    return int(str(imagehash.phash(image)), 16)
+def perceptual_hash(grey: Image.Image) -> int:
+    """Return the 64-bit hash of a grey picture by its lowest 8 x 8 frequencies."""
+    return int(np.packbits(imagehash.phash(grey).hash).view(">u8")[0])
 
 
 def private_metadata(image: Image.Image) -> tuple[str, ...]:
@@ -169,7 +176,7 @@ def clean_copy(path: str) -> tuple[bytes, str]:
         if load_image({"bytes": stripped}).tobytes() == pixels.tobytes():
             return stripped, ".jpg"
     buffer = io.BytesIO()
-    pixels.save(buffer, "PNG")
+    Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(buffer, "PNG")
     return buffer.getvalue(), ".png"
 
 

@@ -1,0 +1,98 @@
+"""Every planted fault is found, clean images are left in peace, and no planted group crosses splits."""
+
+from collections import defaultdict
+
+import pytest
+from planted import PlantedSet
+
+from data_prep.check import ERRORS, Finding, check_texts, count_findings, has_errors
+from data_prep.convert import Source, prepare
+from data_prep.split import assign_splits
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    return PlantedSet(tmp_path_factory.mktemp("planted"), count=3000, each=10)
+
+
+@pytest.fixture(scope="module")
+def prepared(planted):
+    source = Source(planted.folder / "a.json", planted.images)
+    return prepare([source], on_error="drop", show_progress=False)
+
+
+def found_ids(findings, kind):
+    return {name for f in findings if f.kind == kind for name in (f.sample_id, *f.others)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "exact copy",
+        "near copy",
+        "turned",
+        "private",
+        "contradiction",
+        "giveaway",
+        "tiny",
+        "short answer",
+        "long answer",
+    ],
+)
+def test_every_planted_fault_is_found_and_nothing_else(planted, prepared, kind):
+    found = found_ids(prepared.findings, kind)
+    assert planted.planted[kind] <= found
+    touched = set().union(*planted.planted.values())
+    assert len((found & set(planted.clean)) - touched) <= 0.01 * len(planted.clean)
+
+
+def test_every_unusable_record_is_refused_with_its_reason(planted, prepared):
+    assert {error.sample_id for error in prepared.errors} == planted.bad
+    assert found_ids(prepared.findings, "unusable") == planted.bad
+    kept = sum(len(split) for split in prepared.splits.values())
+    assert kept + len(planted.bad) == len(planted.records)
+
+
+def links(planted):
+    """Return what must stay together: the ids of each lesion, and of each picture with its copies."""
+    together = defaultdict(set)
+    for record in planted.records:
+        if record["id"] in planted.bad:
+            continue
+        if "group" in record:
+            together[record["group"]].add(record["id"])
+        picture = record["image"].rsplit("-", 1)[-1][:5]
+        together["picture", "tiny" in record["image"], picture].add(record["id"])
+    return list(together.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_planted_group_crosses_splits(planted, prepared, seed):
+    ids, groups = list(prepared.groups), list(prepared.groups.values())
+    labels = {record["id"]: record["label"] for record in planted.records}
+    splits = assign_splits(ids, (0.8, 0.1, 0.1), seed=seed, groups=groups, labels=[labels[name] for name in ids])
+    split_of = dict(zip(ids, splits, strict=True))
+    for together in links(planted):
+        assert len({split_of[name] for name in together}) == 1
+
+
+def sample(question, answer, label):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"record": 0, "id": "x", "label": label, "messages": messages}
+
+
+def test_a_question_may_offer_labels_but_not_name_the_right_one_alone():
+    other = sample("What?", "Acne.", "acne")
+    choice = sample("Is it acne or melanoma?", "It is melanoma.", "melanoma")
+    given = sample("Is it melanoma?", "Yes, melanoma.", "melanoma")
+    part = sample("Nodular melanoma?", "Nodular melanoma it is.", "nodular melanoma")
+    denied = sample("Is it melanoma?", "No, acne.", "acne")
+    kinds = [[f.kind for f in check_texts([s, other])] for s in (choice, given, part, denied)]
+    assert [("giveaway" in kind) for kind in kinds] == [False, True, True, False]
+
+
+def test_findings_count_in_order_and_errors_are_told_from_notes():
+    findings = [Finding("turned", ""), Finding("unusable", ""), Finding("turned", "")]
+    assert list(count_findings(findings).items()) == [("unusable", 1), ("turned", 2)]
+    assert has_errors(findings) and not has_errors(findings[::2])
+    assert "leak" in ERRORS
