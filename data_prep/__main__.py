@@ -1,4 +1,4 @@
-"""`python -m data_prep convert`: prepare a data set once, train on it many times."""
+"""Prepare a data set once, train on it many times."""
 
 import argparse
 import json
@@ -15,42 +15,54 @@ import yaml
 from datasets import DatasetDict, disable_progress_bars
 
 from data_prep.balance import MODES
-from data_prep.check import ERRORS, KINDS, count_findings
+from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import Prepared, Source, prepare
 from data_prep.records import FORMATS
 from data_prep.tables import shipped
 
-EXAMPLE = "example: python -m data_prep convert --annotations formatted_dataset.json --images images --out data/skin"
+EXAMPLES = {
+    "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
+    "check": "example: python -m data_prep check --annotations HAM10000_metadata.csv --recipe ham10000 --images HAM",
+}
+MAX_SHOWN = 10  # findings of one kind that `check` prints
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m data_prep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="convert")
-    convert = commands.add_parser("convert", help="JSON or JSON Lines + images -> data set folder", epilog=EXAMPLE)
-    convert.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, table, or folder of class folders")
-    convert.add_argument("--images", type=Path, help="folder that the records' image paths start from")
-    convert.add_argument("--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}")
-    convert.add_argument("--sources", type=Path, help="YAML list of several: data, images, recipe, format, weight")
-    convert.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
-    convert.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
-    convert.add_argument(
-        "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
-        help="shares of the three splits (default: 0.8 0.1 0.1)",
-    )  # fmt: skip
-    convert.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation, besides test")
-    convert.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
-    convert.add_argument(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check")
+    command = commands.add_parser("convert", help="sources -> a checked data set folder", epilog=EXAMPLES["convert"])
+    command.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
+    command.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
+    command.add_argument(
         "--on-error", choices=("fail", "drop"), default="fail",
         help="fail: list all problems and stop (default); drop: keep those records out, listed in rejected.jsonl",
     )  # fmt: skip
-    convert.add_argument(
+    command.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation, besides test")
+    command.add_argument(
         "--balance", choices=tuple(MODES), default="none",
         help="draw rare labels more often in training: full evens the labels out, sqrt goes half the way",
     )  # fmt: skip
-    convert.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
-    convert.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
-    convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(function=convert)
+    _add_common_options(command)
+    command = commands.add_parser("check", help="the checks alone; exit code 1 if one fails", epilog=EXAMPLES["check"])
+    command.set_defaults(function=check)
+    _add_common_options(command)
     return parser
+
+
+def _add_common_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, table, or folder of class folders")
+    command.add_argument("--images", type=Path, help="folder that the records' image paths start from")
+    command.add_argument("--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}")
+    command.add_argument("--sources", type=Path, help="YAML list of several: data, images, recipe, format, weight")
+    command.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
+    command.add_argument(
+        "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
+        help="shares of the three splits (default: 0.8 0.1 0.1)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
+    command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
@@ -82,14 +94,36 @@ def convert(args: argparse.Namespace) -> None:
         )  # fmt: skip
         _save(prepared, args.out)
     print(_summary(prepared.splits))
-    for kind, count in count_findings(prepared.findings).items():
-        print(f"{'error' if kind in ERRORS else 'found':<11}{count:>7} {KINDS[kind]}")
+    print_counts(prepared.findings)
     if args.balance != "none":
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
         print(f"an epoch draws, balanced by {args.balance}: {counts}")
     if prepared.errors:
         print(f"rejected {len(prepared.errors)} records, each with its reason in {args.out / 'rejected.jsonl'}")
     print(f"written to {args.out}")
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print what the checks find; return 1 when something would hurt training, so that a pipeline stops."""
+    prepared = prepare(
+        read_sources(args), split=tuple(args.split), seed=args.seed, on_error="drop", num_workers=args.workers
+    )
+    for kind in count_findings(prepared.findings):
+        found = [finding for finding in prepared.findings if finding.kind == kind]
+        print(f"\n{KINDS[kind]}: {len(found)}")
+        for finding in found[:MAX_SHOWN]:
+            print(f"  {finding}")
+        if len(found) > MAX_SHOWN:
+            print(f"  ... and {len(found) - MAX_SHOWN} more")
+    print()
+    print(_summary(prepared.splits))
+    print_counts(prepared.findings)
+    return 1 if has_errors(prepared.findings) else 0
+
+
+def print_counts(findings: list[Finding]) -> None:
+    for kind, count in count_findings(findings).items():
+        print(f"{'error' if kind in ERRORS else 'found':<11}{count:>7} {KINDS[kind]}")
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -106,7 +140,10 @@ def _check_writable(out: Path) -> None:
     """Find out before the images are decoded."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".unfinished").mkdir(exist_ok=True)
+        probe = out.with_name(out.name + ".unfinished")
+        shutil.rmtree(probe, ignore_errors=True)
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise ValueError(f"--out: cannot write to {out}: {error.strerror}") from error
 
@@ -139,9 +176,10 @@ def _summary(splits: DatasetDict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     disable_progress_bars()  # of the writing of each split; decoding has a bar of its own
-    convert(build_parser().parse_args(argv))
+    args = build_parser().parse_args(argv)
+    return args.function(args)
 
 
 if __name__ == "__main__":

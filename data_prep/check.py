@@ -53,6 +53,12 @@ class Finding:
     def to_dict(self) -> dict:
         return asdict(self)
 
+    def __str__(self) -> str:
+        where = [] if self.record is None else [f"record {self.record} (id {self.sample_id!r})"]
+        where += [self.file] if self.file else []
+        also = f" (also {', '.join(self.others[:5])}{', ...' if len(self.others) > 5 else ''})" if self.others else ""
+        return ", ".join(where) + (": " if where else "") + self.detail + also
+
 
 def count_findings(findings: list[Finding]) -> dict[str, int]:
     """Return the number of findings of each kind that occurs, in the order of `KINDS`."""

@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 from planted import PlantedSet
 
+from data_prep.__main__ import main as data_prep
 from data_prep.check import ERRORS, Finding, check_texts, count_findings, has_errors
 from data_prep.convert import Source, prepare
 from data_prep.split import assign_splits
@@ -96,3 +97,19 @@ def test_findings_count_in_order_and_errors_are_told_from_notes():
     assert list(count_findings(findings).items()) == [("unusable", 1), ("turned", 2)]
     assert has_errors(findings) and not has_errors(findings[::2])
     assert "leak" in ERRORS
+
+
+def test_a_finding_says_where_it_is():
+    finding = Finding("near copy", "same as b.jpg", 7, "r7", "a.jpg", ("r9",))
+    assert str(finding) == "record 7 (id 'r7'), a.jpg: same as b.jpg (also r9)"
+    assert str(Finding("rare label", "'x' has 1 group(s), none in test")) == "'x' has 1 group(s), none in test"
+
+
+def test_the_check_command_guards_a_pipeline(planted, write_records, capsys):
+    source = ["--annotations", str(planted.folder / "a.json"), "--images", str(planted.images)]
+    assert data_prep(["check", *source]) == 1
+    out = capsys.readouterr().out
+    assert "records that cannot be used: 140" in out and "... and 130 more" in out
+    assert "one picture under different labels: 10" in out
+    path, images = write_records([{"image": "red.jpg", "question": "What?", "answer": "A nevus."}])
+    assert data_prep(["check", "--annotations", str(path), "--images", str(images)]) == 0
