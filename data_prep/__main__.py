@@ -18,18 +18,20 @@ from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import Prepared, Source, prepare
 from data_prep.records import FORMATS
+from data_prep.report import write_report
 from data_prep.tables import shipped
 
 EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
     "check": "example: python -m data_prep check --annotations HAM10000_metadata.csv --recipe ham10000 --images HAM",
+    "inspect": "example: python -m data_prep inspect data/skin",
 }
 MAX_SHOWN = 10  # findings of one kind that `check` prints
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m data_prep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check | inspect")
     command = commands.add_parser("convert", help="sources -> a checked data set folder", epilog=EXAMPLES["convert"])
     command.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
     command.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
@@ -47,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="the checks alone; exit code 1 if one fails", epilog=EXAMPLES["check"])
     command.set_defaults(function=check)
     _add_common_options(command)
+    command = commands.add_parser("inspect", help="a page about a data set folder", epilog=EXAMPLES["inspect"])
+    command.add_argument("folder", type=Path, help="what convert wrote")
+    command.add_argument("--max-pixels", type=positive_int, help="image limit, px^2 (default: the suggested one)")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(function=inspect)
     return parser
 
 
@@ -119,6 +126,12 @@ def check(args: argparse.Namespace) -> int:
     print(_summary(prepared.splits))
     print_counts(prepared.findings)
     return 1 if has_errors(prepared.findings) else 0
+
+
+def inspect(args: argparse.Namespace) -> None:
+    if not (args.folder / "findings.jsonl").is_file():
+        raise ValueError(f"{args.folder} is not a data set that `python -m data_prep convert` wrote")
+    print(f"{write_report(args.folder, max_pixels=args.max_pixels)}: open it in a browser")
 
 
 def print_counts(findings: list[Finding]) -> None:

@@ -204,12 +204,12 @@ def resolve_image(name: str, image_dir: Path) -> Path:
     """
     shown = repr(name if len(name) <= 100 else name[:100] + "...")
     if "://" in name or name.startswith("data:"):
-        raise ValueError(f"{shown} is an address, expected a path inside {image_dir}")
+        raise ValueError(f"{shown} is an address, expected a path inside the image folder")
     if "\0" in name:
         raise ValueError(f"{shown} holds a NUL character")
     path = (image_dir / name).resolve()
     if not path.is_relative_to(image_dir):
-        raise ValueError(f"{shown} leads out of the image folder {image_dir}")
+        raise ValueError(f"{shown} leads out of the image folder")
     return path
 
 

@@ -1,0 +1,266 @@
+"""One page about a prepared data set: counts, charts, token costs, findings with thumbnails, samples."""
+
+import base64
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+from datasets import DatasetDict, Image, List, load_from_disk
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+from PIL import Image as PILImage
+
+from .check import ERRORS, KINDS, WARNINGS, Finding
+from .images import PATCH_CELL, count_image_tokens, load_image
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+LADDER = (256, 384, 512, 768, 1024, 1280)  # tokens an image at most
+MIN_PIXELS = 64 * PATCH_CELL**2
+SHOWN = 8  # findings of one kind
+SAMPLES = 10
+NO_LABEL = "(no label)"
+
+
+def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
+    """Write `report.html` and `report.json` into a prepared data set's folder and return the page's path.
+
+    Args:
+        folder: what `python -m data_prep convert` wrote.
+        max_pixels: image limit to show samples and costs at, px^2; the suggested one when None.
+    """
+    splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
+    lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
+    findings = [Finding(**{**json.loads(line), "others": tuple(json.loads(line)["others"])}) for line in lines]
+    facts = summarise(splits, findings, max_pixels)
+    (folder / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+    page = _render(folder.resolve().name, splits, findings, facts)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def summarise(splits: DatasetDict, findings: list[Finding], max_pixels: int | None) -> dict:
+    """Return the report's numbers: samples, images, labels by split, skin types, token costs, findings by kind."""
+    labels = {name: dict(Counter(label or NO_LABEL for label in split["label"])) for name, split in splits.items()}
+    sizes = [tuple(size) for split in splits.values() for sizes in split["image_sizes"] for size in sizes]
+    budget = [_budget(splits, sizes, tokens * PATCH_CELL**2) for tokens in LADDER] if sizes else []
+    suggested = next((row["max_pixels"] for row in budget if row["shrunk"] <= 5), LADDER[-1] * PATCH_CELL**2)
+    kinds = Counter(finding.kind for finding in findings)
+    return {
+        "samples": {name: len(split) for name, split in splits.items()},
+        "images": len(sizes),
+        "labels": labels,
+        "skin_types": dict(Counter(kind or "unknown" for split in splits.values() for kind in split["skin_type"])),
+        "budget": budget,
+        "suggested_max_pixels": suggested,
+        "max_pixels": max_pixels or suggested,
+        "findings": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+    }
+
+
+def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) -> dict:
+    """Return what the limit costs and cuts: mean tokens, share of images shrunk (%), longest sample (tokens)."""
+
+    def tokens(width: int, height: int) -> int:
+        return count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+
+    cost = {size: tokens(*size) for size in set(sizes)}
+    longest = 0
+    for split in splits.values():
+        for messages, own in zip(split["messages"], split["image_sizes"], strict=True):
+            text = sum(len(message["content"]) // 3 + 8 for message in messages) + 16
+            longest = max(longest, text + sum(cost[tuple(size)] + 2 for size in own))
+    return {
+        "max_pixels": max_pixels,
+        "most": max_pixels // PATCH_CELL**2,
+        "mean": sum(cost[size] for size in sizes) / len(sizes),
+        "shrunk": 100 * sum(width * height > max_pixels for width, height in sizes) / len(sizes),
+        "max_length": -(-longest // 64) * 64,
+    }
+
+
+def _render(name: str, splits: DatasetDict, findings: list[Finding], facts: dict) -> str:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    place = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
+    thumbs = Thumbnails(splits, place)
+    return environment.get_template("report.html").render(
+        name=name,
+        cards=_cards(facts),
+        splits=list(splits),
+        labels=_label_rows(facts),
+        charts=_charts(splits, facts),
+        budget=[{**row, "chosen": row["max_pixels"] == facts["max_pixels"]} for row in facts["budget"]],
+        advice=_advice(facts),
+        findings=_finding_groups(findings, thumbs),
+        samples=_samples(splits, place, facts["max_pixels"]),
+        max_pixels=facts["max_pixels"],
+    )
+
+
+def _cards(facts: dict) -> list[dict]:
+    counts = facts["findings"]
+    errors = sum(count for kind, count in counts.items() if kind in ERRORS)
+    looks = sum(count for kind, count in counts.items() if kind in WARNINGS)
+    labels = {label for split in facts["labels"].values() for label in split} - {NO_LABEL}
+    numbers = [(name, count, "") for name, count in facts["samples"].items()]
+    numbers += [("images", facts["images"], ""), ("labels", len(labels), "")]
+    numbers += [("errors", errors, "bad" if errors else ""), ("worth a look", looks, "look" if looks else "")]
+    return [{"name": name, "value": f"{value:,}", "tone": tone} for name, value, tone in numbers]
+
+
+def _label_rows(facts: dict) -> list[dict]:
+    totals = Counter()
+    for split in facts["labels"].values():
+        totals.update(split)
+    whole = max(1, totals.total())
+    return [
+        {
+            "label": label,
+            "counts": [split.get(label, 0) for split in facts["labels"].values()],
+            "share": 100 * n / whole,
+        }
+        for label, n in totals.most_common()
+    ]
+
+
+def _advice(facts: dict) -> str:
+    row = next((row for row in facts["budget"] if row["max_pixels"] == facts["suggested_max_pixels"]), None)
+    if row is None:
+        return ""
+    settings = f"max_pixels: {row['max_pixels']} with max_length: {row['max_length']}"
+    return f"Suggested: {settings}, which shrinks {row['shrunk']:.1f} % of the images."
+
+
+def _charts(splits: DatasetDict, facts: dict) -> list[dict]:
+    charts = [_label_chart(facts)]
+    if set(facts["skin_types"]) != {"unknown"}:
+        charts.append(_bar_chart(facts["skin_types"], "Skin types", "samples"))
+    sizes = [size for split in splits.values() for own in split["image_sizes"] for size in own]
+    if sizes:
+        tokens = [
+            count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=facts["max_pixels"])
+            for width, height in sizes
+        ]
+        longer = [max(size) for size in sizes]
+        charts.append(_histogram(longer, "Image sizes", "longer side, px", COLOURS[0]))
+        charts.append(_histogram(tokens, f"Tokens an image, max_pixels {facts['max_pixels']:,}", "tokens", COLOURS[2]))
+    answers = [
+        len(message["content"])
+        for split in splits.values()
+        for messages in split["messages"]
+        for message in messages
+        if message["role"] == "assistant"
+    ]
+    charts.append(_histogram(answers, "Answer lengths", "characters", COLOURS[3]))
+    return charts
+
+
+def _figure(title: str, rows: int = 8):
+    figure = Figure(figsize=(6, max(3.2, 0.3 * rows + 1)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=12, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Figure, alt: str) -> dict:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}
+
+
+def _label_chart(facts: dict) -> dict:
+    """Draw each split's share of each label, the twenty most frequent ones."""
+    rows = _label_rows(facts)[:20][::-1]
+    figure, axes = _figure("Label shares by split", len(rows) * 1.4)
+    height = 0.8 / len(facts["samples"])
+    for number, (split, count) in enumerate(facts["samples"].items()):
+        shares = [100 * row["counts"][number] / max(1, count) for row in rows]
+        places = [index + (len(facts["samples"]) / 2 - number - 0.5) * height for index in range(len(rows))]
+        axes.barh(places, shares, height=height * 0.92, color=COLOURS[number % len(COLOURS)], label=split)
+    axes.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
+    axes.set_xlabel("% of the split")
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure, "label shares by split")
+
+
+def _short(text: str, length: int = 28) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _bar_chart(counts: dict, title: str, unit: str) -> dict:
+    figure, axes = _figure(title)
+    names = sorted(counts, key=lambda name: (name == "unknown", name))
+    axes.bar(range(len(names)), [counts[name] for name in names], color=COLOURS[4], width=0.7)
+    axes.set_xticks(range(len(names)), [_short(name, 10) for name in names])
+    axes.set_ylabel(unit)
+    return _png(figure, title)
+
+
+def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
+    figure, axes = _figure(title)
+    axes.hist(values, bins=min(40, max(5, len(set(values)))), color=colour, rwidth=0.92)
+    axes.set(xlabel=unit, ylabel="count")
+    return _png(figure, title)
+
+
+class Thumbnails:
+    """Small JPEGs of samples' first images, by sample id; each is made once."""
+
+    def __init__(self, splits: DatasetDict, place: dict[str, tuple[str, int]]):
+        self.splits, self.place, self.made = splits, place, {}
+
+    def __call__(self, sample_id: str | None) -> str | None:
+        if sample_id not in self.place:
+            return None
+        if sample_id not in self.made:
+            split, row = self.place[sample_id]
+            images = self.splits[split][row]["images"]
+            self.made[sample_id] = _jpeg(load_image(images[0]), 144) if images else None
+        return self.made[sample_id]
+
+
+def _jpeg(image: PILImage.Image, side: int) -> str:
+    image = image.copy()
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    PILImage.frombytes("RGB", image.size, image.tobytes()).save(buffer, "JPEG", quality=82)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _finding_groups(findings: list[Finding], thumbs: Thumbnails) -> list[dict]:
+    groups = []
+    for kind, title in KINDS.items():
+        found = [finding for finding in findings if finding.kind == kind]
+        if not found:
+            continue
+        shown = [
+            {
+                "text": str(finding),
+                "thumbs": [t for t in map(thumbs, (finding.sample_id, *finding.others[:2])) if t is not None],
+            }
+            for finding in found[:SHOWN]
+        ]
+        tone = "bad" if kind in ERRORS else "look" if kind in WARNINGS else ""
+        more = len(found) - len(shown)
+        groups.append({"title": title, "count": len(found), "shown": shown, "more": more, "tone": tone})
+    return groups
+
+
+def _samples(splits: DatasetDict, place: dict[str, tuple[str, int]], max_pixels: int) -> list[dict]:
+    """Return random samples, the same ones every time, with their images at the size that training uses."""
+    chosen = random.Random(0).sample(sorted(place), min(SAMPLES, len(place)))
+    samples = []
+    for sample_id in chosen:
+        split, row = place[sample_id]
+        sample = splits[split][row]
+        images = [_jpeg(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
+        samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})
+    return samples
+
+
+def _as_seen(image: PILImage.Image, max_pixels: int) -> PILImage.Image:
+    shrink = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
+    cells = [max(1, round(side * shrink / PATCH_CELL)) * PATCH_CELL for side in image.size]
+    return image.resize(tuple(cells))

@@ -1,0 +1,54 @@
+"""One page about a data set: right numbers, nothing from outside, nothing executed."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from data_prep.__main__ import main as data_prep
+
+
+@pytest.fixture
+def report(write_records, tmp_path):
+    """A report on twelve samples, with a copy, a missing image and a label that is markup."""
+    labels = ["nevus", "acne", "<script>alert(1)</script>"]
+    records = [
+        {"id": f"r{n}", "image": f"{n}.png", "question": "What?", "answer": "It is this.", "label": labels[n % 3]}
+        for n in range(12)
+    ]
+    path, images = write_records([*records, {**records[0], "id": "gone", "image": "gone.jpg"}])
+    for n in range(12):
+        noise = Image.effect_noise((n * 60 + 100, 300), 90).convert("RGB")
+        noise.save(images / f"{n}.png")
+    (images / "11.png").write_bytes((images / "2.png").read_bytes())
+    source = ["--annotations", str(path), "--images", str(images), "--on-error", "drop"]
+    data_prep(["convert", *source, "--out", str(tmp_path / "set")])
+    data_prep(["inspect", str(tmp_path / "set"), "--max-pixels", str(256 * 784)])
+    return tmp_path / "set"
+
+
+def test_the_numbers_are_those_of_the_data(report):
+    facts = json.loads((report / "report.json").read_text())
+    assert sum(facts["samples"].values()) == facts["images"] == 12
+    counts = [split.get("nevus", 0) for split in facts["labels"].values()]
+    assert sum(counts) == 4
+    assert facts["findings"]["unusable"] == facts["findings"]["exact copy"] == 1
+    row = next(row for row in facts["budget"] if row["most"] == 256)
+    # sizes are 100 + 60 n by 300 px for n = 0..10, and once more n = 2; 200,704 px hold those up to 669 px wide
+    assert row["shrunk"] == pytest.approx(100 * 1 / 12)
+    assert facts["suggested_max_pixels"] == 384 * 784
+    assert facts["max_pixels"] == 256 * 784
+
+
+def test_the_page_is_whole_and_runs_nothing(report):
+    page = (report / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+    assert page.count("data:image/jpeg;base64,") >= 11  # ten samples and the copies' thumbnails
+    assert ("gone.jpg" in page and "same as 2.png" in page) or "same as 11.png" in page
+
+
+def test_inspect_wants_a_prepared_folder(tmp_path):
+    with pytest.raises(ValueError, match="is not a data set that `python -m data_prep convert` wrote"):
+        data_prep(["inspect", str(tmp_path)])
