@@ -17,6 +17,7 @@ from datasets import DatasetDict, disable_progress_bars
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import Prepared, Source, prepare
+from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.tables import shipped
@@ -25,13 +26,14 @@ EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
     "check": "example: python -m data_prep check --annotations HAM10000_metadata.csv --recipe ham10000 --images HAM",
     "inspect": "example: python -m data_prep inspect data/skin",
+    "push": "example: python -m data_prep push data/skin you/skin",
 }
 MAX_SHOWN = 10  # findings of one kind that `check` prints
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m data_prep", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check | inspect")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check | inspect | push")
     command = commands.add_parser("convert", help="sources -> a checked data set folder", epilog=EXAMPLES["convert"])
     command.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
     command.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
@@ -54,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--max-pixels", type=positive_int, help="image limit, px^2 (default: the suggested one)")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(function=inspect)
+    command = commands.add_parser("push", help="a data set folder -> the Hub, private", epilog=EXAMPLES["push"])
+    command.add_argument("folder", type=Path, help="what convert wrote")
+    command.add_argument("repo_id", help='"name" or "owner/name"')
+    command.add_argument("--public", action="store_true", help="make a new repository public")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(function=push)
     return parser
 
 
@@ -128,9 +136,18 @@ def check(args: argparse.Namespace) -> int:
     return 1 if has_errors(prepared.findings) else 0
 
 
+def push(args: argparse.Namespace) -> None:
+    _check_prepared(args.folder)
+    print(f"pushed to {publish(args.folder, args.repo_id, private=not args.public)}")
+
+
+def _check_prepared(folder: Path) -> None:
+    if not (folder / "findings.jsonl").is_file():
+        raise ValueError(f"{folder} is not a data set that `python -m data_prep convert` wrote")
+
+
 def inspect(args: argparse.Namespace) -> None:
-    if not (args.folder / "findings.jsonl").is_file():
-        raise ValueError(f"{args.folder} is not a data set that `python -m data_prep convert` wrote")
+    _check_prepared(args.folder)
     print(f"{write_report(args.folder, max_pixels=args.max_pixels)}: open it in a browser")
 
 

@@ -1,0 +1,71 @@
+"""A prepared data set goes to the Hugging Face Hub: private, without file names, with a card."""
+
+import json
+from pathlib import Path
+
+from datasets import DatasetDict, Image, List, load_from_disk
+from huggingface_hub import DatasetCard, DatasetCardData
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+Questions and answers about skin images, prepared for fine-tuning a vision-language model. `messages` is a chat whose
+`<image>` markers stand for `images`, in order; `group` names what must not cross splits; `weight` is how often
+training draws a sample.
+
+| split | samples | images |
+|---|---|---|
+{splits}
+
+Labels: {labels}.
+
+Checks: {findings}.
+
+Not a medical device; not for diagnosis. Licence and consent of the images are those of their sources: {sources}.
+"""
+
+
+def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
+    """Push a prepared data set and its card, and return its address.
+
+    Args:
+        folder: what `python -m data_prep convert` wrote.
+        repo_id: "name" or "owner/name".
+        private: whether a repository that is made now is private.
+
+    Source of the token: HF_TOKEN in the environment, or `hf auth login`.
+    """
+    splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
+    splits = splits.map(_without_names, desc="file names").cast_column("images", List(Image()))
+    commit = splits.push_to_hub(repo_id, private=private)
+    DatasetCard(make_card(repo_id, folder, splits)).push_to_hub(commit.repo_url.repo_id)
+    return str(commit.repo_url)
+
+
+def _without_names(row: dict) -> dict:
+    return {"images": [{"bytes": image["bytes"], "path": None} for image in row["images"]]}
+
+
+def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:
+    """Return the card's text: counts, labels and what the checks found; no file names and no paths."""
+    rows = [
+        f"| {name} | {len(split):,} | {sum(len(sizes) for sizes in split['image_sizes']):,} |"
+        for name, split in splits.items()
+    ]
+    labels = sorted({label for split in splits.values() for label in split["label"] if label is not None})
+    sources = sorted({source for split in splits.values() for source in split["source"] if source is not None})
+    lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
+    kinds = [json.loads(line)["kind"] for line in lines]
+    findings = ", ".join(f"{kinds.count(kind):,} x {kind}" for kind in dict.fromkeys(kinds))
+    metadata = DatasetCardData(task_categories=["visual-question-answering"], tags=["medical", "dermatology"])
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=repo_id.split("/")[-1],
+        splits="\n".join(rows),
+        labels=", ".join(labels) or "none given",
+        findings=findings or "nothing found",
+        sources=", ".join(sources) or "unknown",
+    )
