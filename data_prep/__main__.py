@@ -16,10 +16,11 @@ from datasets import DatasetDict, disable_progress_bars
 
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
-from data_prep.convert import Prepared, Source, prepare
+from data_prep.convert import Prepared, prepare
 from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
+from data_prep.sources import Source
 from data_prep.tables import shipped
 
 EXAMPLES = {

@@ -7,7 +7,8 @@ from planted import PlantedSet
 
 from data_prep.__main__ import main as data_prep
 from data_prep.check import ERRORS, Finding, check_texts, count_findings, has_errors
-from data_prep.convert import Source, prepare
+from data_prep.convert import prepare
+from data_prep.sources import Source
 from data_prep.split import assign_splits
 
 

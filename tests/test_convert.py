@@ -11,9 +11,10 @@ from PIL import Image
 
 from data_prep import DataError, InvalidRecordsError, join_folds, load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
-from data_prep.convert import Source, prepare
+from data_prep.convert import prepare
 from data_prep.images import load_image
 from data_prep.load import standardise
+from data_prep.sources import Source
 from data_prep.split import assign_splits, check_fractions
 
 ALL_TRAIN = {"split": (1, 0, 0), "show_progress": False}

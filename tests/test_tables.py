@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data_prep.convert import InvalidRecordsError, Source, prepare
+from data_prep.convert import InvalidRecordsError, prepare
+from data_prep.sources import Source
 from data_prep.tables import load_recipe, make_record, read_rows, read_table, shipped
 
 SCIN_CASES = "case_id,source,age_group,sex_at_birth,fitzpatrick_skin_type,image_1_path,image_2_path,image_3_path\n"

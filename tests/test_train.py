@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 import train_sft
 from config import parse_config
 from data_prep import load_splits
-from data_prep.convert import Source, prepare
+from data_prep.convert import prepare
+from data_prep.sources import Source
 from modeling import load_processor
 
 ADAPTER = "adapter_model.safetensors"

@@ -1,0 +1,149 @@
+"""Where samples come from: JSON files, tables with a recipe, class folders; each record parsed, each image found."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .images import resolve_image
+from .records import DataError, parse_record, read_annotations, unread_keys
+from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows
+
+
+@dataclass
+class Source:
+    """Where samples come from.
+
+    Attributes:
+        data: a JSON or JSON Lines file, a table (with `recipe`), or a folder of class folders.
+        images: folder that image paths start from; the class folders' own when None.
+        recipe: name or path of a recipe for a table, see `tables.load_recipe`.
+        format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
+        weight: share of this source among several; by its size when None.
+    """
+
+    data: Path
+    images: Path | None = None
+    recipe: str | None = None
+    format: str | None = None
+    weight: float | None = None
+
+
+@dataclass
+class Collected:
+    """What one source holds: usable samples, errors, and what was renamed or not looked at."""
+
+    samples: list[dict] = field(default_factory=list)
+    errors: list[DataError] = field(default_factory=list)
+    num_records: int = 0
+    num_renamed: int = 0
+    unread: Counter = field(default_factory=Counter)
+    left_out: list[DataError] = field(default_factory=list)
+
+
+def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
+    """Return the weight of each source by its name, None when none has one."""
+    names = [_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources: two are called {Counter(names).most_common(1)[0][0]!r}")
+    weights = [source.weight for source in sources]
+    if all(weight is None for weight in weights):
+        return None
+    if any(weight is None or weight <= 0 for weight in weights):
+        raise ValueError("sources: give every source a weight above 0, or none of them")
+    return dict(zip(names, weights, strict=True))
+
+
+def _name(source: Source) -> str:
+    own = load_recipe(source.recipe).get("source") if source.recipe else None
+    return own or source.data.stem
+
+
+def merge(found: Collected, other: Collected) -> None:
+    """Add what another source holds."""
+    found.samples += other.samples
+    found.errors += other.errors
+    found.left_out += other.left_out
+    found.num_records += other.num_records
+    found.unread += other.unread
+
+
+def read_source(source: Source) -> Collected:
+    """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them."""
+    raw_records, recipe = _read_raw(source)
+    root = _image_root(source.data if source.images is None and source.data.is_dir() else source.images)
+    found = Collected(num_records=len(raw_records))
+    find = FileFinder(root, search=recipe is not None)
+    for number, raw in enumerate(raw_records):
+        try:
+            raw, reason = _in_words(raw, recipe, number)
+            if reason is not None:
+                found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=source.data.name))
+                continue
+            sample = parse_record(raw, number, format="flat" if recipe else source.format)
+            if sample["images"] and root is None:
+                raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
+            sample["files"], sample["source"], sample["origin"] = sample["images"], _name(source), source.data.name
+            sample["images"] = [find(sample, name) for name in sample["files"]]
+            found.samples.append(sample)
+        except DataError as error:
+            error.source = source.data.name
+            found.errors.append(error)
+    if recipe is None:
+        found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
+    return found
+
+
+def _read_raw(source: Source) -> tuple[list, dict | None]:
+    """Return a source's records or rows, and the recipe that puts its rows into words."""
+    if source.data.is_dir():
+        return read_folders(source.data), load_recipe(source.recipe or "folder")
+    if source.recipe is not None:
+        recipe = load_recipe(source.recipe)
+        return read_rows(source.data, recipe), recipe
+    if source.data.suffix in TABLE_ENDINGS and source.data.suffix != ".jsonl":
+        raise ValueError(f"{source.data} is a table: name the recipe that says what its columns are (--recipe)")
+    return read_annotations(source.data), None
+
+
+def _in_words(raw, recipe: dict | None, number: int) -> tuple[dict, str | None]:
+    if recipe is None:
+        return raw, None
+    try:
+        return make_record(raw, recipe)
+    except ValueError as error:
+        raise DataError(str(error), record=number) from error
+
+
+class FileFinder:
+    """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well."""
+
+    def __init__(self, root: Path | None, *, search: bool):
+        self.root, self.search, self.index = root, search, None
+
+    def __call__(self, sample: dict, name: str) -> str:
+        try:
+            path = resolve_image(name, self.root)
+            if self.search and not path.exists():
+                path = self._search(name) or path
+        except ValueError as error:
+            raise DataError(f"image {error}", record=sample["record"], sample_id=sample["id"]) from error
+        return str(path)
+
+    def _search(self, name: str) -> Path | None:
+        if self.index is None:
+            self.index = defaultdict(list)
+            for path in self.root.rglob("*"):
+                self.index[path.name].append(path)
+        found = self.index[Path(name).name]
+        if len(found) > 1:
+            raise ValueError(f"{name!r} stands in {len(found)} folders, {found[0].parent} and {found[1].parent}")
+        return resolve_image(str(found[0].relative_to(self.root)), self.root) if found else None
+
+
+def _image_root(image_dir) -> Path | None:
+    if image_dir is None:
+        return None
+    root = Path(image_dir).resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"image_dir: no folder {image_dir}")
+    return root
