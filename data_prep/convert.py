@@ -255,20 +255,11 @@ def _splits(samples: list[dict], groups: list[int], fractions: tuple[float, floa
     given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
     splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
 
-    def deal(indices: list[int], shares: tuple[float, ...], names: tuple[str, ...]) -> None:
-        ids, labels = ([samples[index][key] for index in indices] for key in ("id", "label"))
-        own = [groups[index] for index in indices]
-        for index, split in zip(
-            indices, assign_splits(ids, shares, seed=seed, groups=own, labels=labels, names=names), strict=True
-        ):
-            splits[index] = split
-
-    if undealt := [index for index, split in enumerate(splits) if split is None]:
-        deal(undealt, fractions, SPLITS)
+    if None in splits:
+        splits = _deal(samples, groups, splits, {None}, fractions, SPLITS, seed)
     elif "validation" not in splits and fractions[1] > 0 and "train" in splits:
-        train = [index for index, split in enumerate(splits) if split == "train"]
         share = fractions[1] / (fractions[0] + fractions[1])
-        deal(train, (1 - share, share), SPLITS[:2])
+        splits = _deal(samples, groups, splits, {"train"}, (1 - share, share), SPLITS[:2], seed)
     return splits
 
 
@@ -276,13 +267,18 @@ def _folds(samples: list[dict], groups: list[int], splits: list[str], folds: int
     """Deal everything but the test split into parts of one size, by group and label."""
     if folds < 2:
         raise ValueError(f"folds: expected at least 2, found {folds}")
-    indices = [index for index, split in enumerate(splits) if split != "test"]
     names = tuple(f"fold_{number}" for number in range(folds))
+    return _deal(samples, groups, splits, {"train", "validation"}, (1 / folds,) * folds, names, seed)
+
+
+def _deal(samples, groups, splits, where: set, shares: tuple[float, ...], names: tuple[str, ...], seed: int) -> list:
+    """Return the splits with those in `where` dealt anew, by group and label, into `names` by their shares."""
+    indices = [index for index, split in enumerate(splits) if split in where]
     ids, labels = ([samples[index][key] for index in indices] for key in ("id", "label"))
     own = [groups[index] for index in indices]
-    dealt = assign_splits(ids, (1 / folds,) * folds, seed=seed, groups=own, labels=labels, names=names)
-    next_fold = iter(dealt)
-    return [split if split == "test" else next(next_fold) for split in splits]
+    dealt = assign_splits(ids, shares, seed=seed, groups=own, labels=labels, names=names)
+    new = dict(zip(indices, dealt, strict=True))
+    return [new.get(index, split) for index, split in enumerate(splits)]
 
 
 def _rank(name: str) -> tuple[int, str]:

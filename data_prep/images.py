@@ -5,6 +5,7 @@ import io
 import math
 import os
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +43,22 @@ def load_image(source: str | os.PathLike | dict | Image.Image) -> Image.Image:
         source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
     if not isinstance(source, io.BytesIO):
         _check_file(Path(source))
-    try:
+    with _plain_reasons():
         image = Image.open(source)
         check_size(image.width, image.height)
         return _to_rgb(image)
+
+
+@contextmanager
+def _plain_reasons():
+    """Turn what Pillow's decoders raise for damaged files into ValueError."""
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise ValueError("not an image") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"broken image: {error}") from error
 
 
@@ -124,14 +132,10 @@ def inspect_image(path: str) -> ImageFacts | str:
     try:
         _check_file(Path(path))
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as stored:
+        with _plain_reasons(), Image.open(io.BytesIO(data)) as stored:
             mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
         upright = load_image({"bytes": data})
-    except UnidentifiedImageError:
-        return "not an image"
-    except Image.DecompressionBombError as error:
-        return f"too large: {error}"
-    except (ValueError, OSError, SyntaxError) as error:
+    except (ValueError, OSError) as error:
         return str(error)
     small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
     grey = small.convert("L")

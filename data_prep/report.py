@@ -32,7 +32,7 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
     """
     splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
     lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
-    findings = [Finding(**{**json.loads(line), "others": tuple(json.loads(line)["others"])}) for line in lines]
+    findings = [Finding(**{**row, "others": tuple(row["others"])}) for row in map(json.loads, lines)]
     facts = summarise(splits, findings, max_pixels)
     (folder / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
     page = _render(folder.resolve().name, splits, findings, facts)

@@ -42,7 +42,7 @@ class Collected:
 
 def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     """Return the weight of each source by its name, None when none has one."""
-    names = [_name(source) for source in sources]
+    names = [_name(source, load_recipe(source.recipe) if source.recipe else None) for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"sources: two are called {Counter(names).most_common(1)[0][0]!r}")
     weights = [source.weight for source in sources]
@@ -53,9 +53,8 @@ def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     return dict(zip(names, weights, strict=True))
 
 
-def _name(source: Source) -> str:
-    own = load_recipe(source.recipe).get("source") if source.recipe else None
-    return own or source.data.stem
+def _name(source: Source, recipe: dict | None) -> str:
+    return (recipe or {}).get("source") or source.data.stem
 
 
 def merge(found: Collected, other: Collected) -> None:
@@ -73,20 +72,21 @@ def read_source(source: Source) -> Collected:
     root = _image_root(source.data if source.images is None and source.data.is_dir() else source.images)
     found = Collected(num_records=len(raw_records))
     find = FileFinder(root, search=recipe is not None)
+    name, origin = _name(source, recipe), source.data.name
     for number, raw in enumerate(raw_records):
         try:
             raw, reason = _in_words(raw, recipe, number)
             if reason is not None:
-                found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=source.data.name))
+                found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=origin))
                 continue
             sample = parse_record(raw, number, format="flat" if recipe else source.format)
             if sample["images"] and root is None:
                 raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
-            sample["files"], sample["source"], sample["origin"] = sample["images"], _name(source), source.data.name
-            sample["images"] = [find(sample, name) for name in sample["files"]]
+            sample["files"], sample["source"], sample["origin"] = sample["images"], name, origin
+            sample["images"] = [find(sample, file) for file in sample["files"]]
             found.samples.append(sample)
         except DataError as error:
-            error.source = source.data.name
+            error.source = origin
             found.errors.append(error)
     if recipe is None:
         found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
