@@ -1,9 +1,10 @@
-"""How long `data_prep convert` takes beside plain decoding of the same files, and how its memory grows.
+"""How long conversion and checks take beside plain decoding of the same files, and how their memory grows.
 
     python -m benchmarks.data_prep
 
-Decodes 2,000 JPEGs of 600 x 450 px with Pillow alone in two processes, and converts and checks them with two workers,
-in turn; then converts 200,000 records that repeat 100 images. Both sides run in processes of their own.
+Decodes 2,000 JPEGs of 600 x 450 px with Pillow alone in two processes, converts and checks them with two workers
+(`data_prep.convert.prepare`), and writes the folder with the images embedded, in turn in one process; then runs the
+whole command on 200,000 records that repeat 100 small images, in a process of its own.
 """
 
 import argparse
@@ -11,16 +12,22 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from datasets import disable_progress_bars
 from PIL import Image, ImageFilter
+
+from data_prep.convert import prepare
+from data_prep.sources import Source
 
 WORKERS = 2
 
@@ -60,45 +67,63 @@ def decode_all(folder: Path) -> None:
         list(pool.map(decode, paths, chunksize=16))
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """Return the seconds that a command takes, and the largest memory of any of its processes, GB."""
+def seconds(function, *args, **kwargs) -> float:
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    function(*args, **kwargs)
+    return time.perf_counter() - start
 
 
-def convert(annotations: Path, images: Path, out: Path) -> list[str]:
+def one_round(folder: Path) -> tuple[float, float, float]:
+    """Return the seconds of plain decoding, of converting and checking, and of writing."""
+    plain = seconds(decode_all, folder / "images")
+    prepared = []
+    source = Source(folder / "a.json", folder / "images")
+    ours = seconds(lambda: prepared.append(prepare([source], num_workers=WORKERS, show_progress=False)))
+    writing = seconds(prepared[0].splits.save_to_disk, str(folder / "out"))
+    shutil.rmtree(folder / "out")
+    return plain, ours, writing
+
+
+def command(annotations: Path, images: Path, out: Path) -> list[str]:
     source = ["--annotations", str(annotations), "--images", str(images)]
     options = ["--out", str(out), "--overwrite", "--workers", str(WORKERS)]
     return [sys.executable, "-m", "data_prep", "convert", *source, *options]
+
+
+def many_records(folder: Path, count: int) -> tuple[float, float]:
+    """Return the seconds that the command takes, and the largest memory of any of its processes, GB."""
+    (folder / "small").mkdir()
+    for number in range(100):
+        Image.effect_noise((64, 64), 50 + number).convert("RGB").save(folder / "small" / f"{number:05d}.jpg")
+    write_records(folder / "many.json", count, 100)
+    run = command(folder / "many.json", folder / "small", folder / "many")
+    took = seconds(subprocess.run, run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--records", type=int, default=200_000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)  # the child that only decodes
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.decode:
-        decode_all(args.decode)
-        return
+    disable_progress_bars()
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()
         draw(folder / "images", args.images)
         write_records(folder / "a.json", args.images, args.images)
-        plain, ours = [], []
-        for _ in range(args.rounds):
-            plain.append(timed([sys.executable, "-m", "benchmarks.data_prep", "--decode", str(folder / "images")])[0])
-            ours.append(timed(convert(folder / "a.json", folder / "images", folder / "out"))[0])
-        write_records(folder / "many.json", args.records, 100)
-        seconds, memory = timed(convert(folder / "many.json", folder / "images", folder / "many"))
-    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print(f"plain decoding     {statistics.median(plain):6.2f} s for {args.images:,} images, {WORKERS} processes")
-    print(f"convert and check  {statistics.median(ours):6.2f} s, {statistics.median(ratios):.2f} times as long")
-    print(f"{args.records:,} records  {seconds:6.2f} s, at most {memory:.2f} GB in one process")
+        one_round(folder)  # warms the page cache and the imports
+        rounds = [one_round(folder) for _ in range(args.rounds)]
+        took, memory = many_records(folder, args.records)
+    plain, ours, writing = (statistics.median(times) for times in zip(*rounds, strict=True))
+    ratio = statistics.median(ours / plain for plain, ours, _ in rounds)
+    print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
+    print(f"Python {platform.python_version()}")
+    print(f"plain decoding     {plain:6.2f} s for {args.images:,} images, {WORKERS} processes")
+    print(f"convert and check  {ours:6.2f} s, {ratio:.2f} times as long")
+    print(f"write the folder   {writing:6.2f} s more, images embedded")
+    print(f"{args.records:,} records   {took:6.2f} s, at most {memory:.2f} GB in one process")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from tempfile import TemporaryDirectory
 from cli import OneLineParser, positive_int, run
 
 import yaml
-from datasets import DatasetDict, disable_progress_bars
+from datasets import DatasetDict, Image, List, disable_progress_bars
 
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
-from data_prep.convert import Prepared, prepare
+from data_prep.convert import STRATA, Prepared, prepare
 from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
-from data_prep.sources import Source
+from data_prep.sources import Source, is_hub
 from data_prep.tables import shipped
 
 EXAMPLES = {
@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_common_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, table, or folder of class folders")
+    command.add_argument(
+        "--annotations", type=Path, help="JSON or JSON Lines file, table, folder of class folders, or Hub data set id"
+    )
     command.add_argument("--images", type=Path, help="folder that the records' image paths start from")
     command.add_argument("--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}")
     command.add_argument("--sources", type=Path, help="YAML list of several: data, images, recipe, format, weight")
@@ -77,8 +79,22 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         help="shares of the three splits (default: 0.8 0.1 0.1)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
+    command.add_argument("--group-by", metavar="KEY", help="key or column that must not cross splits, as patient_id")
+    command.add_argument(
+        "--stratify-by", choices=STRATA, default="label",
+        help="what keeps its share in each split (default: label)",
+    )  # fmt: skip
+    command.add_argument(
+        "--fetch-links", type=Path, metavar="FOLDER", help="take http, https and file links, downloading into FOLDER"
+    )
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _common(args: argparse.Namespace) -> dict:
+    names = ("seed", "group_by", "stratify_by")
+    options = {name: getattr(args, name) for name in names}
+    return {**options, "split": tuple(args.split), "num_workers": args.workers, "links_dir": args.fetch_links}
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
@@ -97,7 +113,15 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     for row in rows:
         if unknown := set(row) - keys:
             raise ValueError(f"--sources: unknown key {min(unknown)!r}; there are {', '.join(sorted(keys))}")
-    return [Source(**{**row, **{key: folder / row[key] for key in ("data", "images") if key in row}}) for row in rows]
+    return [
+        Source(**{**row, **{key: _from(folder, row[key]) for key in ("data", "images") if key in row}}) for row in rows
+    ]
+
+
+def _from(folder: Path, name: str) -> Path:
+    """Return a path of a sources file, relative to its folder; a Hub data set id stays as it is."""
+    hub = Source(Path(name))
+    return hub.data if is_hub(hub) and not (folder / name).exists() else folder / name
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -105,8 +129,8 @@ def convert(args: argparse.Namespace) -> None:
     _check_out(args.out, overwrite=args.overwrite)
     with TemporaryDirectory(dir=args.out.parent) as clean:
         prepared = prepare(
-            read_sources(args), split=tuple(args.split), seed=args.seed, folds=args.folds, on_error=args.on_error,
-            balance=args.balance, num_workers=args.workers, clean_dir=Path(clean),
+            read_sources(args), **_common(args), folds=args.folds, on_error=args.on_error, balance=args.balance,
+            clean_dir=Path(clean), hub_dir=Path(clean),
         )  # fmt: skip
         _save(prepared, args.out)
     print(_summary(prepared.splits))
@@ -121,9 +145,8 @@ def convert(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> int:
     """Print what the checks find; return 1 when something would hurt training, so that a pipeline stops."""
-    prepared = prepare(
-        read_sources(args), split=tuple(args.split), seed=args.seed, on_error="drop", num_workers=args.workers
-    )
+    with TemporaryDirectory() as folder:
+        prepared = prepare(read_sources(args), **_common(args), on_error="drop", hub_dir=Path(folder))
     for kind in count_findings(prepared.findings):
         found = [finding for finding in prepared.findings if finding.kind == kind]
         print(f"\n{KINDS[kind]}: {len(found)}")
@@ -183,17 +206,31 @@ def _save(prepared: Prepared, out: Path) -> None:
     """Write beside `out` first, so that an interrupted run leaves no half of a data set under its name."""
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    _check_space(prepared.splits, out.parent)
     prepared.splits.save_to_disk(str(unfinished), max_shard_size="500MB")
     findings = "".join(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n" for finding in prepared.findings)
     (unfinished / "findings.jsonl").write_text(findings, encoding="utf-8")
     if prepared.errors:
         with (unfinished / "rejected.jsonl").open("w", encoding="utf-8") as file:
             for error in prepared.errors:
-                row = {"record": error.record, "id": error.sample_id, "reason": error.reason}
+                row = {"source": error.source, "record": error.record, "id": error.sample_id, "reason": error.reason}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if out.exists():
         shutil.rmtree(out)
     unfinished.rename(out)
+
+
+def _check_space(splits: DatasetDict, folder: Path) -> None:
+    """Every sample holds its images, so that several questions about one image take several times its size."""
+    uses = Counter(
+        image["path"]
+        for split in splits.cast_column("images", List(Image(decode=False))).values()
+        for images in split["images"]
+        for image in images
+    )
+    needed = sum(count * Path(path).stat().st_size for path, count in uses.items())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"--out: the images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left")
 
 
 def _summary(splits: DatasetDict) -> str:

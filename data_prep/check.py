@@ -26,6 +26,7 @@ WARNINGS = {
 NOTES = {
     "short answer": "answers of one word",
     "turned": "images stored lying or mirrored, turned upright by their EXIF orientation",
+    "converted": "images stored in another colour mode than RGB, and converted to it",
 }
 KINDS = {**ERRORS, **WARNINGS, **NOTES}
 
@@ -39,6 +40,7 @@ class Finding:
         detail: what exactly, with the value.
         record: 0-based place in its source; None when it is about no single record.
         sample_id: the record's id.
+        source: name of the file, or of the Hub data set, that the record stands in.
         file: image file, as the record names it.
         others: ids of the other samples concerned.
     """
@@ -47,6 +49,7 @@ class Finding:
     detail: str
     record: int | None = None
     sample_id: str | None = None
+    source: str | None = None
     file: str | None = None
     others: tuple[str, ...] = ()
 
@@ -54,7 +57,7 @@ class Finding:
         return asdict(self)
 
     def __str__(self) -> str:
-        where = [] if self.record is None else [f"record {self.record} (id {self.sample_id!r})"]
+        where = [] if self.record is None else [f"{self.source}, record {self.record} (id {self.sample_id!r})"]
         where += [self.file] if self.file else []
         also = f" (also {', '.join(self.others[:5])}{', ...' if len(self.others) > 5 else ''})" if self.others else ""
         return ", ".join(where) + (": " if where else "") + self.detail + also
@@ -72,7 +75,7 @@ def has_errors(findings: list[Finding]) -> bool:
 
 def check_records(errors: list[DataError]) -> list[Finding]:
     """Turn the errors of unusable records into findings."""
-    return [Finding("unusable", error.reason, error.record, error.sample_id) for error in errors]
+    return [Finding("unusable", error.reason, error.record, error.sample_id, error.source) for error in errors]
 
 
 def check_texts(samples: list[dict]) -> list[Finding]:
@@ -102,7 +105,7 @@ def _pairs(messages: list[dict]) -> list[tuple[str, str]]:
 
 
 def _about(sample: dict, kind: str, detail: str, file: str | None = None, others=()) -> Finding:
-    return Finding(kind, detail, sample["record"], sample["id"], file, tuple(others))
+    return Finding(kind, detail, sample["record"], sample["id"], sample["origin"], file, tuple(others))
 
 
 def check_images(samples: list[dict], facts: dict[str, ImageFacts]) -> list[Finding]:
@@ -118,6 +121,8 @@ def check_images(samples: list[dict], facts: dict[str, ImageFacts]) -> list[Find
                 findings.append(_about(sample, "tiny", f"{fact.size[0]} x {fact.size[1]} px", name))
             if fact.turned:
                 findings.append(_about(sample, "turned", "turned upright", name))
+            if fact.mode != "RGB":
+                findings.append(_about(sample, "converted", f"mode {fact.mode}", name))
             if fact.private:
                 findings.append(_about(sample, "private", ", ".join(fact.private), name))
     return findings

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from . import check
 from .balance import effective_counts, sampling_weights
+from .download import fetch_links
 from .duplicates import near_pairs
-from .images import ImageFacts, clean_copy, inspect_image, perceptual_hash
-from .records import READ_KEYS, DataError
+from .images import ImageFacts, clean_copy, inspect_image, is_link, perceptual_hash
+from .records import FACTS, READ_KEYS, DataError
 from .sources import Collected, Source, merge, mixing_shares, read_source
 from .split import SPLITS, assign_splits, check_fractions, join_groups
 
@@ -32,6 +33,7 @@ FEATURES = Features(
         "weight": Value("float32"),
     }
 )
+STRATA = (*(fact for fact in FACTS if fact not in ("group", "split")), "source")
 MAX_LISTED = 20
 GIVEN_SPLITS = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -89,11 +91,15 @@ def prepare(
     split: tuple[float, float, float] = (0.8, 0.1, 0.1),
     seed: int = 42,
     folds: int = 0,
+    group_by: str | None = None,
+    stratify_by: str = "label",
     on_error: str = "fail",
     balance: str = "none",
     num_workers: int | None = None,
     show_progress: bool = True,
     clean_dir: Path | None = None,
+    hub_dir: Path | None = None,
+    links_dir: Path | None = None,
 ) -> Prepared:
     """Read annotations and images, check them, and split them without leaks.
 
@@ -106,12 +112,16 @@ def prepare(
         folds: number of equal parts, for cross-validation, that everything but test is dealt into: `fold_0` and on
             instead of train and validation.
         seed: of the split; the same ids and seed give the same split in any order of the records.
+        group_by: key of the records, or column of the table, to group by instead of `group`.
+        stratify_by: fact whose values keep their share in each split, one of `STRATA`.
         on_error: "fail" raises with every problem found, "drop" keeps those records out.
         balance: how training samples are weighted, see `balance.sampling_weights`.
         num_workers: processes that decode images; all cores when None.
         show_progress: show a progress bar.
         clean_dir: folder for copies of the images that carry private metadata, without it; the data set names those
             copies. None leaves all images as they are, which is right as long as they are not embedded anywhere.
+        hub_dir: folder for the images of Hub data sets; None reads no source from the Hub.
+        links_dir: folder that linked images are downloaded to, and looked for; None refuses links.
 
     Raises:
         InvalidRecordsError: on_error is "fail" and a record cannot be used.
@@ -119,11 +129,16 @@ def prepare(
     """
     if on_error not in ("fail", "drop"):
         raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
+    if stratify_by not in STRATA:
+        raise ValueError(f"stratify_by: expected one of {', '.join(STRATA)}, found {stratify_by!r}")
     check_fractions(split)
     shares = mixing_shares(sources)
     found = Collected()
-    for source in sources:
-        merge(found, read_source(source))
+    for number, source in enumerate(sources):
+        own = None if hub_dir is None else hub_dir / f"hub-{number}"
+        merge(found, read_source(source, group_by=group_by, hub_dir=own, links_dir=links_dir))
+    if links_dir is not None:
+        _fetch(found, show_progress)
     facts = inspect_images(found, num_workers=num_workers, show_progress=show_progress)
     found.num_renamed = _make_ids_unique(found.samples)
     if found.errors and on_error == "fail":
@@ -133,9 +148,10 @@ def prepare(
     _mention(found)
     picture_of, copies = find_copies(facts)
     groups = _groups(found.samples, picture_of)
-    splits = _splits(found.samples, groups, split, seed)
+    strata = [sample[stratify_by] for sample in found.samples]
+    splits = _splits(found.samples, groups, strata, split, seed)
     if folds:
-        splits = _folds(found.samples, groups, splits, folds, seed)
+        splits = _folds(found.samples, groups, strata, splits, folds, seed)
     findings = [
         *check.check_records(found.errors),
         *check.check_texts(found.samples),
@@ -159,18 +175,35 @@ def inspect_images(found: Collected, *, num_workers: int | None, show_progress: 
     """
     paths = sorted({path for sample in found.samples for path in sample["images"]})
     facts = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
+    _set_aside(found, {path: fact for path, fact in facts.items() if isinstance(fact, str)})
+    for sample in found.samples:
+        sample["image_sizes"] = [list(facts[path].size) for path in sample["images"]]
+    return {path: fact for path, fact in facts.items() if not isinstance(fact, str)}
+
+
+def _set_aside(found: Collected, reasons: dict[str, str]) -> None:
+    """Move the samples with an image that cannot be used, for the reason by its path, to the errors."""
     parsed, found.samples = found.samples, []
     for sample in parsed:
-        bad = next((n for n, path in enumerate(sample["images"]) if isinstance(facts[path], str)), None)
+        bad = next((n for n, path in enumerate(sample["images"]) if path in reasons), None)
         if bad is None:
-            sample["image_sizes"] = [list(facts[path].size) for path in sample["images"]]
             found.samples.append(sample)
         else:
-            reason = f"image {sample['files'][bad]!r}: {facts[sample['images'][bad]]}"
+            reason = f"image {sample['files'][bad]!r}: {reasons[sample['images'][bad]]}"
             about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
             found.errors.append(DataError(reason, **about))
     found.errors.sort(key=lambda error: (error.source, error.record))
-    return {path: fact for path, fact in facts.items() if not isinstance(fact, str)}
+
+
+def _fetch(found: Collected, show_progress: bool) -> None:
+    """Download the linked images; samples whose image cannot be had become errors."""
+    links = {
+        file: Path(path)
+        for sample in found.samples
+        for file, path in zip(sample["files"], sample["images"], strict=True)
+        if is_link(file)
+    }
+    _set_aside(found, fetch_links(links, show_progress=show_progress))
 
 
 def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageFacts | str]:
@@ -246,8 +279,10 @@ def _groups(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
     return join_groups(len(samples), list(together.values()))
 
 
-def _splits(samples: list[dict], groups: list[int], fractions: tuple[float, float, float], seed: int) -> list[str]:
-    """Return each sample's split: the given one, else that of its group, else dealt by group and label.
+def _splits(
+    samples: list[dict], groups: list[int], strata: list, fractions: tuple[float, float, float], seed: int
+) -> list[str]:
+    """Return each sample's split: the given one, else that of its group, else dealt by group and stratum.
 
     Given train and test splits are kept as they are; a validation split, when none is given, comes out of train.
     """
@@ -256,27 +291,29 @@ def _splits(samples: list[dict], groups: list[int], fractions: tuple[float, floa
     splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
 
     if None in splits:
-        splits = _deal(samples, groups, splits, {None}, fractions, SPLITS, seed)
+        splits = _deal(samples, groups, strata, splits, {None}, fractions, SPLITS, seed)
     elif "validation" not in splits and fractions[1] > 0 and "train" in splits:
         share = fractions[1] / (fractions[0] + fractions[1])
-        splits = _deal(samples, groups, splits, {"train"}, (1 - share, share), SPLITS[:2], seed)
+        splits = _deal(samples, groups, strata, splits, {"train"}, (1 - share, share), SPLITS[:2], seed)
     return splits
 
 
-def _folds(samples: list[dict], groups: list[int], splits: list[str], folds: int, seed: int) -> list[str]:
-    """Deal everything but the test split into parts of one size, by group and label."""
+def _folds(
+    samples: list[dict], groups: list[int], strata: list, splits: list[str], folds: int, seed: int
+) -> list[str]:
+    """Deal everything but the test split into parts of one size, by group and stratum."""
     if folds < 2:
         raise ValueError(f"folds: expected at least 2, found {folds}")
     names = tuple(f"fold_{number}" for number in range(folds))
-    return _deal(samples, groups, splits, {"train", "validation"}, (1 / folds,) * folds, names, seed)
+    return _deal(samples, groups, strata, splits, {"train", "validation"}, (1 / folds,) * folds, names, seed)
 
 
-def _deal(samples, groups, splits, where: set, shares: tuple[float, ...], names: tuple[str, ...], seed: int) -> list:
-    """Return the splits with those in `where` dealt anew, by group and label, into `names` by their shares."""
+def _deal(samples, groups, strata, splits, where: set, shares: tuple, names: tuple[str, ...], seed: int) -> list:
+    """Return the splits with those in `where` dealt anew, by group and stratum, into `names` by their shares."""
     indices = [index for index, split in enumerate(splits) if split in where]
-    ids, labels = ([samples[index][key] for index in indices] for key in ("id", "label"))
-    own = [groups[index] for index in indices]
-    dealt = assign_splits(ids, shares, seed=seed, groups=own, labels=labels, names=names)
+    ids = [samples[index]["id"] for index in indices]
+    own, kinds = [groups[index] for index in indices], [strata[index] for index in indices]
+    dealt = assign_splits(ids, shares, seed=seed, groups=own, labels=kinds, names=names)
     new = dict(zip(indices, dealt, strict=True))
     return [new.get(index, split) for index, split in enumerate(splits)]
 

@@ -1,6 +1,5 @@
 """The one way in for an image: an upright RGB picture, or an error that says why not."""
 
-import hashlib
 import io
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import imagehash
 import numpy as np
+import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
@@ -44,9 +44,12 @@ def load_image(source: str | os.PathLike | dict | Image.Image) -> Image.Image:
     if not isinstance(source, io.BytesIO):
         _check_file(Path(source))
     with _plain_reasons():
-        image = Image.open(source)
-        check_size(image.width, image.height)
-        return _to_rgb(image)
+        return _decode(Image.open(source))
+
+
+def _decode(image: Image.Image) -> Image.Image:
+    check_size(image.width, image.height)
+    return _to_rgb(image)
 
 
 @contextmanager
@@ -111,7 +114,7 @@ class ImageFacts:
     Attributes:
         size: upright width and height, px.
         mode: colour mode as stored.
-        digest: SHA-256 of the file, the same for exact copies.
+        digest: 128-bit hash of the file, the same for exact copies.
         hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
         thumbnail: 8 x 8 RGB, to tell a chance hit of the hash from a copy.
         turned: the file is stored lying or mirrored, and EXIF says so.
@@ -134,7 +137,7 @@ def inspect_image(path: str) -> ImageFacts | str:
         data = Path(path).read_bytes()
         with _plain_reasons(), Image.open(io.BytesIO(data)) as stored:
             mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
-        upright = load_image({"bytes": data})
+            upright = _decode(stored)
     except (ValueError, OSError) as error:
         return str(error)
     small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -142,7 +145,7 @@ def inspect_image(path: str) -> ImageFacts | str:
     return ImageFacts(
         size=upright.size,
         mode=mode,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=xxhash.xxh3_128_hexdigest(data),
         hashes=(perceptual_hash(grey), perceptual_hash(ImageOps.mirror(grey))),
         thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
         turned=turned,
@@ -200,6 +203,10 @@ def _strip_jpeg(data: bytes, orientation: int) -> bytes:
     return b"".join([*kept, data[position : end + 2]])
 
 
+def is_link(name: str) -> bool:
+    return "://" in name
+
+
 def resolve_image(name: str, image_dir: Path) -> Path:
     """Return the absolute path of an image inside `image_dir` (which is resolved already).
 
@@ -207,7 +214,7 @@ def resolve_image(name: str, image_dir: Path) -> Path:
         ValueError: the name is an address, or leads out of the folder.
     """
     shown = repr(name if len(name) <= 100 else name[:100] + "...")
-    if "://" in name or name.startswith("data:"):
+    if is_link(name) or name.startswith("data:"):
         raise ValueError(f"{shown} is an address, expected a path inside the image folder")
     if "\0" in name:
         raise ValueError(f"{shown} holds a NUL character")

@@ -1,15 +1,13 @@
 """One way to open training data, whether it is an annotation file, a prepared folder or a Hub data set."""
 
-import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, load_dataset, load_from_disk
 
 from .convert import FEATURES, prepare_dataset
+from .download import HUB_ID
 from .images import load_image
 from .records import FACTS, DataError, FieldError, normalise_messages
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progress: bool = True) -> DatasetDict:

@@ -1,12 +1,15 @@
-"""Where samples come from: JSON files, tables with a recipe, class folders; each record parsed, each image found."""
+"""Where samples come from: JSON files, tables, class folders, the Hub; each record parsed, each image found."""
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .images import resolve_image
+import pandas as pd
+
+from .download import HUB_ID, link_path, read_hub
+from .images import is_link, resolve_image
 from .records import DataError, parse_record, read_annotations, unread_keys
-from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows
+from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows, rows_of, suggest
 
 
 @dataclass
@@ -14,8 +17,8 @@ class Source:
     """Where samples come from.
 
     Attributes:
-        data: a JSON or JSON Lines file, a table (with `recipe`), or a folder of class folders.
-        images: folder that image paths start from; the class folders' own when None.
+        data: a JSON or JSON Lines file, a table (with `recipe`), a folder of class folders, or a Hub data set id.
+        images: folder that image paths start from; the class folders' or the Hub data set's own when None.
         recipe: name or path of a recipe for a table, see `tables.load_recipe`.
         format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
         weight: share of this source among several; by its size when None.
@@ -66,21 +69,36 @@ def merge(found: Collected, other: Collected) -> None:
     found.unread += other.unread
 
 
-def read_source(source: Source) -> Collected:
-    """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them."""
-    raw_records, recipe = _read_raw(source)
-    root = _image_root(source.data if source.images is None and source.data.is_dir() else source.images)
+def read_source(
+    source: Source, *, group_by: str | None = None, hub_dir: Path | None = None, links_dir: Path | None = None
+) -> Collected:
+    """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them.
+
+    Args:
+        source: what to read.
+        group_by: key of the records, or column of the table, that holds each sample's group; None leaves `group`.
+        hub_dir: folder for the images of a Hub data set; there is none to be read when None.
+        links_dir: folder for linked images, which are refused when None.
+    """
+    raw_records, recipe = _read_raw(source, hub_dir)
+    if group_by is not None:
+        _check_key(group_by, raw_records, source)
+    own = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
+    root = _image_root(source.images or own)
     found = Collected(num_records=len(raw_records))
-    find = FileFinder(root, search=recipe is not None)
+    find = FileFinder(root, search=recipe is not None, links_dir=links_dir)
     name, origin = _name(source, recipe), source.data.name
     for number, raw in enumerate(raw_records):
+        group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
         try:
             raw, reason = _in_words(raw, recipe, number)
             if reason is not None:
                 found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=origin))
                 continue
+            if group_by is not None and isinstance(raw, dict):
+                raw = {**raw, "group": group or None}
             sample = parse_record(raw, number, format="flat" if recipe else source.format)
-            if sample["images"] and root is None:
+            if root is None and not all(links_dir and is_link(file) for file in sample["images"]):
                 raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
             sample["files"], sample["source"], sample["origin"] = sample["images"], name, origin
             sample["images"] = [find(sample, file) for file in sample["files"]]
@@ -90,11 +108,29 @@ def read_source(source: Source) -> Collected:
             found.errors.append(error)
     if recipe is None:
         found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
+        del found.unread[group_by]
     return found
 
 
-def _read_raw(source: Source) -> tuple[list, dict | None]:
+def is_hub(source: Source) -> bool:
+    """Whether a source is a Hub data set: no local path, and of the form `owner/name`."""
+    return not source.data.exists() and source.data.suffix == "" and bool(HUB_ID.fullmatch(str(source.data)))
+
+
+def _check_key(key: str, raw_records: list, source: Source) -> None:
+    keys = {name for raw in raw_records if isinstance(raw, dict) for name in raw}
+    if key not in keys:
+        raise ValueError(f"group_by: no record of {source.data} has {key!r}{suggest(key, keys)}")
+
+
+def _read_raw(source: Source, hub_dir: Path | None) -> tuple[list, dict | None]:
     """Return a source's records or rows, and the recipe that puts its rows into words."""
+    if hub_dir is not None and is_hub(source):
+        records = read_hub(str(source.data), hub_dir)
+        if source.recipe is None:
+            return records, None
+        recipe = load_recipe(source.recipe)
+        return rows_of(pd.DataFrame(records).astype(object).fillna("").map(str), recipe, source.data), recipe
     if source.data.is_dir():
         return read_folders(source.data), load_recipe(source.recipe or "folder")
     if source.recipe is not None:
@@ -117,11 +153,13 @@ def _in_words(raw, recipe: dict | None, number: int) -> tuple[dict, str | None]:
 class FileFinder:
     """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well."""
 
-    def __init__(self, root: Path | None, *, search: bool):
-        self.root, self.search, self.index = root, search, None
+    def __init__(self, root: Path | None, *, search: bool, links_dir: Path | None = None):
+        self.root, self.search, self.links_dir, self.index = root, search, links_dir, None
 
     def __call__(self, sample: dict, name: str) -> str:
         try:
+            if self.links_dir is not None and is_link(name):
+                return str(link_path(name, self.links_dir))
             path = resolve_image(name, self.root)
             if self.search and not path.exists():
                 path = self._search(name) or path

@@ -40,13 +40,13 @@ def load_recipe(name: str | Path) -> dict:
         raise ValueError(f"recipe {path}: expected lines of the form 'key: value'")
     for key in recipe:
         if key not in KEYS:
-            raise ValueError(f"recipe {path}: unknown key {key!r}{_suggest(str(key), KEYS)}")
+            raise ValueError(f"recipe {path}: unknown key {key!r}{suggest(str(key), KEYS)}")
     if missing := {"images", "questions", "answer"} - set(recipe):
         raise ValueError(f"recipe {path}: lacks {', '.join(sorted(missing))}")
     return recipe
 
 
-def _suggest(word: str, known) -> str:
+def suggest(word: str, known) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -85,6 +85,11 @@ def read_rows(path: Path, recipe: dict) -> list[dict]:
     table = read_table(path)
     if "join" in recipe:
         table = _join(table, path.parent / recipe["join"]["file"], recipe["join"]["by"])
+    return rows_of(table, recipe, path)
+
+
+def rows_of(table: pd.DataFrame, recipe: dict, path: Path) -> list[dict]:
+    """Return the rows of a table of texts that was read from `path`; see `read_rows`."""
     _check_columns(path, table, recipe)
     missing = {"", *map(str, recipe.get("missing", ()))}
     return [{c: "" if cell in missing else cell for c, cell in row.items()} for row in table.to_dict("records")]
@@ -103,7 +108,7 @@ def _join(table: pd.DataFrame, path: Path, key: str) -> pd.DataFrame:
     other = read_table(path)
     for name, side in (("table", table), (path.name, other)):
         if key not in side.columns:
-            raise ValueError(f"{name}: no column {key!r} to join by{_suggest(key, side.columns)}")
+            raise ValueError(f"{name}: no column {key!r} to join by{suggest(key, side.columns)}")
     fresh = [key, *(column for column in other.columns if column not in table.columns)]
     return table.merge(other[fresh], on=key, how="left", validate="many_to_one").fillna("")
 
@@ -125,14 +130,12 @@ def _check_columns(path: Path, table: pd.DataFrame, recipe: dict) -> None:
         if column in table.columns:
             continue
         if column not in optional:
-            near = _suggest(column, table.columns)
+            near = suggest(column, table.columns)
             raise ValueError(f"{path}: no column {column!r}{near or f'; there are {list(table.columns)[:12]}'}")
         table[column] = ""
     for text, columns in recipe.get("texts", {}).items():
         if not set(columns) & set(table.columns):
-            raise ValueError(
-                f"{path}: none of the columns {columns} for {text!r}{_suggest(columns[0], table.columns)}"
-            )
+            raise ValueError(f"{path}: none of the columns {columns} for {text!r}{suggest(columns[0], table.columns)}")
 
 
 def make_record(row: dict, recipe: dict) -> tuple[dict, str | None]:

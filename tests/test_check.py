@@ -80,7 +80,7 @@ def test_no_planted_group_crosses_splits(planted, prepared, seed):
 
 def sample(question, answer, label):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"record": 0, "id": "x", "label": label, "messages": messages}
+    return {"record": 0, "id": "x", "origin": "a.json", "label": label, "messages": messages}
 
 
 def test_a_question_may_offer_labels_but_not_name_the_right_one_alone():
@@ -101,8 +101,8 @@ def test_findings_count_in_order_and_errors_are_told_from_notes():
 
 
 def test_a_finding_says_where_it_is():
-    finding = Finding("near copy", "same as b.jpg", 7, "r7", "a.jpg", ("r9",))
-    assert str(finding) == "record 7 (id 'r7'), a.jpg: same as b.jpg (also r9)"
+    finding = Finding("near copy", "same as b.jpg", 7, "r7", "a.json", "a.jpg", ("r9",))
+    assert str(finding) == "a.json, record 7 (id 'r7'), a.jpg: same as b.jpg (also r9)"
     assert str(Finding("rare label", "'x' has 1 group(s), none in test")) == "'x' has 1 group(s), none in test"
 
 

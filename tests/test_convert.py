@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
@@ -143,7 +144,7 @@ def test_convert_lists_what_it_dropped(write_records, tmp_path, capsys):
     convert(path, images, tmp_path / "out", "--on-error", "drop")
     assert "rejected 1 records" in capsys.readouterr().out
     row = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert row == {"record": 1, "id": "b", "reason": "image 'gone.jpg': no such file"}
+    assert row == {"source": "a.json", "record": 1, "id": "b", "reason": "image 'gone.jpg': no such file"}
 
 
 def test_convert_never_overwrites_unasked(write_records, tmp_path):
@@ -249,6 +250,37 @@ def test_given_splits_are_kept_and_validation_comes_out_of_train(write_records):
     path, _ = write_records([{**records[0], "split": "tset"}])
     with pytest.raises(ValueError, match=r"field 'split': expected train, validation or test, found 'tset'"):
         prepare([Source(path)], show_progress=False)
+
+
+def test_any_key_of_the_records_can_be_the_group(write_records):
+    records = [{"question": f"q{n}", "answer": "a b", "patient": n % 10, "group": "all"} for n in range(50)]
+    path, _ = write_records(records)
+    splits = prepare([Source(path)], group_by="patient", show_progress=False).splits
+    patients = [set(split["group"]) for split in splits.values()]
+    assert [len(found) for found in patients] == [8, 1, 1]
+    assert len(set.union(*patients)) == 10
+    with pytest.raises(ValueError, match=r"group_by: no record of .*a\.json has 'patinet'; did you mean 'patient'\?"):
+        prepare([Source(path)], group_by="patinet", show_progress=False)
+
+
+def test_any_fact_can_keep_its_share(write_records):
+    records = [
+        {"question": f"q{n}", "answer": "a b", "label": f"l{n % 2}", "skin_type": "VI" if n < 20 else "I"}
+        for n in range(100)
+    ]
+    path, _ = write_records(records)
+    splits = prepare([Source(path)], stratify_by="skin_type", show_progress=False).splits
+    assert [split["skin_type"].count("VI") for split in splits.values()] == [16, 2, 2]
+    with pytest.raises(ValueError, match=r"stratify_by: expected one of label, skin_type, .*, found 'color'"):
+        prepare([Source(path)], stratify_by="color", show_progress=False)
+
+
+def test_convert_finds_out_before_it_writes_that_the_disk_is_too_small(write_records, tmp_path, monkeypatch):
+    path, images = write_records([flat("red.jpg")])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match=r"--out: the images take 0\.0 GB, and .* has 0\.0 GB left"):
+        convert(path, images, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "images"}
 
 
 def test_a_sample_without_a_split_follows_its_group_into_a_given_one(write_records):

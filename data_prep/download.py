@@ -1,0 +1,102 @@
+"""What a source names and the disk does not hold, fetched when asked for: linked images, data sets of the Hub."""
+
+import hashlib
+import re
+import shutil
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from datasets import ClassLabel, DatasetDict, Image, List, load_dataset
+from tqdm import tqdm
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MAX_BYTES = 50_000_000  # of one linked image
+TIMEOUT = 20  # seconds without an answer
+CONNECTIONS = 16
+
+
+def link_path(link: str, folder: Path) -> Path:
+    """Return where a linked image lies: the file that `file://` names, else its place in the download folder."""
+    parts = urlsplit(link)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"{link[:100]!r} is an address, expected http, https or file")
+    return folder / (hashlib.sha256(link.encode()).hexdigest()[:24] + Path(parts.path).suffix[:6])
+
+
+def fetch_links(links: dict[str, Path], *, show_progress: bool) -> dict[str, str]:
+    """Download each web address to its path unless it is there already; return the reasons for those that failed."""
+    wanted = {path: link for link, path in links.items() if not link.startswith("file:") and not path.exists()}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        results = pool.map(_fetch, wanted.values(), wanted)
+        reasons = list(tqdm(results, total=len(wanted), desc="links", disable=not show_progress or not wanted))
+    return {str(path): reason for path, reason in zip(wanted, reasons, strict=True) if reason is not None}
+
+
+def _fetch(link: str, path: Path) -> str | None:
+    """Download one file, whole or not at all; return why it could not be, or None."""
+    try:
+        request = urllib.request.Request(link, headers={"User-Agent": "Mozilla/5.0 (data_prep)"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+            data = answer.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        return f"cannot be downloaded: {error}"
+    if len(data) > MAX_BYTES:
+        return f"cannot be downloaded: over {MAX_BYTES:,} bytes"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(data)
+    shutil.move(unfinished, path)
+    return None
+
+
+def read_hub(dataset_id: str, folder: Path) -> list[dict]:
+    """Return the records of a Hub data set; its images become files in `folder`.
+
+    Raises:
+        FileNotFoundError: there is no such data set, or the Hub cannot be reached.
+    """
+    try:
+        splits = load_dataset(dataset_id)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}") from error
+    return records_of(splits, folder)
+
+
+def records_of(splits: DatasetDict, folder: Path) -> list[dict]:
+    """Return a data set's rows as records: images as file names, classes by their names, the split when several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for name, dataset in splits.items():
+        for column, feature in dataset.features.items():
+            if isinstance(feature, Image):
+                dataset = dataset.cast_column(column, Image(decode=False))
+            elif isinstance(feature, List) and isinstance(feature.feature, Image):
+                dataset = dataset.cast_column(column, List(Image(decode=False)))
+        given = {"split": name} if len(splits) > 1 else {}
+        for number, row in enumerate(dataset):
+            at = f"{name}-{number:06d}"
+            values = {key: _value(value, dataset.features[key], folder, f"{at}-{key}") for key, value in row.items()}
+            records.append({"id": at, **given, **values})
+    return records
+
+
+def _value(value, feature, folder: Path, name: str):
+    if value is None:
+        return None
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value)
+    if isinstance(feature, Image):
+        return _to_file(value, folder / name)
+    if isinstance(feature, List) and isinstance(feature.feature, Image):
+        return [_to_file(image, folder / f"{name}-{number}") for number, image in enumerate(value)]
+    return value
+
+
+def _to_file(image: dict, path: Path) -> str:
+    """Write an undecoded image and return its file's name; what it is follows from its content, not from its name."""
+    path.write_bytes(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
+    return path.name

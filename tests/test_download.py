@@ -1,0 +1,116 @@
+"""Links and Hub data sets come in when asked for, and only then."""
+
+import http.server
+import threading
+from functools import partial
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from data_prep import download
+from data_prep.__main__ import main as data_prep
+from data_prep.convert import InvalidRecordsError, prepare
+from data_prep.sources import Source
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve `web/` and yield its address."""
+    (tmp_path / "web").mkdir()
+    Image.effect_noise((60, 40), 60).convert("RGB").save(tmp_path / "web" / "a.jpg")
+    (tmp_path / "web" / "page.jpg").write_text("<html>not found</html>")
+    handler = partial(QuietHandler, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def ask(image, name):
+    return {"id": name, "image": image, "question": "What?", "answer": "A nevus."}
+
+
+def test_links_are_downloaded_once_and_bad_ones_named(write_records, tmp_path, server):
+    local = (tmp_path / "web" / "a.jpg").as_uri()
+    names = [f"{server}/a.jpg", local, f"{server}/gone.jpg", f"{server}/page.jpg", "ftp://x/a.jpg"]
+    path, _ = write_records([ask(name, f"r{n}") for n, name in enumerate(names)])
+    options = {"split": (1, 0, 0), "on_error": "drop", "links_dir": tmp_path / "links", "show_progress": False}
+    prepared = prepare([Source(path)], **options)
+    assert prepared.splits["train"]["image_sizes"] == [[[60, 40]], [[60, 40]]]
+    reasons = [error.reason for error in prepared.errors]
+    assert reasons[0] == f"image '{server}/gone.jpg': cannot be downloaded: HTTP Error 404: File not found"
+    assert reasons[1] == f"image '{server}/page.jpg': not an image"
+    assert reasons[2] == "image 'ftp://x/a.jpg' is an address, expected http, https or file"
+    (tmp_path / "web" / "a.jpg").rename(tmp_path / "web" / "b.jpg")
+    again = prepare([Source(path)], **options)
+    assert again.splits["train"]["id"] == ["r0"]  # the download is still there, the local file is not
+
+
+def test_a_link_is_refused_unless_asked_for(write_records, server):
+    path, images = write_records([ask(f"{server}/a.jpg", "r0")])
+    with pytest.raises(InvalidRecordsError, match=r"is an address, expected a path inside the image folder"):
+        prepare([Source(path, images)], show_progress=False)
+
+
+def test_a_download_that_never_ends_is_cut_off(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(download, "MAX_BYTES", 100)
+    link = f"{server}/a.jpg"
+    failed = download.fetch_links({link: tmp_path / "x"}, show_progress=False)
+    assert failed == {str(tmp_path / "x"): "cannot be downloaded: over 100 bytes"}
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub data set with a class label and an image column, as `load_dataset` returns it."""
+    rows = {"image": [Image.new("RGB", (30 + n, 50)) for n in range(4)], "dx": [0, 1, 1, 0], "patient": [1, 1, 2, 2]}
+    features = Features(
+        {"image": ImageFeature(), "dx": ClassLabel(names=["nevus", "acne"]), "patient": Value("int64")}
+    )
+    splits = DatasetDict({"train": Dataset.from_dict(rows, features=features)})
+    splits["test"] = splits["train"].select([0])
+    monkeypatch.setattr(download, "load_dataset", lambda name: splits)
+
+
+def test_a_hub_data_set_with_a_recipe_is_a_source(hub, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "id: id\nimages: ['{image}']\nlabel: {columns: [dx]}\ngroup: [patient]\nsplit: [split]\n"
+        "questions: ['What is it?']\nanswer: 'This is {label}.'\n"
+    )
+    source = Source(download.Path("someone/skin"), recipe=str(recipe))
+    prepared = prepare([source], hub_dir=tmp_path / "hub", show_progress=False, split=(1, 0, 0))
+    train = prepared.splits["train"]
+    assert train["id"] == ["train-000000", "train-000001", "train-000002", "train-000003"]
+    assert train["label"] == ["nevus", "acne", "acne", "nevus"]
+    assert train["image_sizes"][3] == [[33, 50]]
+    assert train[1]["messages"][1]["content"] == "This is acne."
+    assert prepared.splits["test"]["id"] == ["test-000000"]
+    assert "leak" in {finding.kind for finding in prepared.findings}  # one picture stands in train and test
+
+
+def test_a_hub_data_set_of_chats_needs_no_recipe(tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Acne."}]
+    features = Features(
+        {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(ImageFeature())}
+    )
+    rows = {"messages": [turns], "images": [[Image.new("RGB", (30, 50)), Image.new("RGB", (40, 50))]]}
+    splits = DatasetDict({"train": Dataset.from_dict(rows, features=features)})
+    monkeypatch.setattr(download, "load_dataset", lambda name: splits)
+    data_prep(["convert", "--annotations", "someone/chats", "--out", str(tmp_path / "out"), "--split", "1", "0", "0"])
+    [row] = DatasetDict.load_from_disk(str(tmp_path / "out"))["train"]
+    assert row["image_sizes"] == [[30, 50], [40, 50]]
+    assert row["messages"][0]["content"] == "<image><image>What?"
+    assert (row["images"][0].size, row["source"]) == ((30, 50), "chats")
+
+
+def test_a_hub_data_set_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'someone/skin' is no local path, and the Hub says"):
+        prepare([Source(download.Path("someone/skin"))], hub_dir=tmp_path, show_progress=False)
