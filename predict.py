@@ -8,26 +8,20 @@ python predict.py --adapter outputs/skin --dataset data/skin --split test --out 
 import argparse
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from cli import OneLineParser, positive_int, run
 
-import torch
 from datasets import disable_progress_bars
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel
 from PIL import Image
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
-from collator import collate_prompts
+from answering import answer, load_answering_model, read_adapter_config
 from data_prep import load_splits
 from data_prep.images import probe_image
 from data_prep.records import IMAGE_MARKER, FieldError, normalise_messages
-from hub import RUN_FACTS
-from modeling import load_model, load_processor
+from modeling import load_processor
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.adapter:
         read_adapter_config(args.adapter)
     processor = load_processor(args.adapter or args.base, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    model = load_answering_model(args)
+    model = load_answering_model(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
     rows = answer_all(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     write_answers(rows, args.out, total=len(examples))
 
@@ -137,56 +131,6 @@ def _question_about(paths: list[Path], question: str) -> dict:
     return {"id": ", ".join(path.name for path in paths), "images": [str(p) for p in paths], "messages": messages}
 
 
-def load_answering_model(args: argparse.Namespace) -> PreTrainedModel | PeftModel:
-    """Load the base model, as it was in training unless the options say otherwise, and the adapter on it."""
-    base = args.base or read_adapter_config(args.adapter).base_model_name_or_path
-    model = load_model(base, **loading_settings(args))
-    # Greedy means the likeliest token; generate() would mix in the family's defaults, which penalise repeated ones.
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
-    try:
-        return (PeftModel.from_pretrained(model, args.adapter) if args.adapter else model).eval()
-    except SafetensorError as error:
-        raise ValueError(f"--adapter: {args.adapter}: unreadable weights: {error}") from error
-
-
-def loading_settings(args: argparse.Namespace) -> dict:
-    """Return the keywords of `load_model`: what the adapter's run noted, changed by the options."""
-    settings = read_run_facts(args.adapter) if args.adapter else {}
-    if args.adapter and not settings and args.quantization == "auto":
-        print(f"{args.adapter} does not say how its base was loaded; taking 16 bit (--quantization)", file=sys.stderr)
-    settings = {"quantization": None, "dtype": "bfloat16", **settings}
-    if args.quantization != "auto":
-        settings["quantization"] = None if args.quantization == "none" else args.quantization
-    if args.dtype:
-        settings["dtype"] = args.dtype
-    if args.base:
-        settings["revision"] = None
-    return settings
-
-
-def read_adapter_config(adapter: str) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
-
-
-def read_run_facts(adapter: str) -> dict:
-    """Return the keywords of `load_model` that `train_sft.py` noted; none for adapters from elsewhere."""
-    folder = Path(adapter)
-    found = [path for path in (folder / RUN_FACTS, folder.parent / RUN_FACTS) if path.is_file()]
-    if not folder.is_dir():
-        with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
-            found = [Path(hf_hub_download(adapter, RUN_FACTS))]
-    try:
-        return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
-    except ValueError as error:
-        raise ValueError(f"{found[0]}: not JSON: {error}") from error
-
-
 def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_size: int, max_new_tokens: int):
     """Yield each example's row with its `prediction`, in order; greedy decoding, so the same every time."""
     for start in range(0, len(examples), batch_size):
@@ -195,17 +139,6 @@ def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_
             question = example["messages"][-1]["content"].replace(IMAGE_MARKER, "").strip()
             facts = {key: value for key, value in example.items() if key not in ("images", "messages")}
             yield {**facts, "question": question, "prediction": prediction}
-
-
-@torch.inference_mode()
-def answer(model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int) -> list[str]:
-    """Return the model's answer to each example, decoded greedily."""
-    inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(processor, examples).items()}
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
-    new_tokens = output[:, inputs["input_ids"].size(1) :]
-    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
 def write_answers(rows, out: Path | None, *, total: int) -> None:

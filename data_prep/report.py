@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 from .check import ERRORS, KINDS, WARNINGS, Finding
 from .images import PATCH_CELL, count_image_tokens, load_image
 
+TEMPLATES = Path(__file__).parent.parent / "templates"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 LADDER = (256, 384, 512, 768, 1024, 1280)  # tokens an image at most
 MIN_PIXELS = 64 * PATCH_CELL**2
@@ -81,10 +82,10 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
 
 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], facts: dict) -> str:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     place = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
     thumbs = Thumbnails(splits, place)
-    return environment.get_template("report.html").render(
+    return environment.get_template("data_report.html").render(
         name=name,
         cards=_cards(facts),
         splits=list(splits),

@@ -12,6 +12,7 @@ from PIL import Image
 
 import predict
 import train_sft
+from answering import load_answering_model
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +99,14 @@ def test_the_base_model_is_loaded_as_in_training_unless_told_otherwise(adapter, 
     facts = json.loads((adapter / "run.json").read_text())
     (adapter / "run.json").write_text(json.dumps({**facts, "double_quant": False}))
 
-    def load(*options):
-        model = predict.load_answering_model(predict.build_parser().parse_args(["--adapter", str(adapter), *options]))
+    def load(**options):
+        model = load_answering_model(str(adapter), **options)
         return model.get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
 
     assert not load().weight.quant_state.nested
     (adapter / "run.json").write_text(json.dumps(facts))
     assert load().weight.quant_state.nested
-    assert type(load("--quantization", "none")) is torch.nn.Linear
+    assert type(load(quantization="none")) is torch.nn.Linear
     (adapter / "run.json").rename(adapter / "elsewhere.json")
     assert type(load()) is torch.nn.Linear
     assert "does not say how its base was loaded" in capsys.readouterr().err
