@@ -3,9 +3,13 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 # TRL reports each start of a trainer to its makers; what is trained on patients' images is nobody else's business.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -30,6 +34,50 @@ class OneLineParser(argparse.ArgumentParser):
 def _with_dashes(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def words_of(path: Path) -> list[str]:
+    """Return a YAML file's settings as the command line that says the same."""
+    words = []
+    for key, value in read_yaml(path, "--config").items():
+        values = value if isinstance(value, list) else [value]
+        if value is not False and value is not None:
+            words += [f"--{key}", *(str(item) for item in values if item is not True)]
+    return words
+
+
+def read_yaml(path: Path, option: str) -> dict:
+    """Return the YAML mapping in `path`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not YAML, not a mapping, or a key that stands twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}: no file {path}")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected lines of the form 'key: value'")
+    return settings
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and reads `no`, `on` and the like as the words that they are."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
 
 
 def positive_int(text: str) -> int:

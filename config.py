@@ -2,15 +2,13 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from cli import OneLineParser
+from cli import OneLineParser, read_yaml
 
-import yaml
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -119,7 +117,7 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
-    settings = read_recipe(recipe)
+    settings = read_yaml(recipe, "--config")
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     _check_recipe(recipe, settings, hints)
     parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
@@ -142,40 +140,6 @@ def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:
             raise ValueError(f"{recipe}: {key}: did not expect the list {value}")
         if (value is None and type(None) not in kinds) or (isinstance(value, dict) and dict not in kinds):
             raise ValueError(f"{recipe}: {key}: expected one value, found {value}")
-
-
-def read_recipe(path: Path) -> dict:
-    """Return the YAML mapping in `path`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, not YAML, not a mapping, or a key that stands twice.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no file {path}")
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected lines of the form 'key: value'")
-    return settings
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice and reads `no`, `on` and the like as the words that they are."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key) for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.YAMLError(f"the key {twice!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|false|False)$"), list("tTfF"))
 
 
 def _as_text(value):

@@ -31,7 +31,7 @@ def sampling_weights(
         for source, weight in zip(sources, weights, strict=True):
             held[source] += weight
         weights = [shares[source] * weight / held[source] for source, weight in zip(sources, weights, strict=True)]
-    scale = len(weights) / sum(weights)
+    scale = len(weights) / sum(weights) if weights else 1.0
     return [weight * scale for weight in weights]
 
 

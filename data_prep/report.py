@@ -165,7 +165,8 @@ def _figure(title: str, rows: int = 8):
     return figure, axes
 
 
-def _png(figure: Figure, alt: str) -> dict:
+def png(figure: Figure, alt: str) -> dict:
+    """Return a figure as the page's template takes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}
@@ -180,13 +181,13 @@ def _label_chart(facts: dict) -> dict:
         shares = [100 * row["counts"][number] / max(1, count) for row in rows]
         places = [index + (len(facts["samples"]) / 2 - number - 0.5) * height for index in range(len(rows))]
         axes.barh(places, shares, height=height * 0.92, color=COLOURS[number % len(COLOURS)], label=split)
-    axes.set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
+    axes.set_yticks(range(len(rows)), [shorten(row["label"]) for row in rows])
     axes.set_xlabel("% of the split")
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure, "label shares by split")
+    return png(figure, "label shares by split")
 
 
-def _short(text: str, length: int = 28) -> str:
+def shorten(text: str, length: int = 28) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -194,16 +195,16 @@ def _bar_chart(counts: dict, title: str, unit: str) -> dict:
     figure, axes = _figure(title)
     names = sorted(counts, key=lambda name: (name == "unknown", name))
     axes.bar(range(len(names)), [counts[name] for name in names], color=COLOURS[4], width=0.7)
-    axes.set_xticks(range(len(names)), [_short(name, 10) for name in names])
+    axes.set_xticks(range(len(names)), [shorten(name, 10) for name in names])
     axes.set_ylabel(unit)
-    return _png(figure, title)
+    return png(figure, title)
 
 
 def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
     figure, axes = _figure(title)
     axes.hist(values, bins=min(40, max(5, len(set(values)))), color=colour, rwidth=0.92)
     axes.set(xlabel=unit, ylabel="count")
-    return _png(figure, title)
+    return png(figure, title)
 
 
 class Thumbnails:
@@ -218,11 +219,12 @@ class Thumbnails:
         if sample_id not in self.made:
             split, row = self.place[sample_id]
             images = self.splits[split][row]["images"]
-            self.made[sample_id] = _jpeg(load_image(images[0]), 144) if images else None
+            self.made[sample_id] = jpeg(load_image(images[0]), 144) if images else None
         return self.made[sample_id]
 
 
-def _jpeg(image: PILImage.Image, side: int) -> str:
+def jpeg(image: PILImage.Image, side: int) -> str:
+    """Return a picture of at most `side` px a side, without metadata, in base64."""
     image = image.copy()
     image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -256,7 +258,7 @@ def _samples(splits: DatasetDict, place: dict[str, tuple[str, int]], max_pixels:
     for sample_id in chosen:
         split, row = place[sample_id]
         sample = splits[split][row]
-        images = [_jpeg(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
+        images = [jpeg(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
         samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})
     return samples
 

@@ -35,6 +35,10 @@ def test_draw_takes_each_sample_about_as_often_as_its_weight_says():
     assert draw(weights, seed=3) == drawn != draw(weights, seed=0)
 
 
+def test_no_training_samples_need_no_weights():
+    assert sampling_weights([], [], balance="full") == []
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="balance: expected one of none, sqrt, full, found 'half'"):
         sampling_weights(["a"], ["b"], balance="half")

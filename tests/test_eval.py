@@ -1,0 +1,185 @@
+"""From prepared data to a page about an adapter: right numbers, the same after a kill, on one process or two."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from cli import run
+
+import pytest
+from conftest import train_args
+from datasets import load_from_disk
+
+import eval_sft
+import train_sft
+from evaluation import Journal
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, demo_data, tmp_path_factory):
+    """A run of 60 steps that has learnt to name some condition."""
+    out = tmp_path_factory.mktemp("run") / "adapter"
+    settings = {"max_steps": 60, "save_steps": 60, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
+    train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
+    return out
+
+
+def options(adapter, data, out, *more):
+    common = ["--adapter", adapter, "--dataset", data, "--split", "train", "--out", out, "--max-new-tokens", 12]
+    return [str(word) for word in (*common, *more)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(adapter, demo_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("eval")
+    eval_sft.main(options(adapter, demo_data, out, "--baseline", "--min-group", 4))
+    return out
+
+
+def read(folder):
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return json.loads((folder / "metrics.json").read_text()), rows
+
+
+def test_the_numbers_are_those_of_the_predictions(evaluated, demo_data):
+    summary, rows = read(evaluated)
+    ours = [row for row in rows if row["run"] == "adapter"]
+    split = load_from_disk(str(demo_data))["train"]
+    assert [row["id"] for row in ours] == split["id"][:]
+    assert (summary["samples"], summary["diagnosed"], summary["split"]) == (32, 32, "train")
+    for name in ("adapter", "base", "shuffled"):
+        right = [row["label"] in row["prediction"] for row in rows if row["run"] == name]
+        assert summary["runs"][name]["diagnosis"]["accuracy"]["value"] == pytest.approx(sum(right) / 32)
+    likeliest = [max(row["scores"], key=row["scores"].get) == row["label"] for row in ours]
+    told = summary["runs"]["adapter"]["probabilities"]
+    assert told["choice_accuracy"]["value"] == pytest.approx(sum(likeliest) / 32)
+    assert {row["run"] for row in rows if "scores" in row} == {"adapter", "base", "validation"}
+    assert told["temperature"] > 0 and "temperature" not in summary["runs"]["base"]["probabilities"]
+    exact = [row["prediction"] == row["reference"] for row in ours]
+    assert summary["runs"]["adapter"]["text"]["exact_match"] == pytest.approx(sum(exact) / 32)
+    sizes = {name: group["samples"] for name, group in summary["subgroups"]["skin_type"]["groups"].items()}
+    assert sizes == {kind: split["skin_type"].count(kind) for kind in sorted(set(split["skin_type"]))}
+
+
+def test_shuffled_images_are_others_and_told(evaluated):
+    summary, rows = read(evaluated)
+    label_of = {row["id"]: row["label"] for row in rows if row["run"] == "adapter"}
+    dealt = [row for row in rows if row["run"] == "shuffled"]
+    assert all(row["image_of"] != row["id"] for row in dealt)
+    assert sorted(row["image_of"] for row in dealt) == sorted(label_of)
+    same = sum(label_of[row["image_of"]] == row["label"] for row in dealt) / len(dealt)
+    assert summary["shuffled_same_label"] == pytest.approx(same, abs=1e-6)
+
+
+def test_the_base_answers_as_it_does_alone(evaluated, tiny_base, demo_data, adapter, tmp_path):
+    import predict
+
+    out = tmp_path / "base.jsonl"
+    alone = ["--base", tiny_base, "--quantization", "nf4", "--dtype", "float32", "--max-new-tokens", 12]
+    pixels = ["--min-pixels", 12544, "--max-pixels", 12544]
+    command = [*alone, *pixels, "--dataset", demo_data, "--split", "train", "--out", out]
+    predict.main([str(word) for word in command])
+    expected = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    assert [row["prediction"] for row in read(evaluated)[1] if row["run"] == "base"] == expected
+
+
+def start(adapter, data, out, *more, launcher=()):
+    command = [sys.executable, *launcher, "eval_sft.py", *options(adapter, data, out, *more)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ})
+
+
+def test_a_killed_evaluation_goes_on_and_ends_the_same(evaluated, adapter, demo_data, tmp_path):
+    out = tmp_path / "eval"
+    process = start(adapter, demo_data, out, "--baseline", "--min-group", 4)
+    lines = out / "predictions.jsonl"
+    while not (lines.is_file() and lines.read_text().count("\n") >= 24):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = lines.read_text()
+    assert not (out / "metrics.json").exists()
+    lines.write_text(done + '{"run": "adapter", "ind')  # half a line, as a crash leaves it
+    eval_sft.main(options(adapter, demo_data, out, "--baseline", "--min-group", 4))
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (out / name).read_bytes() == (evaluated / name).read_bytes()
+
+
+def test_a_finished_evaluation_loads_no_model_again(evaluated, adapter, demo_data, monkeypatch):
+    monkeypatch.setattr(eval_sft, "load_answering_model", None)
+    before = (evaluated / "metrics.json").read_bytes()
+    eval_sft.main(options(adapter, demo_data, evaluated, "--baseline", "--min-group", 4))
+    assert (evaluated / "metrics.json").read_bytes() == before
+
+
+def test_two_processes_answer_as_one(evaluated, adapter, demo_data, tmp_path):
+    out = tmp_path / "eval"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    process = start(adapter, demo_data, out, "--baseline", "--min-group", 4, launcher=launcher)
+    assert process.wait() == 0, process.stderr.read()
+    assert (out / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
+    assert {path.name for path in out.glob("*.jsonl")} == {"predictions.jsonl"}
+
+
+def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo_data, tmp_path, capsys):
+    (tmp_path / "settings.json").write_text((evaluated / "settings.json").read_text())
+    (tmp_path / "kept.txt").write_text("mine")
+    changed = options(adapter, demo_data, tmp_path, "--batch-size", 4)
+    assert run(lambda: eval_sft.main(changed)) == 1
+    error = capsys.readouterr().err
+    assert "holds answers made with other settings, batch_size was 8 and is 4; add --overwrite" in error
+    assert run(lambda: eval_sft.main([*changed, "--overwrite"])) == 0
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+
+
+def test_a_batch_is_answered_whole_or_again(tmp_path):
+    journal = Journal(tmp_path, {"a": 1}, 0)
+    journal.add([{"run": "adapter", "index": n} for n in range(4)])
+    again = Journal(tmp_path, {"a": 1}, 0)
+    assert again.has("adapter", range(4)) and not again.has("adapter", range(2, 6)) and not again.has("base", range(2))
+
+
+def test_data_without_labels_get_scores_of_their_words(adapter, write_records, tmp_path, capsys):
+    records = [
+        {"id": f"r{n}", "image": "red.jpg", "question": f"Is it {n}?", "answer": "It is red.", "split": "test"}
+        for n in range(3)
+    ]
+    path, images = write_records(records)
+    common = ["--adapter", adapter, "--image-dir", images, "--dataset", path, "--out", tmp_path / "e"]
+    eval_sft.main([str(word) for word in (*common, "--max-new-tokens", 4)])
+    summary, _ = read(tmp_path / "e")
+    assert (summary["diagnosed"], summary["labels"]) == (0, [])
+    assert set(summary["runs"]["adapter"]) == {"text"}
+    assert "chrF" in capsys.readouterr().out
+    assert "balanced accuracy" not in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_options_may_stand_in_a_file_and_the_command_line_wins(adapter, demo_data, tmp_path):
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"adapter: {adapter}\ndataset: {demo_data}\nbatch_size: 4\nbaseline: true\nsubgroups: [sex, age]\n"
+    )
+    args = eval_sft.parse_args(["--config", str(config), "--batch-size", "2"])
+    assert (args.batch_size, args.baseline, args.subgroups, args.split) == (2, True, ["sex", "age"], "test")
+    config.write_text("adaptor: x\n")
+    with pytest.raises(SystemExit):
+        eval_sft.parse_args(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--split", "dev"], "has no split 'dev', only ['test', 'train', 'validation']"),
+        (["--sensitivity-of", "acne"], "--sensitivity-of: 'acne' is not a label; there are melanoma, psoriasis"),
+        (["--labels", "Makefile"], "Makefile: not YAML"),
+        (["--labels", "gone.yaml"], "--labels: no file gone.yaml"),
+        (["--config", "gone.yaml"], "--config: no file gone.yaml"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line(adapter, demo_data, tmp_path, capsys, more, message):
+    assert run(lambda: eval_sft.main(options(adapter, demo_data, tmp_path / "e", *more))) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error

@@ -1,0 +1,258 @@
+"""Every number is what scikit-learn, scipy or a pencil gives; intervals cover the truth as often as they say."""
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
+
+from labels import NONE, SEVERAL
+from metrics import (
+    FIGURES,
+    band,
+    compare,
+    confusion,
+    diagnosis,
+    figures,
+    interval,
+    read_diagnoses,
+    resample,
+    subgroups,
+    text_scores,
+    with_intervals,
+)
+from probabilities import Scores, abstention, auroc, fit_temperature, probability_scores
+
+LABELS = ["acne", "eczema", "nevus"]
+
+
+def rows(true, answered, **more):
+    return [
+        {
+            "id": f"r{n}",
+            "label": label,
+            "answered": answer,
+            "group": None,
+            "source": "s",
+            **{k: v[n] for k, v in more.items()},
+        }
+        for n, (label, answer) in enumerate(zip(true, answered, strict=True))
+    ]
+
+
+def random_rows(rng, count, labels=LABELS):
+    true = rng.choice(labels, count)
+    answered = np.where(rng.random(count) < 0.6, true, rng.choice([*labels, NONE, SEVERAL], count))
+    return rows(true.tolist(), answered.tolist())
+
+
+def test_figures_equal_those_of_scikit_learn():
+    found = read_diagnoses(random_rows(np.random.default_rng(0), 400), LABELS)
+    figure = {name: value[0] for name, value in figures(confusion(found, np.ones((1, 400)))).items()}
+    assert figure["accuracy"] == pytest.approx(accuracy_score(found.true, found.answered))
+    recalls = [np.mean(found.answered[found.true == n] == n) for n in range(3)]
+    assert figure["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    assert figure["macro_f1"] == pytest.approx(f1_score(found.true, found.answered, labels=[0, 1, 2], average="macro"))
+    assert figure["no_label"] == pytest.approx(np.mean(found.answered == 3))
+    assert figure["several_labels"] == pytest.approx(np.mean(found.answered == 4))
+
+
+def test_a_resample_counts_each_sample_as_often_as_it_is_drawn():
+    found = read_diagnoses(random_rows(np.random.default_rng(1), 50), LABELS)
+    weights = resample(found.groups, resamples=5)
+    spread = figures(confusion(found, weights))
+    for n, row in enumerate(weights.astype(int)):
+        true, answered = np.repeat(found.true, row), np.repeat(found.answered, row)
+        assert spread["accuracy"][n] == pytest.approx(accuracy_score(true, answered))
+        assert spread["macro_f1"][n] == pytest.approx(
+            f1_score(true, answered, labels=sorted(set(true)), average="macro")
+        )
+
+
+def test_groups_are_drawn_whole():
+    groups = np.array([0, 0, 1, 1, 1, 2])
+    weights = resample(groups, resamples=50)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 2] == weights[:, 4]).all()
+    assert len(np.unique(weights[:, 0])) > 1
+    assert (weights[:, [0, 2, 5]].sum(1) == 3).all()
+
+
+def test_a_perfect_predictor():
+    found = diagnosis(read_diagnoses(rows(LABELS * 20, LABELS * 20), LABELS))
+    assert [found[name]["value"] for name in FIGURES] == [1, 1, 1, 0, 0]
+    assert found["accuracy"] == {"value": 1.0, "low": 0.940371, "high": 1.0}  # exact binomial, 60 of 60
+    assert found["macro_f1"]["low"] is None
+    assert found["per_label"]["nevus"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 20}
+    assert found["top_confusions"] == []
+
+
+def test_a_constant_predictor():
+    found = diagnosis(read_diagnoses(rows(["acne"] * 30 + ["nevus"] * 10, ["acne"] * 40), LABELS))
+    assert found["accuracy"]["value"] == 0.75
+    assert found["balanced_accuracy"]["value"] == 0.5  # eczema does not occur
+    assert found["macro_f1"]["value"] == pytest.approx((2 * 30 / 70) / 2, abs=1e-6)
+    assert found["per_label"]["acne"] == {"precision": 0.75, "recall": 1.0, "f1": 0.857143, "support": 30}
+    assert found["per_label"]["eczema"]["support"] == 0
+    assert found["top_confusions"] == [{"label": "nevus", "answered": "acne", "count": 10}]
+    assert found["confusion"]["counts"][2] == [10, 0, 0, 0, 0]
+
+
+def test_a_shuffled_predictor_scores_chance():
+    rng = np.random.default_rng(3)
+    true = rng.choice(LABELS, 6000).tolist()
+    found = diagnosis(read_diagnoses(rows(true, rng.permutation(true).tolist()), LABELS))
+    assert found["accuracy"]["value"] == pytest.approx(1 / 3, abs=0.02)
+    assert found["accuracy"]["low"] < 1 / 3 < found["accuracy"]["high"]
+
+
+def test_silence_and_hedging_are_wrong_and_told():
+    found = diagnosis(read_diagnoses(rows(["acne"] * 4, ["acne", NONE, NONE, SEVERAL]), LABELS))
+    assert (found["accuracy"]["value"], found["no_label"]["value"], found["several_labels"]["value"]) == (
+        0.25,
+        0.5,
+        0.25,
+    )
+    assert found["top_confusions"][0] == {"label": "acne", "answered": NONE, "count": 2}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy"])
+def test_intervals_cover_the_truth_in_93_to_97_of_100(name):
+    """300 sets of 150 patients with one to three images, whose answers are right together or wrong together."""
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        sizes = rng.integers(1, 4, 150)
+        patient = np.repeat(np.arange(150), sizes)
+        skill = rng.beta(4, 1.6, 150)  # mean 0.714
+        right = rng.random(len(patient)) < skill[patient]
+        true = rng.integers(0, 2, 150)[patient]
+        found = read_diagnoses(
+            [
+                {"id": n, "label": LABELS[t], "answered": LABELS[t if r else 1 - t], "group": str(g), "source": "s"}
+                for n, (t, r, g) in enumerate(zip(true, right, patient, strict=True))
+            ],
+            LABELS[:2],
+        )
+        told = with_intervals(found, (name,) if name == "accuracy" else ("accuracy", name))[name]
+        covered += told["low"] <= 4 / 5.6 <= told["high"]
+    assert 0.93 <= covered / 300 <= 0.97
+
+
+def test_paired_differences_and_mcnemar():
+    true = LABELS * 40
+    ours = read_diagnoses(rows(true, [t if n % 10 else NONE for n, t in enumerate(true)]), LABELS)
+    theirs = read_diagnoses(rows(true, [t if n % 3 else NONE for n, t in enumerate(true)]), LABELS)
+    found = compare(ours, theirs)
+    assert found["accuracy"]["difference"]["value"] == pytest.approx(108 / 120 - 80 / 120, abs=1e-6)
+    assert found["mcnemar"] == {"better": 36, "worse": 8, "p": 2.54e-05}  # 2 sum(C(44, k), k <= 8) / 2^44
+    assert compare(ours, ours)["mcnemar"] == {"better": 0, "worse": 0, "p": 1.0}
+
+
+def test_subgroups_name_the_worst_and_hide_the_small():
+    true = ["acne"] * 50
+    answered = ["acne"] * 20 + ["nevus"] * 10 + ["acne"] * 17 + ["nevus"] * 3
+    found = rows(true, answered, skin_type=["I"] * 20 + ["VI"] * 20 + [None] * 7 + ["II"] * 3)
+    told = subgroups(found, read_diagnoses(found, LABELS), "skin_type", smallest=5)
+    assert told["groups"]["II"] == {"samples": 3, "suppressed": True}
+    assert told["groups"]["VI"]["accuracy"]["value"] == 0.5
+    assert told["groups"]["unknown"]["samples"] == 7
+    assert (told["worst"], told["gap"]) == ("VI", 0.5)
+    assert subgroups(found, read_diagnoses(found, LABELS), "source", smallest=5) is None
+
+
+@pytest.mark.parametrize(
+    ("age", "name"),
+    [("19", "under 20"), ("20.0", "20 to 39"), ("80", "80 and over"), (None, "unknown"), ("40_TO_49", "40_TO_49")],
+)
+def test_ages_fall_into_bands(age, name):
+    assert band(age) == name
+
+
+def test_text_scores():
+    perfect = text_scores(["This is acne."] * 3, ["This is acne."] * 3)
+    assert perfect == {"bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0, "exact_match": 1.0, "length_ratio": 1.0}
+    found = text_scores(["a b c d"], ["a b"])
+    assert (found["rouge_l"], found["exact_match"], found["length_ratio"]) == (pytest.approx(2 / 3, abs=1e-6), 0, 0.5)
+    assert text_scores(["a"], [""])["bleu"] == 0
+
+
+def test_a_value_that_cannot_change_has_no_interval():
+    assert interval(0.5, np.array([0.5, 0.5])) == {"value": 0.5, "low": None, "high": None}
+    assert interval(np.nan, np.array([])) == {"value": None, "low": None, "high": None}
+
+
+def random_scores(count=400, seed=0, sharpness=1.0):
+    """Logits whose softmax, divided by `sharpness`, is the true probability of each label."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, 3)) * 1.5
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    true = np.array([rng.choice(3, p=row) for row in shares])
+    return Scores(LABELS, logits * sharpness, true, np.arange(count))
+
+
+def test_ranking_equals_scikit_learns():
+    scores = random_scores()
+    scores.logits[::3] = np.round(scores.logits[::3])  # ties
+    shares = softmax(scores.logits, axis=1)
+    found = probability_scores(scores, temperature=None, chosen=["nevus"])
+    own = [roc_auc_score(scores.true == n, shares[:, n]) for n in range(3)]
+    assert found["macro_auroc"]["value"] == pytest.approx(np.mean(own), abs=1e-6)
+    assert found["macro_auroc"]["low"] < np.mean(own) < found["macro_auroc"]["high"]
+    for n, label in enumerate(LABELS):
+        assert found["per_label"][label]["auroc"] == pytest.approx(own[n], abs=1e-6)
+        precision = average_precision_score(scores.true == n, shares[:, n])
+        assert found["per_label"][label]["average_precision"] == pytest.approx(precision, abs=1e-6)
+    weights = resample(scores.groups, resamples=4)
+    for row, value in zip(weights, auroc(shares[:, 0], scores.true == 0, weights), strict=True):
+        assert value == pytest.approx(roc_auc_score(scores.true == 0, shares[:, 0], sample_weight=row))
+
+
+def test_known_predictors_have_known_rankings():
+    true = np.repeat([0, 1, 2], 30)
+    perfect = Scores(LABELS, np.eye(3)[true] * 10, true, np.arange(90))
+    found = probability_scores(perfect, temperature=None, chosen=["acne"])
+    assert (found["macro_auroc"]["value"], found["choice_accuracy"]["value"]) == (1, 1)
+    assert found["sensitivity"]["acne"]["value"] == 1
+    assert found["calibration"]["expected_calibration_error"]["value"] == pytest.approx(0, abs=1e-3)
+    flat = Scores(LABELS, np.zeros((90, 3)), true, np.arange(90))
+    constant = probability_scores(flat, temperature=None, chosen=["acne"])
+    assert constant["macro_auroc"]["value"] == 0.5
+    assert constant["sensitivity"]["acne"]["value"] == 0
+    error = constant["calibration"]["expected_calibration_error"]["value"]
+    assert error == pytest.approx(0, abs=1e-6)  # a third sure, a third right
+
+
+def test_the_temperature_undoes_overconfidence():
+    validation, test = random_scores(2000, 1, sharpness=3), random_scores(2000, 2, sharpness=3)
+    assert fit_temperature(validation) == pytest.approx(3, rel=0.1)
+    found = probability_scores(test, temperature=fit_temperature(validation), chosen=[])
+    kinds = ("calibration", "calibration_tempered")
+    before, after = (found[kind]["expected_calibration_error"]["value"] for kind in kinds)
+    assert before > 0.15 and after < 0.03
+    assert sum(row["samples"] for row in found["calibration"]["bins"]) == 2000
+
+
+def test_sensitivity_is_the_best_that_leaves_nine_of_ten_others_in_peace():
+    true = np.array([0] * 10 + [1] * 20)
+    score = np.concatenate([np.linspace(0.9, 0.45, 10), [0.8, 0.6], np.linspace(0.4, 0.1, 18)])
+    logits = np.log(np.stack([score, 1 - score], axis=1))
+    found = probability_scores(Scores(LABELS[:2], logits, true, np.arange(30)), temperature=None, chosen=["acne"])
+    assert found["sensitivity"]["acne"]["value"] == 1.0  # two of twenty others lie above 0.45
+    assert (found["sensitivity"]["acne"]["specificity"], found["sensitivity"]["acne"]["positives"]) == (0.9, 10)
+    score[12] = 0.7  # a third one
+    logits = np.log(np.stack([score, 1 - score], axis=1))
+    found = probability_scores(Scores(LABELS[:2], logits, true, np.arange(30)), temperature=None, chosen=["acne"])
+    assert found["sensitivity"]["acne"]["value"] == 0.6  # down to 0.65, above the third of them
+
+
+def test_abstaining_keeps_the_surest():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.55, 0.45]])
+    found = abstention(probabilities, np.array([0, 0, 1, 0]))
+    assert found[0] == {"coverage": 0.5, "accuracy": 1.0}
+    assert found[-1] == {"coverage": 1.0, "accuracy": 0.75}
+
+
+def test_balanced_accuracy_is_scikit_learns_when_all_answers_name_a_label():
+    rng = np.random.default_rng(5)
+    true, answered = rng.choice(LABELS, 200).tolist(), rng.choice(LABELS, 200).tolist()
+    found = diagnosis(read_diagnoses(rows(true, answered), LABELS))
+    assert found["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(true, answered), abs=1e-6)
