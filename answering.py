@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import END_TOKEN, collate_prompts
 from hub import RUN_FACTS
@@ -42,6 +42,35 @@ def load_answering_model(
         return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
     except SafetensorError as error:
         raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+
+
+def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | PeftModel, dict[str, str]]:
+    """Load several adapters over one base, and return the model and each adapter's path by its name in the model.
+
+    Args:
+        adapters: folders or Hub ids; none for the base alone.
+        options: see `load_answering_model`.
+
+    Raises:
+        ValueError: two adapters were trained on other bases, or on a base that was loaded otherwise.
+    """
+    model = load_answering_model(adapters[0] if adapters else None, **options)
+    names = {"default": adapters[0]} if adapters else {}
+    wanted = _foundation(adapters[0], **options) if adapters else None
+    for number, adapter in enumerate(adapters[1:], start=1):
+        if (found := _foundation(adapter, **options)) != wanted:
+            raise ValueError(f"--adapter: {adapter} goes on {found}, and {adapters[0]} on {wanted}")
+        names[f"adapter-{number}"] = adapter
+        try:
+            model.load_adapter(adapter, adapter_name=f"adapter-{number}")
+        except SafetensorError as error:
+            raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+    return model, names
+
+
+def _foundation(adapter: str, *, base: str | None, quantization: str, dtype: str | None) -> dict:
+    settings = loading_settings(adapter, base=base, quantization=quantization, dtype=dtype)
+    return {"base": base or read_adapter_config(adapter).base_model_name_or_path, **settings}
 
 
 def loading_settings(adapter: str | None, *, base: str | None, quantization: str, dtype: str | None) -> dict:
@@ -88,10 +117,12 @@ def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> di
 
 
 @torch.inference_mode()
-def answer(model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int) -> list[str]:
-    """Return the model's answer to each example, decoded greedily."""
+def answer(
+    model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
+) -> list[str]:
+    """Return the model's answer to each example, decoded greedily; a `streamer` gets a single one as it comes."""
     inputs = encode_prompts(model, processor, examples)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
     new_tokens = output[:, inputs["input_ids"].size(1) :]
     return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 

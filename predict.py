@@ -1,13 +1,16 @@
 """Ask a trained adapter (or the base model alone) about images.
 
 python predict.py --adapter outputs/skin --image lesion.jpg --question "What condition is shown?"
-python predict.py --adapter outputs/skin --image photos/ --question "What condition is shown?" --out answers.jsonl
+python predict.py --adapter outputs/skin --image photos/ 'more/*.jpg' --question "What is it?" --out answers.jsonl
+python predict.py --adapter outputs/skin --image before.jpg after.jpg --together --question "What has changed?"
+python predict.py --adapter outputs/skin outputs/other --questions questions.jsonl --image-dir photos
 python predict.py --adapter outputs/skin --dataset data/skin --split test --out answers.jsonl
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cli import OneLineParser, positive_int, run
@@ -15,13 +18,17 @@ from cli import OneLineParser, positive_int, run
 from datasets import disable_progress_bars
 from PIL import Image
 from tqdm import tqdm
-from transformers import ProcessorMixin
+from transformers import TextStreamer
 
-from answering import answer, load_answering_model, read_adapter_config
+from answering import answer, load_adapters, read_adapter_config, score_answers
 from data_prep import load_splits
-from data_prep.images import probe_image
-from data_prep.records import IMAGE_MARKER, FieldError, normalise_messages
+from data_prep.images import load_image, resolve_image
+from data_prep.records import IMAGE_MARKER, FieldError, normalise_messages, read_annotations
+from labels import PLACE
 from modeling import load_processor
+
+FACTS = ("id", "label", "group", "skin_type")
+SOME_SKIPPED = 3  # exit code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,13 +36,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_argument_group("what to ask")
-    source.add_argument("--image", type=Path, action="append", default=[], help="a file, or one folder; repeatable")
-    source.add_argument("--question", help="one question about the images together, or about each image of a folder")
+    source.add_argument("--image", nargs="+", default=[], help="files, folders and patterns ('*.jpg'), each alone")
+    source.add_argument("--question", help="about each image")
+    source.add_argument("--together", action="store_true", help="one question about all the images together")
+    source.add_argument("--questions", type=Path, help='JSON Lines: {"image": "a.jpg", "question": "..."}')
     source.add_argument("--dataset", help="prepared data set: asks each sample's last question instead")
     source.add_argument("--split", default="test", help="of --dataset (default: test)")
-    source.add_argument("--image-dir", help="image folder, when --dataset is an annotation file")
+    source.add_argument("--image-dir", help="image folder of --questions, or of an annotation file as --dataset")
     model = parser.add_argument_group("whom to ask")
-    model.add_argument("--adapter", help="folder or Hub id of a trained adapter")
+    model.add_argument("--adapter", nargs="+", default=[], help="folders or Hub ids of adapters, on one base")
     model.add_argument("--base", help="a base model: asked alone, or in place of the one the adapter names")
     model.add_argument(
         "--quantization", choices=("auto", "nf4", "none"), default="auto",
@@ -45,115 +54,227 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bfloat16", "float16", "float32"),
         help="of the arithmetic (default: as in training; bfloat16 without an adapter; a CPU takes float32)",
     )  # fmt: skip
-    model.add_argument(
-        "--min-pixels", type=int, help="smallest image area, px^2 (default: the adapter's or base's own)"
-    )
-    model.add_argument(
-        "--max-pixels", type=int, help="largest image area, px^2 (default: the adapter's or base's own)"
-    )
+    model.add_argument("--min-pixels", type=int, help="smallest image area, px^2 (default: the adapter's or base's)")
+    model.add_argument("--max-pixels", type=int, help="largest image area, px^2 (default: the adapter's or base's)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--out", type=Path, help="JSON Lines file (default: print to the screen)")
+    answers.add_argument("--top-k", type=positive_int, help="also the K likeliest of --labels, with probabilities")
+    answers.add_argument("--labels", nargs="+", help="labels to choose from (default: those of --dataset)")
+    answers.add_argument("--wording", default="{label}", help="answer that names a label, as 'This is {label}.'")
     answers.add_argument("--batch-size", type=positive_int, default=8)
     answers.add_argument("--max-new-tokens", type=positive_int, default=128)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     disable_progress_bars()  # of datasets' own bookkeeping
-    examples = load_examples(args)
-    if args.adapter:
-        read_adapter_config(args.adapter)
-    processor = load_processor(args.adapter or args.base, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    model = load_answering_model(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
-    rows = answer_all(model, processor, examples, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
-    write_answers(rows, args.out, total=len(examples))
+    check_options(args)
+    examples, total, labels = load_examples(args)
+    for adapter in args.adapter:
+        read_adapter_config(adapter)
+    model, adapters = load_adapters(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
+    pixels = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    processors = {name: load_processor(path, **pixels) for name, path in (adapters or {None: args.base}).items()}
+    stream = total == 1 and len(processors) == 1 and args.out is None and not args.top_k
+    rows = answer_all(model, processors, adapters, examples, args, labels=labels, stream=stream)
+    skipped = write_answers(rows, args.out, total=total * len(processors), stream=stream)
+    return SOME_SKIPPED if skipped else 0
 
 
-def load_examples(args: argparse.Namespace) -> list[dict]:
-    """Return samples whose messages end with the user's turn; `reference` is the known answer, if there is one."""
-    if args.adapter is None and args.base is None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
+    if not args.adapter and args.base is None:
         raise ValueError("name an adapter (--adapter), or a base model to ask alone (--base)")
-    if (args.dataset is None) == (not args.image):
-        raise ValueError("name either images (--image, with --question) or a prepared data set (--dataset)")
-    if args.dataset is not None and args.question:
-        raise ValueError("--question: a prepared data set brings its own questions")
+    given = [name for name in ("image", "questions", "dataset") if getattr(args, name)]
+    if len(given) != 1:
+        found = " and ".join(f"--{name}" for name in given) or "none of them"
+        raise ValueError(f"name one of --image (with --question), --questions and --dataset; found {found}")
+    if args.image and not args.question:
+        raise ValueError("--question: what should be asked about the images?")
+    if not args.image and (args.question or args.together):
+        raise ValueError(f"--{'question' if args.question else 'together'}: goes with --image, not with --{given[0]}")
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out: {args.out} is a folder, expected a file")
-    if args.dataset is not None:
-        return examples_of_split(args.dataset, args.split, args.image_dir)
-    if not args.question:
-        raise ValueError("--question: what should be asked about the images?")
-    return examples_of_images(args.image, args.question)
+    if args.top_k and not args.labels and not args.dataset:
+        raise ValueError("--top-k: name the labels to choose from (--labels)")
+    if PLACE not in args.wording:
+        raise ValueError(f"--wording: expected {PLACE} where the label stands, found {args.wording!r}")
 
 
-def examples_of_split(dataset: str, split: str, image_dir: str | None) -> list[dict]:
-    splits = load_splits(dataset, image_dir)
-    if split not in splits:
-        raise ValueError(f"--split: {dataset} has no split {split!r}, only {sorted(splits)}")
-    examples = []
-    for sample in splits[split]:
-        *messages, answer = sample["messages"]
-        facts = {key: sample[key] for key in ("id", "label", "group", "skin_type")}
-        examples.append({**facts, "images": sample["images"], "messages": messages, "reference": answer["content"]})
-    if not examples:
-        raise ValueError(f"--split: split {split!r} of {dataset} is empty")
-    return examples
+def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[str]]:
+    """Return the samples to answer, how many there are, and the labels to choose from.
+
+    A sample's messages end with the user's turn; `reference` is the known answer, if there is one. A sample that
+    cannot be asked carries its reason as `error`.
+    """
+    if args.dataset:
+        return examples_of_split(args)
+    if args.questions:
+        rows = read_annotations(args.questions)
+        root = Path(args.image_dir).resolve() if args.image_dir else args.questions.resolve().parent
+        return (example_of_row(row, number, root) for number, row in enumerate(rows)), len(rows), args.labels
+    files = find_images(args.image)
+    asked = [files] if args.together else [[path] for path in files]
+    examples = [question_about(paths, args.question) for paths in asked]
+    if len(examples) == 1:  # no need to load a model to say that its only image is none
+        decode(examples[0])
+        if "error" in examples[0]:
+            raise ValueError(f"--image: {examples[0]['error']}")
+    return iter(examples), len(examples), args.labels
 
 
-def examples_of_images(paths: list[Path], question: str) -> list[dict]:
-    """One example of all the files named, or one for each image of a folder, in the order of the names."""
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"--image: no file or folder {path}")
-    folders = [path for path in paths if path.is_dir()]
-    if not folders:
-        return [_question_about(paths, question)]
-    if len(paths) > 1:
-        raise ValueError(f"--image: {folders[0]} is a folder; name one folder, or files")
+def examples_of_split(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[str]]:
+    splits = load_splits(args.dataset, args.image_dir)
+    if args.split not in splits:
+        raise ValueError(f"--split: {args.dataset} has no split {args.split!r}, only {sorted(splits)}")
+    if len(split := splits[args.split]) == 0:
+        raise ValueError(f"--split: split {args.split!r} of {args.dataset} is empty")
+    labels = args.labels or sorted({label for own in splits.values() for label in own["label"] if label is not None})
+
+    def example(sample: dict) -> dict:
+        *messages, reference = sample["messages"]
+        facts = {key: sample[key] for key in FACTS}
+        return {**facts, "images": sample["images"], "messages": messages, "reference": reference["content"]}
+
+    return map(example, split), len(split), labels
+
+
+def example_of_row(row, number: int, root: Path) -> dict:
+    """Return the sample of one line of a questions file, or one with an `error`."""
+    try:
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+            raise ValueError('expected {"image": ..., "question": ...}')
+        names = row.get("images", row.get("image")) or []
+        images = [resolve_image(name, root) for name in ([names] if isinstance(names, str) else names)]
+        return {**question_about(images, row["question"]), "id": str(row.get("id", f"line-{number + 1}"))}
+    except (ValueError, TypeError) as error:
+        return {"id": f"line-{number + 1}", "error": f"--questions, line {number + 1}: {error}"}
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """Return the files that are named, those in named folders, and those that fit a pattern, in order."""
+    files = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = in_folder(path)
+        elif path.exists():
+            found = [path]
+        else:
+            found = sorted(Path(path.anchor or ".").glob(name.removeprefix(path.anchor)))
+        if not found:
+            what = "named like an image" if path.is_dir() else "there"
+            raise FileNotFoundError(f"--image: {name}: no file {what}")
+        files += found
+    return files
+
+
+def in_folder(folder: Path) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in suffixes)
-    if not found:
-        raise ValueError(f"--image: no file in {folders[0]} is named like an image")
-    return [_question_about([path], question) for path in found]
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
 
 
-def _question_about(paths: list[Path], question: str) -> dict:
+def question_about(paths: list[Path], question: str) -> dict:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]
-    for path in paths:
-        if isinstance(reason := probe_image(path), str):
-            raise ValueError(f"--image: {path}: {reason}")
     try:
         messages = normalise_messages(turns, list(paths), field="--question", names=["--question", "answer"])[:-1]
     except FieldError as error:
         raise ValueError(str(error)) from error
-    return {"id": ", ".join(path.name for path in paths), "images": [str(p) for p in paths], "messages": messages}
+    return {
+        "id": ", ".join(path.name for path in paths),
+        "images": [str(path) for path in paths],
+        "messages": messages,
+    }
 
 
-def answer_all(model, processor: ProcessorMixin, examples: list[dict], *, batch_size: int, max_new_tokens: int):
-    """Yield each example's row with its `prediction`, in order; greedy decoding, so the same every time."""
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        for example, prediction in zip(batch, answer(model, processor, batch, max_new_tokens), strict=True):
-            question = example["messages"][-1]["content"].replace(IMAGE_MARKER, "").strip()
-            facts = {key: value for key, value in example.items() if key not in ("images", "messages")}
-            yield {**facts, "question": question, "prediction": prediction}
+def answer_all(model, processors: dict, adapters: dict, examples: Iterable[dict], args, *, labels, stream: bool):
+    """Yield a row for each example and adapter, in order, with its `prediction`, or the `error` that kept it out."""
+    for batch in batches(examples, args.batch_size):
+        for example in batch:
+            decode(example)
+        for name, processor in processors.items():
+            if len(adapters) > 1:
+                model.set_adapter(name)
+            good = [example for example in batch if "error" not in example]
+            found = iter(answer_batch(model, processor, good, args, labels=labels, stream=stream) if good else [])
+            for example in batch:
+                about = {"adapter": adapters[name]} if len(adapters) > 1 else {}
+                row = {key: value for key, value in example.items() if key not in ("images", "messages")}
+                yield {**row, **about, **({} if "error" in example else next(found))}
 
 
-def write_answers(rows, out: Path | None, *, total: int) -> None:
-    """Print the answers, or write them to a file as they come, with a progress bar."""
+def batches(examples: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    batch = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def decode(example: dict) -> None:
+    """Load an example's images in place, or note why one of them cannot be used."""
+    for number, source in enumerate(example.get("images", [])):
+        try:
+            example["images"][number] = load_image(source)
+        except (ValueError, OSError) as error:
+            name = Path(source).name if isinstance(source, str) else f"image {number}"
+            example["error"] = f"{name}: {error}"
+            return
+
+
+def answer_batch(model, processor, examples: list[dict], args, *, labels: list[str], stream: bool) -> list[dict]:
+    """Return each example's question and answer, and with `--top-k` the likeliest labels with their probabilities."""
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    texts = answer(model, processor, examples, args.max_new_tokens, streamer=streamer)
+    rows = [
+        {"question": example["messages"][-1]["content"].replace(IMAGE_MARKER, "").strip(), "prediction": text}
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    if args.top_k:
+        wordings = [args.wording.replace(PLACE, label) for label in labels]
+        shares = score_answers(model, processor, examples, [wordings] * len(examples)).softmax(-1)
+        for row, own in zip(rows, shares.tolist(), strict=True):
+            ranked = sorted(zip(own, labels, strict=True), reverse=True)[: args.top_k]
+            row["likeliest"] = {label: round(share, 4) for share, label in ranked}
+    return rows
+
+
+def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream: bool) -> int:
+    """Print the answers, or write them to a file with a progress bar; return how many images were skipped."""
+    skipped = 0
     if out is None:
         for row in rows:
-            print(row["prediction"] if total == 1 else f"{row['id']}: {row['prediction']}")
-        return
+            skipped += tell(row, stream=stream, alone=total == 1)
+        return skipped
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if "error" in row:
+                skipped += 1
+                tqdm.write(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
     unfinished.replace(out)
-    print(f"{total} answers in {out}")
+    print(f"{total - skipped} answers in {out}" + (f", {skipped} skipped" if skipped else ""))
+    return skipped
+
+
+def tell(row: dict, *, stream: bool, alone: bool) -> bool:
+    """Print one answer, unless it was streamed already; return whether there is none."""
+    if "error" in row:
+        print(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
+        return True
+    name = "" if alone else f"{row['id']} [{row['adapter']}]: " if "adapter" in row else f"{row['id']}: "
+    if not stream:
+        print(name + row["prediction"])
+    for label, share in row.get("likeliest", {}).items():
+        print(f"  {share:.3f}  {label}")
+    return False
 
 
 if __name__ == "__main__":

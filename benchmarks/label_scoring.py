@@ -2,8 +2,9 @@
 
     python -m benchmarks.label_scoring
 
-Takes the demo's adapter and test split (`make demo` makes both). Both sides score the same batches of the same answers in
-turn: ours with `answering.score_answers`, the other with one padded forward pass over prompt and answer for each label.
+Takes the demo's adapter and test split (`make demo` makes both). Both sides score the same batches of the same answers
+in turn: ours with `answering.score_answers`, the other with one padded forward pass over prompt and answer for each
+label.
 """
 
 import argparse

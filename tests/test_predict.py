@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import train_args
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import predict
 import train_sft
@@ -84,8 +85,94 @@ def test_a_folder_is_answered_image_by_image(adapter, tmp_path, capsys):
 
 
 def test_several_images_share_one_question(adapter, demo_raw, capsys):
-    images = [word for n in (1, 2) for word in ("--image", demo_raw / "images" / f"000{n}.jpg")]
+    images = ["--together", "--image", *(demo_raw / "images" / f"000{n}.jpg" for n in (1, 2))]
     assert "\n" not in ask(capsys, "--adapter", adapter, *images, "--question", "First <image>, then <image>?")
+
+
+def test_patterns_and_files_are_answered_one_by_one(adapter, demo_raw, capsys):
+    pattern = demo_raw / "images" / "000[12].jpg"
+    command = ["--adapter", adapter, "--question", "What?", "--image", pattern, demo_raw / "images" / "0005.jpg"]
+    assert [line.split(":")[0] for line in ask(capsys, *command).splitlines()] == ["0001.jpg", "0002.jpg", "0005.jpg"]
+
+
+def test_a_bad_image_is_skipped_with_its_reason_and_the_exit_code_says_so(adapter, demo_raw, tmp_path, capsys):
+    shutil.copy(demo_raw / "images" / "0001.jpg", tmp_path / "good.jpg")
+    (tmp_path / "bad.jpg").write_text("not an image")
+    command = ["--adapter", str(adapter), "--image", str(tmp_path), "--question", "What?"]
+    assert predict.main(command) == 3
+    out, err = capsys.readouterr()
+    assert out.startswith("good.jpg: ") and "skipped bad.jpg: bad.jpg: not an image" in err
+    assert predict.main([*command, "--out", str(tmp_path / "a.jsonl")]) == 3
+    first, second = rows_of(tmp_path / "a.jsonl")
+    assert first == {"id": "bad.jpg", "error": "bad.jpg: not an image"}
+    assert second["prediction"] and "error" not in second
+    assert "1 answers in" in capsys.readouterr().out
+
+
+def test_questions_come_from_a_file_and_bad_lines_are_skipped(adapter, demo_raw, tmp_path, capsys):
+    lines = [
+        {"id": "a", "image": "0001.jpg", "question": "What?"},
+        {"images": ["0001.jpg", "0002.jpg"], "question": "Which?"},
+        {"question": "Is the skin dark?"},
+        {"image": "../annotations.json", "question": "What?"},
+        {"image": "0001.jpg"},
+        {"image": "gone.jpg", "question": "What?"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--adapter", adapter, "--questions", path, "--image-dir", demo_raw / "images", "--out", tmp_path / "a"]
+    assert predict.main([str(word) for word in command]) == 3
+    rows = rows_of(tmp_path / "a")
+    assert [row["id"] for row in rows[:3]] == ["a", "line-2", "line-3"]
+    assert all(row["prediction"] for row in rows[:3])
+    errors = [row["error"] for row in rows[3:]]
+    assert errors[0].startswith("--questions, line 4: '../annotations.json' leads out of the image folder")
+    assert errors[1].startswith("--questions, line 5: expected") and errors[2] == "gone.jpg: no such file"
+
+
+def test_several_adapters_answer_over_one_base(adapter, demo_data, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: abs(tensor) for name, tensor in weights.items()}, other / "adapter_model.safetensors")
+    alone = []
+    for path in (adapter, other):
+        ask(capsys, "--adapter", path, "--dataset", demo_data, "--out", tmp_path / "one.jsonl")
+        alone.append([row["prediction"] for row in rows_of(tmp_path / "one.jsonl")])
+    ask(capsys, "--adapter", adapter, other, "--dataset", demo_data, "--out", tmp_path / "both.jsonl")
+    rows = rows_of(tmp_path / "both.jsonl")
+    both = [[row["prediction"] for row in rows if row["adapter"] == str(path)] for path in (adapter, other)]
+    assert both == alone and alone[0] != alone[1]
+    facts = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**facts, "quantization": None}))
+    command = ["--adapter", adapter, other, "--dataset", demo_data]
+    with pytest.raises(ValueError, match=r"--adapter: .*other goes on .* and .*adapter on "):
+        predict.main([str(word) for word in command])
+
+
+def test_the_likeliest_labels_come_with_their_shares(adapter, demo_data, demo_raw, tmp_path, capsys):
+    wording = ["--wording", "This is {label}."]
+    options = ["--adapter", adapter, "--dataset", demo_data, "--top-k", 4, *wording, "--out", tmp_path / "a"]
+    ask(capsys, *options)
+    for row in rows_of(tmp_path / "a"):
+        assert set(row["likeliest"]) == {"melanoma", "psoriasis", "urticaria", "vitiligo"}
+        assert sum(row["likeliest"].values()) == pytest.approx(1, abs=1e-3)
+        assert list(row["likeliest"].values()) == sorted(row["likeliest"].values(), reverse=True)
+    image = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What condition is shown?"]
+    lines = ask(capsys, "--adapter", adapter, *image, "--top-k", 2, "--labels", "melanoma", "vitiligo", *wording)
+    assert len(lines.splitlines()) == 3 and lines.splitlines()[1].split()[1] in ("melanoma", "vitiligo")
+
+
+def test_a_single_answer_is_streamed_word_for_word(adapter, demo_raw, capsys, monkeypatch):
+    question = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What condition is shown?"]
+    pieces = []
+    monkeypatch.setattr(
+        predict.TextStreamer, "on_finalized_text", lambda self, text, stream_end=False: pieces.append(text)
+    )
+    assert ask(capsys, "--adapter", adapter, *question) == ""
+    assert len([piece for piece in pieces if piece]) > 1
+    monkeypatch.undo()
+    assert "".join(pieces).strip() == ask(capsys, "--adapter", adapter, *question)
 
 
 def test_a_checkpoint_and_the_adapter_answer_alike_and_the_base_alone_does_not(adapter, tiny_base, demo_raw, capsys):
@@ -126,22 +213,24 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "name an adapter (--adapter), or a base model"),
-        (["--adapter", "x"], "name either images (--image, with --question) or a prepared data set"),
-        (["--adapter", "x", "--image", "Makefile"], "--question: what should be asked"),
-        (["--adapter", "x", "--image", "/nowhere.jpg", "--question", "?"], "--image: no file or folder /nowhere.jpg"),
-        (
-            ["--adapter", "x", "--image", "configs", "--question", "?"],
-            "--image: no file in configs is named like an image",
-        ),
-        (["--adapter", "x", "--image", "tests", "--image", "configs", "--question", "?"], "name one folder, or files"),
-        (["--adapter", "x", "--image", "Makefile", "--question", "?"], "--image: Makefile: not an image"),
-        (["--adapter", "x", "--dataset", "x", "--question", "?"], "--question: a prepared data set brings its own"),
-        (["--base", "x", "--image", "Makefile", "--question", "?", "--out", "tests"], "--out: tests is a folder"),
+        ("", "name an adapter (--adapter), or a base model"),
+        ("--adapter x", "name one of --image (with --question), --questions and --dataset; found none of them"),
+        ("--adapter x --image Makefile --dataset x", "found --image and --dataset"),
+        ("--adapter x --image Makefile", "--question: what should be asked"),
+        ("--adapter x --image /nowhere.jpg --question ?", "--image: /nowhere.jpg: no file there"),
+        ("--adapter x --image tests/*.jpg --question ?", "--image: tests/*.jpg: no file there"),
+        ("--adapter x --image configs --question ?", "--image: configs: no file named like an image"),
+        ("--adapter x --image Makefile --question ?", "--image: Makefile: not an image"),
+        ("--adapter x --dataset x --question ?", "--question: goes with --image, not with --dataset"),
+        ("--adapter x --dataset x --together", "--together: goes with --image, not with --dataset"),
+        ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
+        ("--base x --image Makefile --question ? --top-k 2", "--top-k: name the labels to choose from (--labels)"),
+        ("--base x --image Makefile --question ? --wording x", "--wording: expected {label} where the label stands"),
+        ("--base x --questions gone.jsonl", "annotations: no file gone.jsonl"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line(capsys, options, message):
-    assert run(lambda: predict.main(options)) == 1
+    assert run(lambda: predict.main(options.split())) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
 
