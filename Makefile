@@ -13,18 +13,15 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to held-out answers.
+# A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to the evaluation's page.
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
 	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base
 	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
 	$(BIN)/accelerate launch --num_processes 1 train_sft.py --config configs/demo.yaml
-	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --out $(DEMO)/predictions.jsonl
-	$(BIN)/python -m demo.score shuffle --dataset $(DEMO)/data --out $(DEMO)/shuffled
-	$(BIN)/python predict.py --adapter $(DEMO)/adapter --dataset $(DEMO)/shuffled --out $(DEMO)/predictions_shuffled.jsonl
-	$(BIN)/python -m demo.score report --predictions $(DEMO)/predictions.jsonl \
-		--shuffled $(DEMO)/predictions_shuffled.jsonl --plot $(DEMO)/adapter/training_metrics.png
+	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
+	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 
 test: install
 	$(BIN)/python -m pytest

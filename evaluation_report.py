@@ -161,7 +161,7 @@ def draw_reliability(probabilities: dict) -> Figure:
             axes.plot(*points, color=colour, linewidth=1, alpha=0.6)
             axes.scatter(*points, s=sizes, color=colour, label=name, clip_on=False)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

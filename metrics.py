@@ -158,7 +158,10 @@ def subgroups(rows: list[dict], diagnoses: Diagnoses, column: str, *, smallest: 
     point at a person. None when the column holds fewer than two values.
     """
     values = np.array([band(row[column]) if column == "age" else row[column] or "unknown" for row in rows])
-    if len(names := sorted(set(values.tolist()))) < 2:
+    bands = [name for _, name in AGE_BANDS]
+    order = {name: (bands.index(name) if name in bands else -1, name) for name in values.tolist()}
+    names = sorted(order, key=lambda name: (name == "unknown", order[name]))
+    if len(names) < 2:
         return None
     groups = {}
     for name in names:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -10,6 +11,10 @@ import pytest
 from planted import PlantedSet
 
 from data_prep.__main__ import main as data_prep
+from demo.draw import draw_image
+from evaluation import evaluate
+from evaluation_report import write_evaluation
+from labels import build_label_map
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -63,3 +68,52 @@ def test_the_data_report_fits_and_loads_whole(data_page, tmp_path, width):
     assert seen["width"] <= width
     assert seen["title"] == "Data report: prepared"
     assert seen["headings"][:3] == ["Labels", "What an image costs", "Findings"]
+
+
+LABELS = ["melanoma", "vitiligo", "psoriasis", "urticaria", "dermatofibroma", "actinic keratosis or Bowen's disease"]
+
+
+def evaluated_rows(rng):
+    """Rows of three runs: an adapter that is often right, a base that talks nonsense, and one file with markup."""
+    runs = {"adapter": [], "base": [], "shuffled": [], "validation": []}
+    for index in range(90):
+        label = LABELS[index % 6]
+        facts = {"id": f"sample-{index}-" + "x" * 60, "label": label, "group": f"p{index // 2}", "index": index}
+        facts |= {
+            "skin_type": ["I", "III", "VI"][index % 3],
+            "sex": ["f", "m"][index % 2],
+            "age": str(index),
+            "site": None,
+        }
+        facts |= {"source": "a", "question": "Which <b>diagnosis</b>? " * 6, "reference": f"This is {label}."}
+        for run, chance in (("adapter", 0.8), ("base", 0.1), ("shuffled", 0.2), ("validation", 0.8)):
+            said = label if rng.random() < chance else rng.choice(LABELS)
+            scores = {name: rng.gauss(3 * (name == said), 1) for name in LABELS}
+            text = "<script>x()</script>" * 9 if run == "base" else f"This is {said}."
+            row = {"run": run, **facts, "prediction": text, "scores": scores}
+            runs[run].append(row | ({"image_of": f"sample-{index ^ 1}-" + "x" * 60} if run == "shuffled" else {}))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def evaluation_page(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("evaluation"), random.Random(0)
+    runs, label_map = evaluated_rows(rng), build_label_map(LABELS)
+    columns = ["skin_type", "sex", "age", "site", "source"]
+    found = evaluate(runs, label_map, columns=columns, chosen=[], smallest=10)
+    pictures = [draw_image("melanoma", "III", rng) for _ in range(90)]
+    write_evaluation(folder, {"split": "test", **found}, runs, label_map, lambda index: [pictures[index]])
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_evaluation_fits_and_loads_whole(evaluation_page, tmp_path, width):
+    seen = measure(evaluation_page, width, tmp_path)
+    assert seen["errors"] == []
+    assert seen["images"] > 15 and seen["broken"] == 0
+    assert seen["width"] <= width
+    assert seen["title"] == "Evaluation on test"
+    assert seen["headings"][:4] == ["Which diagnoses", "For whom", "Can its confidence be trusted", "In words"]
+    assert "<script>x" not in evaluation_page.read_text()
+    plots = {path.name for path in evaluation_page.parent.glob("*.png")}
+    assert plots == {"confusion.png", "subgroups.png", "reliability.png", "abstention.png"}
