@@ -1,5 +1,7 @@
 """Chat messages and images become tensors, and only the assistant's words become labels."""
 
+from itertools import pairwise
+
 import torch
 from qwen_vl_utils import fetch_image
 from transformers import ProcessorMixin
@@ -33,6 +35,33 @@ def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int)
     last_end[:, 1:] = torch.where(input_ids == end_id, position, -1)[:, :-1]
     inside = last_start.cummax(dim=1).values > last_end.cummax(dim=1).values
     return torch.where(inside, input_ids, IGNORED)
+
+
+def mrope_positions(input_ids: torch.Tensor, grids: torch.Tensor, *, image_id: int, merge: int) -> torch.Tensor:
+    """Return one sample's positions in time, height and width, as the model's `get_rope_index` does.
+
+    Args:
+        input_ids: token ids, shape (T,).
+        grids: patches of each image in time, height and width, shape (N, 3).
+        image_id: id of the token that stands for a piece of an image.
+        merge: patches a side that one token covers.
+
+    Returns:
+        Shape (3, T). Text counts up in all three rows; an image's tokens count its rows and columns from where the
+        text stopped, and the text after it goes on from the largest of them.
+    """
+    parts, after, done = [], 0, 0
+    starts = (input_ids == image_id).nonzero().flatten().tolist()
+    taken = 0
+    for frames, height, width in grids.tolist():
+        start, shape = starts[taken], (frames, height // merge, width // merge)
+        parts.append(torch.arange(after, after + start - done).expand(3, -1))
+        after += start - done
+        parts.append(torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1) + after)
+        size = shape[0] * shape[1] * shape[2]
+        after, done, taken = after + max(shape), start + size, taken + size
+    parts.append(torch.arange(after, after + len(input_ids) - done).expand(3, -1))
+    return torch.cat(parts, dim=1)
 
 
 def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
@@ -83,26 +112,55 @@ class VisionSFTCollator:
         processor: the model's processor; its chat template and its pixel limits are used as they are.
         max_length: longest allowed sample, tokens. A longer one raises: a cut through an image's tokens is a crash,
             and a cut through the answer leaves nothing to learn.
+        packed: put the samples behind each other into one row instead of padding them to rows of one length. The model
+            must keep them apart: `attention.use_varlen`, or SDPA, which reads their borders off the positions.
 
     Raises:
         ValueError: a sample's markers, length or answers are wrong; the message names its id.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None):
+    def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None, packed: bool = False):
         self.processor = processor
         self.max_length = max_length
+        self.packed = packed
         tokenizer = processor.tokenizer
         self.header_ids = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
         self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
+        self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Return a right-padded batch: what `encode` gives and `labels` (B, T)."""
+        """Return a right-padded batch: what `encode` gives and `labels` (B, T). Packed: see `_pack`."""
         texts = [self._render(example) for example in examples]
         batch = encode(self.processor, examples, texts, padding_side="right")
         self._check_lengths(batch, examples)
         batch["labels"] = build_labels(batch["input_ids"], header_ids=self.header_ids, end_id=self.end_id)
         self._check_answers(batch["labels"], examples)
-        return batch
+        return self._pack(batch, examples) if self.packed else batch
+
+    def _pack(self, batch: dict, examples: list[dict]) -> dict:
+        """Return the samples of a padded batch as one row.
+
+        Returns:
+            `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): each sample's own count of tokens, then time,
+            height and width; `pack_offsets` (B + 1), the samples' borders, and `pack_longest` for `varlen_attention`;
+            `pixel_values` and `image_grid_thw` as they are. There is no mask: one would hide the borders.
+        """
+        kept = batch.pop("attention_mask").bool()
+        lengths = kept.sum(dim=1)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        row = {name: batch[name][kept][None] for name in ("input_ids", "labels")}
+        grids = batch.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long)).split(
+            [len(example.get("images") or []) for example in examples]
+        )
+        settings = {"image_id": self.image_id, "merge": self.processor.image_processor.merge_size}
+        spans = list(pairwise(offsets.tolist()))
+        mrope = [
+            mrope_positions(row["input_ids"][0, a:b], g, **settings) for (a, b), g in zip(spans, grids, strict=True)
+        ]
+        counts = torch.cat([torch.arange(b - a) for a, b in spans])
+        row["position_ids"] = torch.cat([counts[None], torch.cat(mrope, dim=1)])[:, None]
+        images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+        return {**row, **images, "pack_offsets": offsets, "pack_longest": int(lengths.max())}
 
     def _render(self, example: dict) -> str:
         markers = sum(message["content"].count(IMAGE_MARKER) for message in example["messages"])

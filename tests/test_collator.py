@@ -3,8 +3,10 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 from trl.chat_template_utils import get_training_chat_template
 
+from attention import use_varlen
 from collator import VisionSFTCollator, build_labels, collate_prompts, load_pixels
 from data_prep.records import to_chat
 from modeling import load_processor
@@ -188,3 +190,82 @@ def test_prompts_are_padded_on_the_left_and_end_with_the_assistants_header(proce
     header = processor.tokenizer.encode("<|im_start|>assistant\n")
     assert all(row[-len(header) :].tolist() == header for row in batch["input_ids"])
     assert all((mask.diff() >= 0).all() for mask in batch["attention_mask"])
+
+
+@pytest.fixture
+def pack(processor):
+    return VisionSFTCollator(processor, packed=True)
+
+
+@pytest.fixture(params=["sdpa", "varlen"])
+def model(request, tiny_base):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
+    if request.param == "varlen":
+        use_varlen(model)
+    return model
+
+
+def test_a_pack_is_the_samples_behind_each_other(pack, collate):
+    examples = [example(name) for name in CASES]
+    row, alone = pack(examples), [collate([one]) for one in examples]
+    for name in ("input_ids", "labels"):
+        assert torch.equal(row[name], torch.cat([batch[name] for batch in alone], dim=1))
+    lengths = [batch["input_ids"].size(1) for batch in alone]
+    assert row["pack_offsets"].diff().tolist() == lengths and row["pack_longest"] == max(lengths)
+    assert row["pack_offsets"].dtype == torch.int32
+    assert torch.equal(row["pixel_values"], torch.cat([b["pixel_values"] for b in alone if "pixel_values" in b]))
+    assert set(row) == {
+        *("input_ids", "labels", "position_ids", "pixel_values", "image_grid_thw", "pack_offsets", "pack_longest")
+    }
+
+
+def test_positions_are_those_of_the_model(pack, collate, model):
+    examples = [example(name) for name in CASES]
+    row = pack(examples)
+    start = 0
+    for one in examples:
+        batch = collate([one])
+        names = ("input_ids", "image_grid_thw", "mm_token_type_ids", "attention_mask")
+        expected, _ = model.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
+        end = start + batch["input_ids"].size(1)
+        assert torch.equal(row["position_ids"][1:, :, start:end], expected)
+        assert torch.equal(row["position_ids"][0, 0, start:end], torch.arange(end - start))
+        start = end
+    assert row["position_ids"].shape == (4, 1, start)
+
+
+def test_packed_loss_and_gradients_equal_those_of_separate_samples(pack, collate, model):
+    examples = [example(name) for name in CASES]
+    packed = pack(examples)
+    count = (packed["labels"] != -100).sum()
+    loss = model(**packed, use_cache=False).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = sum(model(**(own := collate([one]))).loss * (own["labels"] != -100).sum() for one in examples) / count
+    total.backward()
+    assert loss.item() == pytest.approx(total.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(found[name], parameter.grad, atol=1e-5), name
+
+
+@torch.no_grad()
+def test_a_changed_sample_moves_no_logit_of_another(pack, model):
+    names = ["one image", "several turns", "second image in a later turn"]
+    examples = [example(name) for name in names]
+    before = pack(examples)
+    blue = Image.new("RGB", (112, 112), "blue")
+    examples[1] = {**examples[1], "images": [blue], "messages": chat("<image>\nWhat?", "That.", "Sure?", "It is not.")}
+    after = pack(examples)
+    logits = [model(**batch, use_cache=False).logits[0] for batch in (before, after)]
+    (a, b), (c, d) = before["pack_offsets"][1:3].tolist(), after["pack_offsets"][1:3].tolist()
+    assert torch.allclose(logits[0][:a], logits[1][:c], atol=1e-6)
+    assert torch.allclose(logits[0][b:], logits[1][d:], atol=1e-6)
+    assert (logits[0][a:b][:5] - logits[1][c:d][:5]).abs().max() < 1e-6  # the header before the image
+    assert (logits[0][b - 1] - logits[1][d - 1]).abs().max() > 1e-3
+
+
+def test_a_sample_over_the_limit_is_named_in_a_pack_too(processor):
+    with pytest.raises(ValueError, match=r"sample 'one image': \d+ tokens, 16 of them image; max_length is 40"):
+        VisionSFTCollator(processor, max_length=40, packed=True)([example("no image"), example("one image")])

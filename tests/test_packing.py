@@ -1,10 +1,13 @@
-"""Sample lengths without decoding a pixel."""
+"""Sample lengths without decoding a pixel; packs that are full, and other ones in each epoch."""
+
+import random
+import time
 
 import pytest
 from datasets import Dataset
 
 from collator import VisionSFTCollator
-from packing import check_lengths, measure_lengths
+from packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
 
 
 def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):
@@ -34,3 +37,71 @@ def test_an_image_that_cannot_be_resized_is_named(processor):
     narrow = Dataset.from_list([{"id": "x", "messages": messages, "image_sizes": [[2000, 12]]}])
     with pytest.raises(ValueError, match="sample 'x': too narrow: 2000 x 12 px under max_pixels 12544"):
         measure_lengths(narrow, processor)
+
+
+def log_normal(count, seed=0, budget=8192):
+    rng = random.Random(seed)
+    return [min(budget, 250 + int(rng.lognormvariate(5, 0.8))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("budget", [4096, 8192])
+def test_packs_hold_every_sample_once_within_the_budget_and_are_full(budget):
+    lengths = log_normal(20_000, budget=budget)
+    packs = list(PackSampler(lengths, budget, seed=1))
+    assert sorted(n for pack in packs for n in pack) == list(range(20_000))
+    assert max(sum(lengths[n] for n in pack) for pack in packs) <= budget
+    assert fill(packs, lengths, budget) >= 0.97
+
+
+def test_best_fit_is_as_good_as_can_be_on_small_cases():
+    assert pack_lengths([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
+    assert pack_lengths([7, 6, 3, 4], 10) == [[0, 2], [1, 3]]
+    assert pack_lengths([10], 10) == [[0]]
+
+
+def test_the_order_changes_by_epoch_and_seed_and_by_nothing_else():
+    lengths = log_normal(500)
+
+    def packs(seed, epoch):
+        sampler = PackSampler(lengths, 8192, seed=seed, epochs=3)
+        sampler.sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert packs(0, 1) == packs(0, 1)
+    assert packs(0, 0) != packs(0, 1) != packs(1, 1)
+    assert len(packs(0, 0)) == len(packs(0, 1)) == len(packs(0, 2))
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 6])
+def test_every_epoch_fills_whole_steps(multiple):
+    lengths = log_normal(300)
+    sampler = PackSampler(lengths, 8192, seed=0, multiple=multiple, epochs=4)
+    for epoch in range(4):
+        sampler.sampler.set_epoch(epoch)
+        packs = list(sampler)
+        assert len(packs) == len(sampler) and len(sampler) % multiple == 0
+        assert sorted(n for pack in packs for n in pack) == list(range(300)) and all(packs)
+
+
+def test_without_shuffling_the_order_stays_for_all_epochs():
+    sampler = PackSampler(log_normal(50), 8192, shuffle=False)
+    first = list(sampler)
+    sampler.sampler.set_epoch(3)
+    assert list(sampler) == first
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(
+        ValueError, match="pack_tokens: the longest sample has 900 tokens, more than the 512 of a pack"
+    ):
+        PackSampler([100, 900], 512)
+    with pytest.raises(ValueError, match="pack_tokens: 2 samples cannot fill the 4 packs of one step"):
+        PackSampler([100, 100], 512, multiple=4)
+
+
+def test_a_million_lengths_are_packed_in_seconds():
+    lengths = log_normal(1_000_000)
+    start = time.perf_counter()
+    sampler = PackSampler(lengths, 8192)
+    assert time.perf_counter() - start < 10
+    assert fill(sampler, lengths, 8192) >= 0.97

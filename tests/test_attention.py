@@ -1,0 +1,74 @@
+"""Attention in segments gives the numbers of one call a segment, forward and backward, in tower and language model."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForImageTextToText
+
+from attention import use_varlen, varlen_attention
+from collator import VisionSFTCollator
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+    num_key_value_groups = 1
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 7, 2, 7, 1], [4, 0, 4]])
+@pytest.mark.parametrize("causal", [True, False])
+def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
+    torch.manual_seed(0)
+    total = sum(lengths)
+    sides = [torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2)]
+    copies = [side.detach().clone().requires_grad_() for side in sides]
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    found, weights = varlen_attention(
+        Layer(), *sides, None, scaling=0.3, is_causal=causal, pack_offsets=offsets, pack_longest=max(lengths)
+    )
+    parts = [
+        scaled_dot_product_attention(
+            *(side[:, :, a:b] for side in copies), is_causal=causal, scale=0.3, enable_gqa=True
+        )
+        for a, b in pairwise(offsets.tolist())
+        if b > a
+    ]
+    expected = torch.cat(parts, dim=2).transpose(1, 2)
+    assert weights is None and found.shape == (1, total, 4, 8)
+    assert torch.allclose(found, expected, atol=1e-6)
+    pull = torch.randn_like(found)
+    (found * pull).sum().backward()
+    (expected * pull).sum().backward()
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(sides, copies, strict=True))
+
+
+def test_dropout_is_refused_and_not_forgotten():
+    sides = [torch.randn(1, 2, 4, 8)] * 3
+    with pytest.raises(ValueError, match=r"attention_dropout: expected 0 with attn_implementation: varlen, found 0.1"):
+        varlen_attention(Layer(), *sides, None, dropout=0.1, pack_offsets=torch.tensor([0, 4]), pack_longest=4)
+
+
+def test_tower_padded_batch_and_generation_are_those_of_sdpa(tiny_base, processor, demo_splits):
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
+    ours = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
+    use_varlen(ours)
+    batch = VisionSFTCollator(processor)([demo_splits["train"][n] for n in range(4)])
+    kept = batch["attention_mask"].bool()
+    assert not kept.all()
+    gradients = []
+    for model in (plain, ours):
+        output = model(**batch)
+        output.loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.eval()
+    with torch.no_grad():
+        tower = [
+            m.model.visual(batch["pixel_values"], batch["image_grid_thw"]).last_hidden_state for m in (plain, ours)
+        ]
+        logits = [model(**batch).logits[kept] for model in (plain, ours)]
+        prompts = {k: v for k, v in batch.items() if k != "labels"}
+        words = [model.generate(**prompts, max_new_tokens=6, do_sample=False) for model in (plain, ours)]
+    assert torch.allclose(*tower, atol=1e-6) and torch.allclose(*logits, atol=1e-5)
+    assert torch.equal(*words)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
