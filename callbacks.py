@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
+from hub import BackgroundPush
 from report import plot_training
 
 
@@ -38,6 +39,18 @@ class CurvesCallback(TrainerCallback):
             plot_training(state.log_history, Path(args.output_dir) / "training_metrics.png")
 
     on_train_end = on_save
+
+
+class PushCallback(TrainerCallback):
+    """Take every saved checkpoint's adapter to the Hub but the last, which the end of the run brings."""
+
+    def __init__(self, background: BackgroundPush):
+        self.background = background
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            output_dir = Path(args.output_dir)
+            self.background.start(output_dir / f"checkpoint-{state.global_step}", output_dir)
 
 
 def write_metrics(log_history: list[dict], path: Path) -> None:

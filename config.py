@@ -95,8 +95,8 @@ WITHOUT_EFFECT = {
     "save_only_model": "a run could not go on from such a checkpoint",
     "do_train": "training is what this command does",
     "do_predict": "predict.py answers the test split",
-    "hub_strategy": "the adapter is pushed once, at the end",
-    "hub_always_push": "the adapter is pushed once, at the end",
+    "hub_strategy": "the adapter is pushed at every save and at the end",
+    "hub_always_push": "the adapter is pushed at every save and at the end",
     "hub_token": "a token in a recipe ends up in files; log in with `hf auth login` or set HF_TOKEN",
 }
 

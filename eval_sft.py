@@ -22,10 +22,13 @@ from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 
 from answering import answer, load_answering_model, loading_settings, read_adapter_config, score_answers
+from card import FACTS as FACTS_FILE
+from card import write_card
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER
 from evaluation import COLUMNS, Journal, evaluate
 from evaluation_report import write_evaluation
+from hub import open_repository, push_adapter
 from labels import PLACE, answer_templates, asks_for_label, build_label_map
 from modeling import load_processor
 
@@ -42,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="of --dataset (default: test)")
     parser.add_argument("--image-dir", help="image folder, when --dataset is an annotation file")
     parser.add_argument("--out", type=Path, help="folder (default: eval/ in the adapter's folder, else here)")
+    parser.add_argument("--push", metavar="REPO_ID", help="put figures, plots and card there, private")
     parser.add_argument("--overwrite", action="store_true", help="drop the answers that --out holds")
     parser.add_argument(
         "--baseline", action="store_true",
@@ -76,11 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     disable_progress_bars()  # of datasets' own bookkeeping
     read_adapter_config(args.adapter)
+    if args.push and (args.out or not Path(args.adapter).is_dir()):
+        raise ValueError("--push: goes with an adapter's folder and without --out, as the card is made from both")
     out = args.out or (Path(args.adapter) / "eval" if Path(args.adapter).is_dir() else Path("eval"))
     state = PartialState()
     runs, label_map = load_runs(args)
     if unknown := [label for label in args.sensitivity_of if label not in label_map]:
         raise ValueError(f"--sensitivity-of: {unknown[0]!r} is not a label; there are {', '.join(label_map)}")
+    repo_id = open_repository(args.push) if args.push and state.is_main_process else None
     journal = open_journal(args, out, runs, state)
     ask_all(args, runs, journal, state)
     if state.is_main_process:
@@ -91,6 +98,16 @@ def main(argv: list[str] | None = None) -> None:
         images = runs["adapter"].images
         write_evaluation(out, summary, found, label_map, lambda index: images[index]["images"])
         print(verdict(summary, out))
+        finish_card(args, repo_id)
+
+
+def finish_card(args: argparse.Namespace, repo_id: str | None) -> None:
+    """Write the figures into the model card of a run's folder, and push both if asked."""
+    folder = Path(args.adapter)
+    if args.out is None and (folder / FACTS_FILE).is_file():
+        print(f"{'model card':<26}{write_card(folder)}")
+    if repo_id is not None:
+        print(f"{'pushed to':<26}{push_adapter(folder, repo_id)}")
 
 
 @dataclass
@@ -264,6 +281,8 @@ def verdict(summary: dict, out: Path) -> str:
         share = found.get("diagnosis", {}).get("accuracy")
         told = f"accuracy {interval_text(share)}" if share else f"chrF {found['text']['chrf']:.1f}"
         lines.append(f"{names[name]:<26}{told}")
+    if "shuffled_same_label" in summary:
+        lines.append(f"{'  looking alone would get':<35}{summary['shuffled_same_label']:.3f}")
     lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label")
     lines.append(f"{'report':<26}{out / 'report.html'}")
     return "\n".join(lines)

@@ -68,6 +68,7 @@ def load_model(
     double_quant: bool = True,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    keep_dtype: bool = False,
 ) -> PreTrainedModel:
     """Load the base model on this process's device.
 
@@ -78,6 +79,7 @@ def load_model(
         double_quant: quantise NF4's own scales too, which saves 0.4 bit a weight.
         attn_implementation: as in `from_pretrained`.
         revision: Hub branch, tag or commit.
+        keep_dtype: take `dtype` on a CPU too: for weights that will be saved.
 
     Raises:
         ValueError: no model there, an unknown quantization, or layers came out in another precision than asked.
@@ -85,7 +87,7 @@ def load_model(
     if quantization not in ("nf4", None):
         raise ValueError(f"quantization: expected 'nf4' or None, found {quantization!r}")
     device = PartialState().device
-    dtype = resolve_dtype(dtype, device)
+    dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     config = quantization_config(dtype, double_quant=double_quant) if quantization else None
     if (Path(model_name_or_path) / "adapter_config.json").is_file():
         raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")

@@ -3,10 +3,12 @@
 accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/skin
 """
 
+import dataclasses
 import json
 import math
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cli import run
@@ -17,13 +19,14 @@ from peft import PeftModel, get_peft_model
 from transformers import ProcessorMixin, ProgressCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from callbacks import CurvesCallback, ProgressLine
+from callbacks import CurvesCallback, ProgressLine, PushCallback
+from card import add_facts, describe_base, describe_data, library_versions, progress, write_card
 from checkpoints import check_same_lora, choose_checkpoint, list_checkpoints
 from collator import VisionSFTCollator
 from config import DataArguments, parse_config
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
-from hub import RUN_FACTS, open_repository, push_adapter
+from hub import RUN_FACTS, BackgroundPush, open_repository, push_adapter
 from modeling import (
     build_lora_config,
     check_targets,
@@ -34,6 +37,27 @@ from modeling import (
     pin_trainable_to_float32,
 )
 from packing import SampleLengths, check_lengths, measure_lengths
+
+# What the model card tells of a recipe: no path, no name of a machine or a person.
+TOLD_OF_MODEL = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+TOLD_OF_DATA = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "fold")
+TOLD_OF_TRAINING = (
+    "max_length",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "train_sampling_strategy",
+    "bf16",
+    "fp16",
+    "seed",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,20 +73,25 @@ def main(argv: list[str] | None = None) -> None:
         revision=model_args.model_revision,
     )
     splits = load_data(data_args, training_args)
+    data_facts = describe_data(splits, data_args.dataset_path)
+    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     lengths = check_data(splits, processor, training_args)
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
     if checkpoint is not None:
         check_same_lora(Path(checkpoint), model.peft_config["default"].to_dict())
     write_run_facts(model_args, Path(training_args.output_dir))
+    write_facts(data_args, training_args, model_args, model, data_facts)
     trainer = build_trainer(model, processor, splits, training_args)
+    background = push_every_save(trainer, repo_id)
     say(*describe_run(trainer, lengths))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    say(f"adapter, processor, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
-    if repo_id is not None:
-        url = push_adapter(Path(training_args.output_dir), repo_id, revision=training_args.hub_revision)
-        say(f"pushed to {url}")
+    finish_card(trainer)
+    say(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
+    if background is not None:
+        background.wait()
+        say(f"pushed to {push_adapter(Path(training_args.output_dir), repo_id, **push_options(training_args))}")
 
 
 def say(*lines: str) -> None:
@@ -102,7 +131,11 @@ def claim_repository(training_args: SFTConfig) -> str | None:
     if not push or not PartialState().is_main_process:
         return None
     repo_id = training_args.hub_model_id or Path(training_args.output_dir).resolve().name
-    return open_repository(repo_id, private=training_args.hub_private_repo is not False)
+    return open_repository(repo_id, **push_options(training_args))
+
+
+def push_options(training_args: SFTConfig) -> dict:
+    return {"private": training_args.hub_private_repo is not False, "revision": training_args.hub_revision}
 
 
 def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict:
@@ -114,7 +147,6 @@ def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict
     if training_args.eval_strategy != "no" and len(splits.get("validation", ())) == 0:
         rule = "set eval_strategy: no, or prepare the data with one"
         raise ValueError(f"dataset_path: {data_args.dataset_path} has no validation split; {rule}")
-    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     return splits
 
 
@@ -241,6 +273,51 @@ def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
             raise ValueError(f"output_dir: {output_dir} was trained on another base, (before, now): {changed}")
     if PartialState().is_main_process:
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def write_facts(
+    data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig, model: PeftModel, data_facts: dict
+) -> None:
+    """Note what the model card will say about the run; how far it came is added at its end."""
+    if not PartialState().is_main_process:
+        return
+    trainable, all_weights = model.get_nb_trainable_parameters()
+    parts = {part: count for part, count in count_trainable(model).items() if count}
+    add_facts(
+        Path(training_args.output_dir),
+        base=describe_base(model_args.model_name_or_path, model_args.model_revision),
+        data=data_facts,
+        settings=told_settings(data_args, training_args, model_args),
+        parameters={"trainable": trainable, "all": all_weights, "parts": parts},
+        versions=library_versions(),
+    )
+
+
+def told_settings(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict:
+    """Return the settings that another run would need to come out alike, by their names in a recipe."""
+    told = {}
+    for settings, names in ((model_args, TOLD_OF_MODEL), (data_args, TOLD_OF_DATA), (training_args, TOLD_OF_TRAINING)):
+        told |= {name: getattr(settings, name) for name in names}
+    del told["num_train_epochs" if training_args.max_steps > 0 else "max_steps"]  # the one that has no effect
+    return {**told, "processes": training_args.world_size}
+
+
+def push_every_save(trainer: SFTTrainer, repo_id: str | None) -> BackgroundPush | None:
+    """Push saved checkpoints in the background from now on, in the process that has claimed a repository."""
+    if repo_id is None:
+        return None
+    background = BackgroundPush(repo_id, revision=trainer.args.hub_revision)
+    trainer.add_callback(PushCallback(background))
+    return background
+
+
+def finish_card(trainer: SFTTrainer) -> None:
+    """Write the model card, in place of the libraries' own, which name local paths."""
+    if PartialState().is_main_process:
+        output_dir, state = Path(trainer.args.output_dir), dataclasses.asdict(trainer.state)
+        kept_best = trainer.args.load_best_model_at_end and state["best_global_step"] is not None
+        add_facts(output_dir, training=progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))
+        write_card(output_dir)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A recipe is read as it is meant; a typo, a contradiction or a setting without effect is an error."""
 
+from cli import read_yaml
+
 import pytest
 
-from config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config, read_recipe
+from config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config
 
 BASE = """
 dataset_path: data
@@ -126,4 +128,4 @@ def test_the_shipped_recipe_holds_the_promised_defaults():
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 4)
     assert (training.save_steps, training.logging_steps, training.resume_from_checkpoint) == (250, 10, "auto")
     assert data.freeze_vision_encoder
-    assert read_recipe(DEFAULT_RECIPE)["bf16"] is True
+    assert read_yaml(DEFAULT_RECIPE, "--config")["bf16"] is True

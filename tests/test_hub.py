@@ -1,46 +1,256 @@
-"""What a push uploads: the allow-list, to a private repository, with no token in sight."""
+"""Pushing with the real client, against a Hub on loopback: what arrives, what never does, and what a failure costs."""
 
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi
+from conftest import train_args
+from hub_server import TOKEN, HubServer
 
-from hub import ALLOWED, open_repository, push_adapter
+import hub
+import predict
+from hub import collect, main
+
+REPO = "tester/skin"
+PUSH = {"push_to_hub": "true", "hub_model_id": REPO, "eval_strategy": "no"}
+UPLOADED = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "facts.json",
+    "processor_config.json",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_metrics.png",
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = HubServer().start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Record what would be sent."""
-    made = {}
-
-    def create_repo(self, repo_id, **options):
-        made["create"] = (repo_id, options)
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, **options):
-        made["upload"] = options
-        return SimpleNamespace(commit_url="https://hub/me/skin/commit/1")
-
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    return made
+def own_server():
+    server = HubServer().start()
+    yield server
+    server.stop()
 
 
-def test_a_repository_is_private_unless_asked_otherwise(calls):
-    assert open_repository("skin") == "me/skin"
-    assert calls["create"] == ("skin", {"private": True, "exist_ok": True})
-    open_repository("skin", private=False)
-    assert calls["create"][1]["private"] is False
+def call(server, home, *command, **environment):
+    """Run one of this project's commands in a process that knows the loopback Hub and nothing else."""
+    # one thread: on a busy machine two that wait for each other take many times as long
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **server.environment(home), **environment}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
 
 
-def test_push_takes_only_listed_files(calls, tmp_path):
-    assert push_adapter(tmp_path, "me/skin") == "https://hub/me/skin/commit/1"
-    assert calls["upload"]["repo_id"] == "me/skin"
-    assert calls["upload"]["folder_path"] == tmp_path
-    assert calls["upload"]["allow_patterns"] == ALLOWED
-    assert not any("*" in name or "training_args" in name or "metrics.jsonl" in name for name in ALLOWED)
+def push(server, tmp_path, *args, **environment):
+    return call(server, tmp_path / "home", "-m", "hub", *args, **environment)
 
 
-def test_push_goes_to_a_branch_when_asked(calls, tmp_path):
-    push_adapter(tmp_path, "me/skin", revision="v2")
-    assert calls["upload"]["revision"] == "v2"
+@pytest.fixture(scope="module")
+def trained(server, tiny_base, demo_data, tmp_path_factory):
+    """A run that pushed, in a process of its own."""
+    folder = tmp_path_factory.mktemp("hub")
+    settings = {"max_steps": 30, "save_steps": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+    args = train_args(tiny_base, demo_data, folder / "run", **settings, **PUSH)
+    done = call(server, folder / "home", "train_sft.py", *args)
+    assert done.returncode == 0, done.stderr
+    arrived, commits = dict(server.files(REPO)), list(server.repos[REPO]["commits"])
+    return SimpleNamespace(out=folder / "run", done=done, arrived=arrived, commits=commits)
+
+
+def test_a_run_pushes_to_a_private_repository_exactly_what_is_listed(server, trained):
+    assert server.repos[REPO]["private"] is True
+    assert set(trained.arrived) == UPLOADED
+    assert trained.arrived["adapter_model.safetensors"] == (trained.out / "adapter_model.safetensors").read_bytes()
+    assert trained.arrived["README.md"] == (trained.out / "README.md").read_bytes()
+    assert f"pushed to {server.url}/{REPO}/commit/" in trained.done.stdout
+    assert server.unknown == []
+
+
+def test_a_checkpoint_arrives_while_training_goes_on(trained):
+    assert trained.commits[0] == "Upload checkpoint-10"
+    assert trained.commits[-1] == "Upload adapter, processor and model card"
+    assert set(trained.commits[1:-1]) <= {"Upload checkpoint-20"}  # passed over when the one before is on its way
+
+
+def test_nothing_that_was_sent_holds_a_token_a_path_or_optimizer_state(server, trained, tiny_base, demo_data):
+    assert (trained.out / "training_args.bin").is_file()
+    sent = b"\n".join([*server.bodies, *trained.arrived.values()])
+    for secret in (TOKEN, tiny_base, tiny_base.parent, demo_data, trained.out.parent, "optimizer.pt"):
+        assert str(secret).encode() not in sent
+    config = json.loads(trained.arrived["adapter_config.json"])
+    assert config["base_model_name_or_path"] == tiny_base.name
+    own = json.loads((trained.out / "adapter_config.json").read_text())
+    assert own["base_model_name_or_path"] == str(tiny_base)
+
+
+def test_another_process_answers_from_the_hub_as_from_the_folder(
+    server, trained, tiny_base, demo_raw, tmp_path, capsys
+):
+    (tmp_path / "images").mkdir()
+    for number in range(1, 13):
+        shutil.copy(demo_raw / "images" / f"{number:04}.jpg", tmp_path / "images")
+    images = ["--image", str(tmp_path / "images"), "--question", "What condition is shown?", "--max-new-tokens", "12"]
+    predict.main(["--adapter", str(trained.out), "--out", str(tmp_path / "local.jsonl"), *images])
+    options = ["--adapter", REPO, "--base", tiny_base, "--out", tmp_path / "hub.jsonl", *images]
+    asked = call(server, tmp_path / "home", "predict.py", *options)
+    assert asked.returncode == 0, asked.stderr
+    local, remote = ((tmp_path / name).read_text() for name in ("local.jsonl", "hub.jsonl"))
+    assert remote == local
+    assert len({json.loads(line)["prediction"] for line in local.splitlines()}) > 1
+    assert server.unknown == []
+
+
+def test_pushing_again_sends_nothing_twice(server, trained, tmp_path):
+    sent, commits = server.count("PUT", "/lfs/"), len(server.repos[REPO]["commits"])
+    done = push(server, tmp_path, trained.out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert (server.count("PUT", "/lfs/"), len(server.repos[REPO]["commits"])) == (sent, commits)
+
+
+def test_a_push_after_evaluation_brings_figures_and_plots_but_no_page_with_pictures(server, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained.out, out)
+    (out / "eval" / "images").mkdir(parents=True)
+    figure = {"value": 0.9, "low": 0.8, "high": 0.95}
+    runs = {"adapter": {"diagnosis": {"accuracy": figure}}}
+    metrics = {"split": "test", "samples": 4, "diagnosed": 4, "runs": runs}
+    (out / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    for name in ("confusion.png", "report.html", "predictions.jsonl", "images/patient.png"):
+        (out / "eval" / name).write_bytes(b"...")
+    done = push(server, tmp_path, out, "tester/evaluated", "--revision", "v2")
+    assert done.returncode == 0, done.stderr
+    assert server.files("tester/evaluated") == {}
+    arrived = server.files("tester/evaluated", "v2")
+    assert set(arrived) == UPLOADED | {"eval/metrics.json", "eval/confusion.png"}
+    assert b"| accuracy | 0.90 (0.80 to 0.95) |" in arrived["README.md"]
+    again = push(server, tmp_path, out, "tester/evaluated", "--revision", "v2")
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_checkpoint_can_be_pushed_and_says_which_step_it_is(trained):
+    files = collect(trained.out, trained.out / "checkpoint-20")
+    assert set(files) == UPLOADED
+    assert files["adapter_model.safetensors"] != trained.arrived["adapter_model.safetensors"]
+    assert b"**Training goes on**: this is the adapter after step 20 of 30." in files["README.md"]
+    assert json.loads(files["facts.json"])["training"]["step"] == 20
+
+
+def test_the_network_may_fail_in_the_middle_and_the_printed_command_pushes_later(
+    own_server, tiny_base, demo_data, tmp_path
+):
+    own_server.stop_after = f"/api/models/{REPO}"  # the last question before training
+    out = tmp_path / "my run"
+    done = call(own_server, tmp_path / "home", "train_sft.py", *train_args(tiny_base, demo_data, out, **PUSH))
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    [warning] = [line for line in lines if line.startswith("warning: checkpoint-2 not pushed to tester/skin: ")]
+    assert warning.endswith("; training goes on") and f": ConnectError at {own_server.url}: " in warning
+    pattern = r"error: not pushed to (.+?): .+; the adapter is safe in (.+); to push it later: (.+)"
+    said = re.fullmatch(pattern, lines[-1])
+    assert said and (said[1], said[2]) == (REPO, str(out))
+    assert (out / "adapter_model.safetensors").is_file() and (out / "README.md").is_file()
+    assert own_server.files(REPO) == {}
+    own_server.stop_after = None
+    own_server.start()
+    python, *command = shlex.split(said[3])
+    assert (python, command) == ("python", ["-m", "hub", str(out), REPO])
+    later = call(own_server, tmp_path / "home", *command)
+    assert later.returncode == 0, later.stderr
+    assert set(own_server.files(REPO)) == UPLOADED
+
+
+REFUSED = [
+    (None, {"HF_TOKEN": ""}, "no token to push to tester/other with: log in with `hf auth login`, or set HF_TOKEN"),
+    (None, {"HF_TOKEN": "hf_old"}, "cannot push to tester/other: the Hub says 401 (Invalid credentials in Auth"),
+    ("/create", {}, "cannot push to tester/other: the Hub says 403 (You have no right to do this); the token may"),
+    ("/auth-check/write", {}, "cannot push to tester/other: the Hub says 403"),
+    ("/commit/", {}, "not pushed to tester/other: the Hub says 403"),
+    ("/objects/batch", {}, "not pushed to tester/other: the Hub says 403"),
+    (None, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot push to tester/other: ConnectError at http://127.0.0.1:9: "),
+    (None, {"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "environment", "message"), REFUSED)
+def test_a_push_that_is_refused_ends_with_one_line(own_server, trained, tmp_path, wrong, environment, message):
+    own_server.refuse = wrong
+    done = push(own_server, tmp_path, trained.out, "tester/other", **environment)
+    assert done.returncode == 1
+    *progress, line = done.stderr.splitlines()
+    assert not any("Traceback" in bar for bar in progress)  # bars of the upload before it was refused
+    assert line.startswith("error: ") and message in line
+    assert ("the adapter is safe in" in line) == line.startswith("error: not pushed")
+
+
+def test_uploads_never_overlap_and_a_failed_one_is_only_a_warning(monkeypatch, capsys, tmp_path):
+    gate, sent = threading.Event(), []
+
+    def upload(files, repo_id, *, revision, message):
+        assert gate.wait(10)
+        sent.append((files, repo_id, revision, message))
+        if message == "Upload checkpoint-3":
+            raise RuntimeError("the line is\ndown")
+
+    monkeypatch.setattr(hub, "collect", lambda output_dir, checkpoint: {"name": checkpoint.name})
+    monkeypatch.setattr(hub, "upload", upload)
+    background = hub.BackgroundPush(REPO, revision="v2")
+    background.wait()
+    background.start(tmp_path / "checkpoint-1", tmp_path)
+    background.start(tmp_path / "checkpoint-2", tmp_path)  # passed over: the first is on its way
+    gate.set()
+    background.wait()
+    background.start(tmp_path / "checkpoint-3", tmp_path)
+    background.wait()
+    assert [message for *_, message in sent] == ["Upload checkpoint-1", "Upload checkpoint-3"]
+    assert sent[0][:3] == ({"name": "checkpoint-1"}, REPO, "v2")
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("warning: checkpoint-3 not pushed to tester/skin: RuntimeError at ")
+    assert line.endswith(": the line is down; training goes on")
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained, tmp_path):
+    assert push(own_server, tmp_path, trained.out, REPO, "--public").returncode == 0
+    assert own_server.repos[REPO]["private"] is False
+    own_server.refuse = "/preupload/"
+    done = push(own_server, tmp_path, trained.out, REPO, "--public", "--revision", "v 2")
+    assert done.stderr.endswith(f"to push it later: python -m hub {trained.out} {REPO} --revision 'v 2' --public\n")
+    done = push(own_server, tmp_path, trained.out, REPO)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: tester/skin is public on the Hub and should be private; "
+        "ask for what it is (hub_private_repo, --public), or change it there\n"
+    )
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"no adapter in {tmp_path}: adapter_model.safetensors is missing")):
+        main([str(tmp_path), REPO])
+
+
+def test_an_evaluation_puts_its_figures_into_card_and_repository(own_server, trained, demo_data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained.out, out)
+    command = ["--adapter", out, "--dataset", demo_data, "--push", REPO, "--max-new-tokens", 4, "--no-probabilities"]
+    done = call(own_server, tmp_path / "home", "eval_sft.py", *command)
+    assert done.returncode == 0, done.stderr
+    files = own_server.files(REPO)
+    added = {"eval/metrics.json", "eval/confusion.png", "eval/subgroups.png"}
+    assert set(files) == (UPLOADED | added) and own_server.repos[REPO]["private"]
+    assert b"| accuracy |" in files["README.md"] and files["README.md"] == (out / "README.md").read_bytes()
+    assert not any(str(tmp_path).encode() in content for content in files.values())
+    refused = call(own_server, tmp_path / "home", "eval_sft.py", *command, "--out", tmp_path / "elsewhere")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "--push: goes with" in refused.stderr

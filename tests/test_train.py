@@ -15,6 +15,7 @@ from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import hub
 import train_sft
 from config import parse_config
 from data_prep import load_splits
@@ -23,6 +24,7 @@ from data_prep.sources import Source
 from modeling import load_processor
 
 ADAPTER = "adapter_model.safetensors"
+SAMPLES = {"train": 32, "validation": 4, "test": 4}
 
 
 def train(base, data, out, **settings):
@@ -50,6 +52,7 @@ def make_trainer(base, data, out, **settings):
         model_args.model_name_or_path, min_pixels=data_args.min_pixels, max_pixels=data_args.max_pixels
     )
     splits = train_sft.load_data(data_args, training_args)
+    splits["train"] = train_sft.draw_by_weight(splits["train"], training_args.seed)
     train_sft.check_data(splits, processor, training_args)
     torch.manual_seed(training_args.seed)
     model = train_sft.build_model(data_args, model_args)
@@ -119,7 +122,7 @@ def test_a_run_leaves_adapter_processor_curves_and_checkpoints(tiny_base, demo_d
     train(tiny_base, demo_data, tmp_path, max_steps=6, save_steps=2, save_total_limit=2)
     files = {path.name for path in tmp_path.iterdir()}
     assert {ADAPTER, "adapter_config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"} <= files
-    assert {"metrics.jsonl", "training_metrics.png", "run.json"} <= files
+    assert {"metrics.jsonl", "training_metrics.png", "run.json", "facts.json", "README.md"} <= files
     assert {name for name in files if name.startswith("checkpoint")} == {"checkpoint-4", "checkpoint-6"}
     in_checkpoint = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
     assert {ADAPTER, "processor_config.json", "tokenizer.json", "optimizer.pt", "rng_state.pth"} <= in_checkpoint
@@ -207,36 +210,41 @@ def test_the_start_table_says_what_the_run_will_do(tiny_base, demo_data, tmp_pat
     assert json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["max_steps"] == 12
 
 
-def test_push_claims_the_repository_first_and_takes_the_finished_run_there(
-    tiny_base, demo_data, tmp_path, monkeypatch, capsys
-):
-    calls = []
-
-    def open_repository(repo_id, **options):
-        calls.append((repo_id, options))
-        assert not (tmp_path / "skin" / ADAPTER).exists()
-        return f"me/{repo_id}"
-
-    def push(output_dir, repo_id, **options):
-        calls.append((output_dir, repo_id, options, {path.name for path in output_dir.iterdir()}))
-        return "https://hub/commit"
-
-    monkeypatch.setattr(train_sft, "open_repository", open_repository)
-    monkeypatch.setattr(train_sft, "push_adapter", push)
-    train(tiny_base, demo_data, tmp_path / "skin", push_to_hub="true")
-    [claimed, (folder, repo_id, options, files)] = calls
-    assert claimed == ("skin", {"private": True})
-    assert (folder, repo_id, options) == (tmp_path / "skin", "me/skin", {"revision": None})
-    assert {ADAPTER, "processor_config.json", "README.md", "run.json"} <= files
-    assert "pushed to https://hub/commit" in capsys.readouterr().out
-
-
 def test_a_push_without_a_token_ends_before_training(tiny_base, demo_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    args = train_args(tiny_base, demo_data, tmp_path, push_to_hub="true", hub_private_repo="false")
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    args = train_args(tiny_base, demo_data, tmp_path / "skin", push_to_hub="true")
     assert run(lambda: train_sft.main(args)) == 1
-    assert capsys.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "metrics.jsonl").exists()
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "error: no token to push to skin with: log in with `hf auth login`, or set HF_TOKEN"
+    assert not list((tmp_path / "skin").iterdir())
+
+
+def test_the_model_card_says_what_was_trained_on_what_and_how_far(tiny_base, demo_data, tmp_path):
+    train(tiny_base, demo_data, tmp_path, lora_target_modules="q_proj")
+    facts, card = json.loads((tmp_path / "facts.json").read_text()), (tmp_path / "README.md").read_text()
+    assert facts["base"]["name"] == tiny_base.name
+    assert {name: split["samples"] for name, split in facts["data"]["splits"].items()} == SAMPLES
+    assert facts["settings"]["learning_rate"] == 2e-3
+    assert facts["settings"]["max_steps"] == 4 and "num_train_epochs" not in facts["settings"]
+    assert facts["settings"]["lora_target_modules"] == "q_proj"
+    assert facts["parameters"]["parts"] == {"language model": facts["parameters"]["trainable"]}
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    done, last = facts["training"], metrics(tmp_path)
+    assert (done["step"], done["steps"], done["finished"]) == (4, 4, True)
+    assert done["eval_loss"] == next(row["eval_loss"] for row in reversed(last) if "eval_loss" in row)
+    for said in ("not for diagnosis", f"`{facts['data']['fingerprint']}`", "| steps | 4 of 4 (0.25 epochs) |"):
+        assert said in card
+    for path in (tiny_base, demo_data, tmp_path):
+        assert str(path) not in card + json.dumps(facts)
+
+
+def test_the_card_of_the_best_adapter_names_its_step(tiny_base, demo_data, tmp_path):
+    # of a falling loss, the largest is that of the first evaluation
+    settings = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "greater_is_better": "true"}
+    train(tiny_base, demo_data, tmp_path, max_steps=6, **settings)
+    assert json.loads((tmp_path / "facts.json").read_text())["training"]["adapter_step"] == 2
+    said = "| steps | 6 of 6 (0.38 epochs); the adapter is that of step 2, the best evaluation |"
+    assert said in (tmp_path / "README.md").read_text()
 
 
 ERRORS = {

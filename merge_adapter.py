@@ -1,0 +1,359 @@
+"""Merge a trained adapter into its base: one 16-bit model that needs no PEFT, checked before it gets its name.
+
+python merge_adapter.py --adapter outputs/skin --out outputs/skin-merged
+python merge_adapter.py --adapter outputs/skin --out outputs/skin-merged --push you/skin-merged
+"""
+
+import argparse
+import gc
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import OneLineParser, run
+
+import torch
+import xxhash
+from huggingface_hub import HfApi, ModelCardData
+from peft import PeftModel, load_peft_weights
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from transformers import AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from answering import encode_prompts, read_adapter_config, read_run_facts
+from card import describe_base
+from data_prep.records import IMAGE_MARKER
+from hub import one_line, open_repository
+from modeling import VISION, load_model, load_processor
+
+# How far logits may lie from the adapter's, as a share of their spread. Adapter and merged model are one function that
+# is rounded in other places, and bfloat16 keeps 8 bits of a number, float16 11. Correct merges of models with random
+# weights, 2 to 36 layers deep, differ by 0.7 to 2.2 % and by 0.1 to 0.2 %.
+TOLERANCE = {"bfloat16": 0.1, "float16": 0.02}
+UPLOADED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+]
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+Base model: {base}. Merged from a LoRA adapter that was trained on questions and answers about skin images, in {dtype}.
+The processor carries the chat template and the pixel limits of the training. Decoding is greedy unless told otherwise.
+
+Not a medical device; not for diagnosis. The licence of the base model applies.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="merge_adapter.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--adapter", required=True, help="folder or Hub id of a trained adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make, for the merged model")
+    parser.add_argument("--base", help="a base model in place of the one that the adapter names")
+    parser.add_argument(
+        "--dtype", choices=sorted(TOLERANCE), default="bfloat16", help="of the weights (default: bfloat16)"
+    )
+    parser.add_argument("--shard-size", type=shard_size, default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the merged model to this repository at the end")
+    parser.add_argument("--public", action="store_true", help="let everybody see a repository that --push makes")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def shard_size(text: str) -> str:
+    """Check the size of a file, as in "5GB" (the `type` of an option)."""
+    if not re.fullmatch(r"[1-9]\d*[KMG]B", text):
+        raise argparse.ArgumentTypeError(f"expected a size like 5GB or 500MB, found {text!r}")
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    check_options(args)
+    base, revision = choose_base(args.adapter, args.base)
+    targeted = read_targeted_weights(args.adapter)
+    processor = load_processor(args.adapter)
+    repo_id = open_repository(args.push, private=not args.public) if args.push else None
+    with finished_or_nothing(args.out) as unfinished:
+        model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
+        expected = merge(model, args.adapter, processor, targeted)
+        card = make_card(args.out.name, describe_base(base, revision), args.dtype)
+        save(model, processor, unfinished, card=card, shard_size=args.shard_size)
+        del model  # the saved one is loaded now, and memory is for one
+        release_memory()
+        check(unfinished, expected, processor, targeted, args.dtype)
+    print(f"{'merged':<10} {args.out}")
+    if repo_id is not None:
+        print(f"{'pushed':<10} {push(args.out, repo_id, private=not args.public)}")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong before anything is loaded."""
+    if args.public and not args.push:
+        raise ValueError("--public has no effect without --push")
+    if args.out.exists():
+        raise ValueError(f"--out: {args.out} exists; name a folder that does not")
+
+
+def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
+    """Return the base model and its revision: those of the adapter's training, or another base as it is now."""
+    config = read_adapter_config(adapter)
+    if config.peft_type != "LORA":
+        raise ValueError(f"--adapter: {adapter}: expected a LoRA adapter, found {config.peft_type.value}")
+    if base:
+        return base, None
+    return config.base_model_name_or_path, read_run_facts(adapter).get("revision")
+
+
+def read_targeted_weights(adapter: str) -> set[str]:
+    """Return the names of the base's weights that the adapter's tensors change.
+
+    They are read off the file and not off PEFT's model, so that a tensor which PEFT passes over is noticed.
+
+    Raises:
+        ValueError: missing, unreadable, not finite, or never trained.
+    """
+    try:
+        tensors = load_peft_weights(adapter, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"--adapter: {adapter}: missing or unreadable weights: {_first_line(error)}") from error
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"--adapter: {adapter}: {len(broken)} tensors hold NaN or infinity, the first is {broken[0]}")
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise ValueError(f"--adapter: {adapter}: every lora_B is zero; this adapter was never trained")
+    return {_weight_of(name) for name in tensors}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _weight_of(tensor: str) -> str:
+    """Return the base's weight that one of the adapter's tensors acts on; its own name if it replaces that weight."""
+    module, lora, kind = tensor.removeprefix("base_model.model.").partition(".lora_")
+    if not lora:
+        return module
+    return f"{module}.bias" if kind == "B.bias" else f"{module}.weight"
+
+
+@contextmanager
+def finished_or_nothing(out: Path) -> Iterator[Path]:
+    """Yield a folder that gets its name when the block ends well, and is removed when it does not."""
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the merged model is compared with.
+
+    Attributes:
+        digests: of the base's weights, by name.
+        logits: of base and adapter together, one (T, V) for each of `draw_samples`, float32.
+        effect: how far the adapter moved the base's logits, a share of their spread.
+    """
+
+    digests: dict[str, bytes]
+    logits: list[torch.Tensor]
+    effect: float
+
+
+def merge(model: PreTrainedModel, adapter: str, processor: ProcessorMixin, targeted: set[str]) -> Expected:
+    """Merge the adapter into `model` in place, and return what must be true of the result."""
+    digests = digest_weights(model)
+    if unknown := sorted(targeted - set(digests)):
+        raise ValueError(f"--adapter: {adapter} adapts {len(unknown)} weights that are not in the base: {unknown[0]}")
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"--adapter: {adapter} has other shapes than the base: {reason}") from error
+    logits = sample_logits(adapted, processor)
+    with adapted.disable_adapter():
+        effect = distance(logits, sample_logits(adapted, processor))
+    adapted.merge_and_unload()
+    return Expected(digests, logits, effect)
+
+
+def digest_weights(model: PreTrainedModel) -> dict[str, bytes]:
+    """Return a 128-bit hash of each weight's bytes: what is bit-identical can be told without a second model."""
+    return {
+        name: xxhash.xxh3_128_digest(weight.flatten().view(torch.uint8).cpu().numpy())
+        for name, weight in model.state_dict().items()
+    }
+
+
+@torch.inference_mode()
+def sample_logits(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> list[torch.Tensor]:
+    """Return the logits of each drawn sample's prompt, (T, V) in float32 on the CPU.
+
+    Raises:
+        ValueError: not finite.
+    """
+    prompts = [encode_prompts(model, processor, [sample]) for sample in draw_samples()]
+    logits = [model(**prompt).logits[0].float().cpu() for prompt in prompts]
+    if not all(rows.isfinite().all() for rows in logits):
+        raise ValueError(f"--dtype: the model's logits are not finite in {model.dtype}; float16 ends at 65,504")
+    return logits
+
+
+def draw_samples() -> list[dict]:
+    """Return three small questions about drawn spots, the last about two images."""
+    dark, red = _draw_spot("peachpuff", "sienna"), _draw_spot("tan", "firebrick")
+    cases = [("What condition is shown?", [dark]), ("Is the skin light or dark?", [red]), ("Compare.", [dark, red])]
+    return [{"id": question, "images": images, "messages": _ask(question, images)} for question, images in cases]
+
+
+def _ask(question: str, images: list) -> list[dict]:
+    return [{"role": "user", "content": IMAGE_MARKER * len(images) + question}]
+
+
+def _draw_spot(skin: str, spot: str) -> Image.Image:
+    image = Image.new("RGB", (224, 224), skin)
+    ImageDraw.Draw(image).ellipse((60, 70, 150, 140), fill=spot)
+    return image
+
+
+def distance(logits: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Return the root mean square of the differences over that of the logits around their mean."""
+    return (_sum_of_squares(a - b for a, b in zip(logits, others, strict=True)) / _sum_of_squares(logits)) ** 0.5
+
+
+def _sum_of_squares(rows) -> float:
+    """Sum over tensors (T, V) whose every row is centred first: a constant added to all logits changes no answer."""
+    return sum((row - row.mean(-1, keepdim=True)).square().sum().item() for row in rows)
+
+
+def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
+    """Write model, processor and card."""
+    own = model.generation_config
+    # The likeliest token, as predict.py takes it: the family's defaults sample and penalise repeated tokens.
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def make_card(name: str, base: dict, dtype: str) -> str:
+    """Return the model card.
+
+    Args:
+        name: of the merged model.
+        base: what `describe_base` says.
+        dtype: of the weights.
+    """
+    metadata = ModelCardData(
+        base_model=base["name"] if base["on_hub"] else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["medical", "dermatology", "not-for-diagnosis"],
+        **{"license": "unknown", **base["licence"]},
+    )
+    return CARD.format(metadata=metadata.to_yaml(), name=name, base=base["name"], dtype=dtype)
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check(folder: Path, expected: Expected, processor: ProcessorMixin, targeted: set[str], dtype: str) -> None:
+    """Load what was saved, and compare it with the base, the adapter and the processor.
+
+    Raises:
+        ValueError: something differs that should not, or does not differ that should.
+    """
+    model = load_model(str(folder), quantization=None, dtype=dtype, keep_dtype=True)
+    check_weights(expected.digests, digest_weights(model), targeted)
+    check_processor(processor, AutoProcessor.from_pretrained(folder))
+    found = check_logits(expected, sample_logits(model, load_processor(str(folder))), TOLERANCE[dtype])
+    tower = "adapted" if any(name.startswith(VISION) for name in targeted) else "bit-identical"
+    untouched = len(expected.digests) - len(targeted)
+    print(f"{'weights':<10} {len(targeted)} merged, {untouched} bit-identical to the base's; vision tower {tower}")
+    print(f"{'logits':<10} {found:.2%} from the adapter's; the adapter moved the base's by {expected.effect:.2%}")
+
+
+def check_weights(before: dict[str, bytes], after: dict[str, bytes], targeted: set[str]) -> None:
+    """Raise ValueError unless all targeted weights differ from the base's, and no others do."""
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    if wrong := sorted(changed ^ targeted):
+        fault = "differs from the base's, and is no target of the adapter"
+        if wrong[0] in targeted:
+            fault = "is a target of the adapter, and is still the base's (its update is zero, or lost in rounding)"
+        raise ValueError(f"{len(wrong)} merged weights are wrong; the first, {wrong[0]}, {fault}")
+
+
+def check_processor(before: ProcessorMixin, after: ProcessorMixin) -> None:
+    """Raise ValueError unless the chat template and the pixel limits came through."""
+    if after.chat_template != before.chat_template:
+        raise ValueError("the saved processor has another chat template than the adapter's")
+    found, rule = (dict(processor.image_processor.size) for processor in (after, before))
+    if found != rule:
+        raise ValueError(f"the saved processor has the pixel limits {found}, the adapter's has {rule}")
+
+
+def check_logits(expected: Expected, logits: list[torch.Tensor], tolerance: float) -> float:
+    """Return how far the logits are from the adapter's, a share of their spread.
+
+    Raises:
+        ValueError: further than `tolerance`, or than the base's own; or another first token of an answer, and not
+            because two were as likely.
+    """
+    found = distance(expected.logits, logits)
+    far = f"the merged model's logits are {found:.2%} from the adapter's"
+    if found > tolerance:
+        raise ValueError(f"{far}; rounding explains {tolerance:.0%}")
+    if found >= expected.effect:
+        raise ValueError(f"{far}, the base's {expected.effect:.2%}: the adapter does nothing that 16 bit can hold")
+    for number, (ours, theirs) in enumerate(zip(expected.logits, logits, strict=True)):
+        lead = ours[-1].max() - ours[-1][theirs[-1].argmax()]
+        if lead > 2 * tolerance * ours[-1].std():
+            raise ValueError(f"drawn sample {number}: the merged model begins its answer with another token")
+    return found
+
+
+def push(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload the merged model and return the commit's address.
+
+    Raises:
+        ValueError: the upload failed; the message says where the model is and how to upload it later.
+    """
+    later = shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
+    safe = f"; the merged model is safe in {folder}; to push it later: {later}"
+    with one_line(f"not pushed to {repo_id}", safe):
+        commit = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=UPLOADED, commit_message="Upload merged model"
+        )
+    return commit.commit_url
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
