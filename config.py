@@ -12,6 +12,8 @@ from cli import OneLineParser, read_yaml
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from attention import VARLEN
+
 DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
 
 
@@ -28,6 +30,9 @@ class DataArguments:
     )
     min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
     max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
+    pack_tokens: int = field(
+        default=8192, metadata={"help": "with packing: most tokens in a row, all its samples and images together"}
+    )
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
 
@@ -54,6 +59,7 @@ AT_LEAST = {
     "min_pixels": 28 * 28,
     "max_pixels": 28 * 28,
     "max_length": 1,
+    "pack_tokens": 1,
     "lora_r": 1,
     "lora_alpha": 1,
     "lora_dropout": 0,
@@ -85,10 +91,9 @@ WITHOUT_EFFECT = {
     "eos_token": "the processor's own tokens are used",
     "pad_token": "the processor's own tokens are used",
     "shuffle_dataset": "training shuffles by itself in every epoch",
-    "packing": "not available for vision data",
-    "packing_strategy": "not available for vision data",
-    "eval_packing": "not available for vision data",
-    "padding_free": "not available for vision data",
+    "packing_strategy": "packs are made by best fit in shuffled windows",
+    "eval_packing": "validation samples are packed when training samples are",
+    "padding_free": "use packing: packs hold no padding",
     "pad_to_multiple_of": "batches are padded to their longest sample",
     "completion_only_loss": "the loss is always on the answers, and on nothing else",
     "assistant_only_loss": "the loss is always on the answers, and on nothing else",
@@ -178,8 +183,27 @@ def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
+    _check_packing(data, training, model)
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         raise ValueError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or write none")
+
+
+def _check_packing(data: DataArguments, training: SFTConfig, model: ModelConfig) -> None:
+    if not training.packing:
+        if data.pack_tokens != DataArguments.pack_tokens:
+            raise ValueError("pack_tokens: would have no effect without packing: true")
+        return
+    if model.attn_implementation != VARLEN:
+        raise ValueError(f"packing: needs attn_implementation: {VARLEN}, which keeps the samples of a pack apart")
+    if training.max_length is None or training.max_length > data.pack_tokens:
+        found = f"found {training.max_length} and {data.pack_tokens}"
+        raise ValueError(f"max_length: expected at most pack_tokens, {found}; no sample is cut in two")
+    if training.per_device_train_batch_size != 1:
+        rule = "set it to 1; pack_tokens says how much a row holds"
+        raise ValueError(f"per_device_train_batch_size: would have no effect with packing: true; {rule}")
+    for name, default in (("train_sampling_strategy", "random"), ("dataloader_drop_last", False)):
+        if getattr(training, name) != default:
+            raise ValueError(f"{name}: would have no effect with packing: true")
 
 
 def _check_setting(setting: dataclasses.Field, found) -> None:

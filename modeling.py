@@ -14,6 +14,8 @@ from transformers import (
     ProcessorMixin,
 )
 
+from attention import VARLEN, use_varlen
+
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Module paths of the family, from the top model. Patterns are matched against the whole path: a bare "gate_proj" would
 # adapt the vision tower's layers too, which carry the same names.
@@ -77,7 +79,7 @@ def load_model(
         quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`.
         dtype: of everything else, and of the arithmetic. A CPU always computes in float32.
         double_quant: quantise NF4's own scales too, which saves 0.4 bit a weight.
-        attn_implementation: as in `from_pretrained`.
+        attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
         revision: Hub branch, tag or commit.
         keep_dtype: take `dtype` on a CPU too: for weights that will be saved.
 
@@ -94,13 +96,16 @@ def load_model(
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
-            attn_implementation=attn_implementation, device_map={"": device},
+            attn_implementation=None if attn_implementation == VARLEN else attn_implementation,
+            device_map={"": device},
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
     except ImportError as error:
         raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
     check_quantized(model, quantized=quantization is not None)
+    if attn_implementation == VARLEN:
+        use_varlen(model)
     if device.type == "cpu":
         _keep_trainable_on_cpu(model)
     return model

@@ -37,10 +37,11 @@ from modeling import (
     pin_trainable_to_float32,
 )
 from packing import SampleLengths, check_lengths, measure_lengths
+from trainer import PackedSFTTrainer
 
 # What the model card tells of a recipe: no path, no name of a machine or a person.
 TOLD_OF_MODEL = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
-TOLD_OF_DATA = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "fold")
+TOLD_OF_DATA = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "pack_tokens", "fold")
 TOLD_OF_TRAINING = (
     "max_length",
     "learning_rate",
@@ -76,15 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     data_facts = describe_data(splits, data_args.dataset_path)
     splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     lengths = check_data(splits, processor, training_args)
+    pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
+    training_args.packing = False  # TRL's own, which takes no images
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
     if checkpoint is not None:
         check_same_lora(Path(checkpoint), model.peft_config["default"].to_dict())
     write_run_facts(model_args, Path(training_args.output_dir))
     write_facts(data_args, training_args, model_args, model, data_facts)
-    trainer = build_trainer(model, processor, splits, training_args)
+    trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
     background = push_every_save(trainer, repo_id)
-    say(*describe_run(trainer, lengths))
+    say(*describe_run(trainer, lengths["train"]))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     finish_card(trainer)
@@ -159,15 +162,14 @@ def draw_by_weight(train: Dataset, seed: int) -> Dataset:
     return train.select(indices)
 
 
-def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> SampleLengths:
-    """Refuse samples over max_length now and not in the middle of the night; return the training split's lengths."""
-    if training_args.eval_strategy != "no":
-        validation = measure_lengths(splits["validation"], processor)
-        check_lengths(validation, splits["validation"]["id"], training_args.max_length, split="validation")
-    lengths = measure_lengths(splits["train"], processor)
-    check_lengths(lengths, splits["train"]["id"], training_args.max_length, split="train")
+def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> dict[str, SampleLengths]:
+    """Refuse samples over max_length now and not in the middle of the night; return the lengths by split."""
+    names = ["train", "validation"] if training_args.eval_strategy != "no" else ["train"]
+    lengths = {name: measure_lengths(splits[name], processor) for name in names}
+    for name in names[::-1]:
+        check_lengths(lengths[name], splits[name]["id"], training_args.max_length, split=name)
     if training_args.train_sampling_strategy == "group_by_length":
-        splits["train"] = splits["train"].add_column(training_args.length_column_name, lengths.total)
+        splits["train"] = splits["train"].add_column(training_args.length_column_name, lengths["train"].total)
     return lengths
 
 
@@ -204,18 +206,25 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
 
 
 def build_trainer(
-    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: SFTConfig
-) -> SFTTrainer:
-    """Wire the model, the data and our collator into TRL's trainer."""
+    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: SFTConfig,
+    lengths: dict[str, SampleLengths], *, pack_tokens: int | None,
+) -> SFTTrainer:  # fmt: skip
+    """Wire the model, the data and our collator into TRL's trainer; with `pack_tokens`, into the one that packs."""
     training_args.remove_unused_columns = False  # the collator names a sample by its id
-    trainer = SFTTrainer(
+    packed = pack_tokens is not None
+    make, packing = SFTTrainer, {}
+    if packed:
+        make = PackedSFTTrainer
+        packing = {f"{split}_lengths": own.total for split, own in lengths.items()} | {"pack_tokens": pack_tokens}
+    trainer = make(
         model=model,
         args=training_args,
-        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length),
+        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length, packed=packed),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"] if training_args.eval_strategy != "no" else None,
         processing_class=processor,
         callbacks=[CurvesCallback],
+        **packing,
     )
     # Qwen2.5-VL's class says that its own loss takes no token count, and the trainer then averages micro-batches as if
     # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
@@ -230,11 +239,17 @@ def build_trainer(
 def describe_run(trainer: SFTTrainer, lengths: SampleLengths) -> list[str]:
     """Return the table that stands at the start of a run: what it will see, train and take."""
     args, total, image = trainer.args, sum(lengths.total), sum(lengths.image)
+    loader = trainer.get_train_dataloader()
     samples = f"{len(trainer.train_dataset):,} train"
     if trainer.eval_dataset is not None:
         samples += f", {len(trainer.eval_dataset):,} validation"
     batch = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    _, steps_an_epoch, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    unit = "samples"
+    if isinstance(trainer, PackedSFTTrainer):
+        packs = len(loader) * args.world_size
+        share, each = total / (packs * trainer.pack_tokens), len(lengths.total) / packs
+        unit = f"packs of {trainer.pack_tokens:,} tokens ({share:.1%} full, {each:.1f} samples each)"
+    _, steps_an_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
     trainable, all_weights = trainer.model.get_nb_trainable_parameters()
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     parts = ", ".join(f"{part} {n:,}" for part, n in count_trainable(trainer.model).items() if n)
@@ -242,7 +257,7 @@ def describe_run(trainer: SFTTrainer, lengths: SampleLengths) -> list[str]:
         "samples": samples,
         "tokens": f"{total:,} an epoch, {image:,} of them image; the longest sample has {max(lengths.total):,}",
         "trainable": f"{trainable:,} of {all_weights:,} parameters ({trainable / all_weights:.2%}): {parts}",
-        "batch": f"{math.prod(batch)} samples a step = {batch[0]} x {batch[1]} accumulated x {batch[2]} process(es)",
+        "batch": f"{math.prod(batch)} {unit} a step = {batch[0]} x {batch[1]} accumulated x {batch[2]} process(es)",
         "steps": f"{steps:,} ({steps / steps_an_epoch:.3g} epochs)",
         "device": f"{args.device}, weights in {dtype}, mixed precision {mixed_precision(trainer)}",
     }

@@ -16,14 +16,19 @@ class PackedSFTTrainer(SFTTrainer):
     Args:
         pack_tokens: most tokens in a pack.
         train_lengths: of the training samples, tokens.
-        eval_lengths: of the validation samples; None without evaluation.
+        validation_lengths: of the validation samples; None without evaluation.
         kwargs: as `SFTTrainer` takes them; the collator packs, and the model attends within samples.
     """
 
     def __init__(
-        self, *, pack_tokens: int, train_lengths: Sequence[int], eval_lengths: Sequence[int] | None = None, **kwargs
+        self,
+        *,
+        pack_tokens: int,
+        train_lengths: Sequence[int],
+        validation_lengths: Sequence[int] | None = None,
+        **kwargs,
     ):
-        self.pack_tokens, self.train_lengths, self.eval_lengths = pack_tokens, train_lengths, eval_lengths
+        self.pack_tokens, self.train_lengths, self.validation_lengths = pack_tokens, train_lengths, validation_lengths
         # Packs hold other numbers of samples, so accelerate cannot even them out; the sampler does.
         kwargs["args"].accelerator_config.even_batches = False
         super().__init__(**kwargs)
@@ -41,7 +46,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         processes = self.args.world_size
-        sampler = PackSampler(self.eval_lengths, self.pack_tokens, multiple=processes, shuffle=False)
+        sampler = PackSampler(self.validation_lengths, self.pack_tokens, multiple=processes, shuffle=False)
         return self._loader(self.eval_dataset if eval_dataset is None else eval_dataset, sampler)
 
     def _loader(self, dataset, sampler: PackSampler) -> DataLoader:

@@ -1,5 +1,7 @@
 """A recipe is read as it is meant; a typo, a contradiction or a setting without effect is an error."""
 
+import re
+
 from cli import read_yaml
 
 import pytest
@@ -69,7 +71,7 @@ def test_options_override_the_recipe(parse):
         ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps: expected at least 1"),
         ("metric_for_best_model: acc\n", "metric_for_best_model: expected one of loss, mean_token_accuracy"),
         ("report_to: tensorboard\n", "report_to: tensorboard is not installed"),
-        ("packing: true\n", "packing: would have no effect"),
+        ("padding_free: true\n", "padding_free: would have no effect"),
         ("hub_token: secret\n", "hub_token: would have no effect; a token in a recipe ends up in files"),
         ("#raw\n[1, 2]\n", "expected lines of the form 'key: value'"),
         ("#raw\na: [b\n", "recipe.yaml: not YAML: while parsing a flow sequence"),
@@ -126,6 +128,30 @@ def test_the_shipped_recipe_holds_the_promised_defaults():
     assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (5e-5, 1.0, 3)
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 10)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 4)
+    assert (training.packing, data.pack_tokens, model.attn_implementation) == (True, 4096, "varlen")
     assert (training.save_steps, training.logging_steps, training.resume_from_checkpoint) == (250, 10, "auto")
     assert data.freeze_vision_encoder
     assert read_yaml(DEFAULT_RECIPE, "--config")["bf16"] is True
+
+
+PACKED = ["--packing", "true", "--attn_implementation", "varlen"]
+ONE = ["--per_device_train_batch_size", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--packing", "true", "--attn_implementation", "sdpa"], "packing: needs attn_implementation: varlen"),
+        ([*PACKED, "--max_length", "9000"], "max_length: expected at most pack_tokens, found 9000 and 8192"),
+        (
+            [*PACKED, "--per_device_train_batch_size", "2"],
+            "per_device_train_batch_size: would have no effect with pack",
+        ),
+        ([*PACKED, *ONE, "--train_sampling_strategy", "sequential"], "train_sampling_strategy: would have no effect"),
+        (["--packing", "false", "--pack_tokens", "4096"], "pack_tokens: would have no effect without packing: true"),
+        ([*PACKED, "--pack_tokens", "0"], "pack_tokens: expected at least 1, found 0"),
+    ],
+)
+def test_packing_settings_that_cannot_work_are_refused(parse, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse("", *options)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -53,10 +54,11 @@ def make_trainer(base, data, out, **settings):
     )
     splits = train_sft.load_data(data_args, training_args)
     splits["train"] = train_sft.draw_by_weight(splits["train"], training_args.seed)
-    train_sft.check_data(splits, processor, training_args)
+    lengths = train_sft.check_data(splits, processor, training_args)
+    pack_tokens, training_args.packing = data_args.pack_tokens if training_args.packing else None, False
     torch.manual_seed(training_args.seed)
     model = train_sft.build_model(data_args, model_args)
-    return train_sft.build_trainer(model, processor, splits, training_args)
+    return train_sft.build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
 
 
 @pytest.mark.parametrize("vision", ["true", "false"])
@@ -324,3 +326,59 @@ def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_pa
     assert "drawn by weight: an epoch sees" in capsys.readouterr().out
     assert len(trainer.train_dataset) == len(others)
     assert trainer.eval_dataset["id"] == load_splits(str(tmp_path / "folds"))["fold_1"]["id"]
+
+
+PACKED = {
+    "packing": "true",
+    "pack_tokens": 256,
+    "max_length": 256,
+    "attn_implementation": "varlen",
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
+
+
+def test_a_packed_run_trains_counts_its_tokens_and_says_what_it_packs(tiny_base, demo_data, tmp_path, capsys):
+    settings = {**PACKED, "max_steps": 12, "save_steps": 12, "eval_steps": 12, "learning_rate": 5e-3}
+    train(tiny_base, demo_data, tmp_path, **settings)
+    rows = metrics(tmp_path)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] and any("eval_loss" in row for row in rows)
+    out = capsys.readouterr().out
+    packs, full = re.search(r"batch +1 packs of 256 tokens \(([\d.]+)% full, ([\d.]+) samples each\)", out).groups()
+    assert float(packs) > 85 and float(full) > 2
+    total = int(re.search(r"tokens +([\d,]+) an epoch", out).group(1).replace(",", ""))
+    epoch = next(row for row in rows if row.get("epoch") == 1.0)
+    assert epoch["num_tokens"] == total
+
+
+@pytest.mark.parametrize("stop", [4, 10, 13])
+def test_a_packed_run_that_was_stopped_ends_like_one_that_was_not(tiny_base, demo_data, tmp_path, stop):
+    """In the middle of an epoch, at its end (10 packs) and in the middle of the second one; with workers."""
+    settings = {**PACKED, "max_steps": 20, "save_steps": stop, "dataloader_num_workers": 2, "eval_strategy": "no"}
+    settings |= {"save_total_limit": 9}
+    whole = train(tiny_base, demo_data, tmp_path / "whole", **settings)
+    assert math.ceil(epoch_steps(tmp_path / "whole")) == 10
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", resumed / f"checkpoint-{stop}")
+    assert_same_weights(whole, train(tiny_base, demo_data, resumed, **settings))
+    assert curve(tmp_path / "whole") == curve(resumed)
+
+
+def epoch_steps(out):
+    last = metrics(out)[-1]
+    return last["step"] / last["epoch"]
+
+
+def test_packs_and_padded_batches_of_the_same_samples_have_the_same_gradients(tiny_base, demo_data, tmp_path):
+    packed = make_trainer(tiny_base, demo_data, tmp_path, **PACKED)
+    padded = make_trainer(tiny_base, demo_data, tmp_path, per_device_train_batch_size=1)
+    samples = [packed.train_dataset[n] for n in next(iter(packed.get_train_dataloader().batch_sampler))]
+    assert len(samples) > 2
+    gradients = []
+    for trainer in (packed, padded):
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(samples))
+        loss.backward()
+        gradients.append([loss, *(p.grad for p in trainer.model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
