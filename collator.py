@@ -1,10 +1,14 @@
 """Chat messages and images become tensors, and only the assistant's words become labels."""
 
+from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
-from qwen_vl_utils import fetch_image
-from transformers import ProcessorMixin
+from PIL import Image
+from qwen_vl_utils import smart_resize
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BaseImageProcessor, ProcessorMixin
 
 from data_prep.images import load_image
 from data_prep.records import IMAGE_MARKER, to_chat
@@ -69,40 +73,82 @@ def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_pr
     return processor.apply_chat_template(to_chat(messages), add_generation_prompt=add_generation_prompt)
 
 
-def load_pixels(example: dict, processor: ProcessorMixin) -> list:
+def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     """Return a sample's images, upright, in RGB, at the size that the model sees.
 
     Raises:
         ValueError: an image cannot be used; the message names the sample.
     """
-    sizing = processor.image_processor
-    limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
     images = []
     for number, source in enumerate(example.get("images") or []):
         try:
-            image = load_image(source)
-            images.append(fetch_image({"image": image, **limits}, image_patch_size=sizing.patch_size))
+            images.append(load_image(source, fit=partial(fit_size, sizing=processor.image_processor)))
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {example.get('id')!r}, image {number}: {error}") from error
     return images
 
 
+def fit_size(width: int, height: int, *, sizing: BaseImageProcessor) -> tuple[int, int]:
+    """Return the width and height, px, that the model sees an image at."""
+    limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
+    height, width = smart_resize(height, width, factor=sizing.patch_size * sizing.merge_size, **limits)
+    return width, height
+
+
+def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """Return what the processor makes of resized images: `pixel_values` (P, 1176) and `image_grid_thw` (N, 3)."""
+    patch, merge = sizing.patch_size, sizing.merge_size
+    grids = torch.tensor([(1, image.height // patch, image.width // patch) for image in images])
+    counts = grids.prod(dim=1).tolist()
+    mean, std = (torch.tensor(x)[:, None] * (1 / sizing.rescale_factor) for x in (sizing.image_mean, sizing.image_std))
+    # Touching so much new memory takes longer than the arithmetic. NumPy asks for huge pages, which halves that.
+    values = torch.from_numpy(np.empty((sum(counts), 3, sizing.temporal_patch_size, patch * patch), np.float32))
+    for image, rows, (_, height, width) in zip(images, values.split(counts), grids.tolist(), strict=True):
+        pixels = torch.from_numpy(np.array(image)).view(height // merge, merge, patch, width // merge, merge, patch, 3)
+        pixels = pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)  # by cell, patch, colour
+        rows.copy_(pixels.float().sub_(mean).div_(std).unsqueeze(2))  # a still image fills all frames of its patches
+    return {"pixel_values": values.flatten(1), "image_grid_thw": grids}
+
+
+def expand_images(ids: list[int], tokens: list[int], *, image_id: int) -> torch.Tensor:
+    """Return a text's ids with its n-th image token repeated `tokens[n]` times, shape (T,)."""
+    row = torch.tensor(ids)
+    found = row == image_id
+    if (count := int(found.sum())) != len(tokens):
+        raise ValueError(f"{count} image tokens in the text, expected {len(tokens)}")
+    return row.repeat_interleave(torch.ones_like(row).masked_scatter(found, torch.tensor(tokens, dtype=torch.long)))
+
+
 def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
-    """Run the processor over rendered texts and the examples' images.
+    """Make the model's inputs from rendered texts and the examples' images, as the processor does but in fewer steps.
 
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, 1176), one
         row a 14 x 14 px patch, and `image_grid_thw` (N, 3), in patches.
+
+    Raises:
+        ValueError: an image cannot be used, or a text holds image tokens of its own; the message names the sample.
     """
-    images = [image for example in examples for image in load_pixels(example, processor)]
-    batch = processor(
-        text=texts,
-        images=images or None,
-        images_kwargs={"do_resize": False},  # load_pixels has done it
-        text_kwargs={"padding": True, "padding_side": padding_side},
-        return_tensors="pt",
-    )
-    return dict(batch)
+    tokenizer, sizing = processor.tokenizer, processor.image_processor
+    image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+    cell = (sizing.patch_size * sizing.merge_size) ** 2  # px^2 that one token covers
+    images, rows = [], []
+    for example, ids in zip(examples, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        own = load_pixels(example, processor)
+        tokens = [image.width * image.height // cell for image in own]
+        try:
+            rows.append(expand_images(ids, tokens, image_id=image_id))
+        except ValueError as error:
+            raise ValueError(f"sample {example.get('id')!r}: {error}") from error
+        images += own
+    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    input_ids = pad(rows, padding_value=tokenizer.pad_token_id)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": pad([torch.ones_like(row) for row in rows]),
+        "mm_token_type_ids": (input_ids == image_id).long(),
+        **(to_patches(images, sizing) if images else {}),
+    }
 
 
 class VisionSFTCollator:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
+from attention import REGISTERED
 from packing import PackSampler
 
 
@@ -63,7 +64,8 @@ class PackedSFTTrainer(SFTTrainer):
         return self.accelerator.prepare(loader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As TRL computes it. A mask of ones lets TRL count the tokens, which it else takes to be one a pack; the
-        attention goes by `pack_offsets`, and a mask that hides nothing changes nothing there."""
-        inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        """As TRL computes it. A mask of ones lets TRL count the tokens, which it else takes to be one a pack; `varlen`
+        goes by `pack_offsets` and does not look at it. SDPA gets none: it reads the borders off the positions."""
+        if self.model.config._attn_implementation == REGISTERED:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

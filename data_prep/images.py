@@ -4,6 +4,7 @@ import io
 import math
 import os
 import stat
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,32 +25,52 @@ PRIVATE_TAGS = {
     "person or device": {0x013B, 0x8298, 0xA430, 0xA431, 0xA435, 0x9C9D},
     "text": {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F},  # description, comment, title, keywords
 }
+LYING = (5, 6, 7, 8)  # orientations that swap width and height
+# How much larger than asked for a JPEG is decoded at least. Less would be sharper than what the model was trained on.
+DRAFT_HEADROOM = 4 / 3
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+Fit = Callable[[int, int], tuple[int, int]]
 
 
-def load_image(source: str | os.PathLike | dict | Image.Image) -> Image.Image:
-    """Decode an image whole and return it upright, in RGB, alpha over white.
+def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | None = None) -> Image.Image:
+    """Decode an image and return it upright, in RGB, alpha over white.
 
     Args:
         source: a path, a PIL image, or what `datasets.Image(decode=False)` gives: `{"bytes", "path"}`.
+        fit: takes the upright width and height, px, and returns those to resize to. A JPEG that is more than
+            `2 * DRAFT_HEADROOM` times as wide and high is then decoded at a half, a quarter or an eighth of its size.
 
     Raises:
         ValueError: not a file, not an image, broken, over `MAX_IMAGE_PIXELS`, or over `MAX_ASPECT_RATIO`.
         FileNotFoundError: no such file.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        upright = _to_rgb(source)
+        return upright.resize(fit(*upright.size)) if fit else upright
     if isinstance(source, dict):
         source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
     if not isinstance(source, io.BytesIO):
         _check_file(Path(source))
     with _plain_reasons():
-        return _decode(Image.open(source))
+        return _decode(Image.open(source), fit)
 
 
-def _decode(image: Image.Image) -> Image.Image:
+def _decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
     check_size(image.width, image.height)
-    return _to_rgb(image)
+    if fit is None:
+        return _to_rgb(image)
+    turned = image.getexif().get(ORIENTATION, 1) in LYING
+    size = fit(*(image.size[::-1] if turned else image.size))
+    return _to_rgb(_draft(image, size[::-1] if turned else size)).resize(size)
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a JPEG at the given size if it can be decoded at a fraction that is still larger, else as it is."""
+    whole = image.size
+    drafted = image.draft(None, tuple(int(side * DRAFT_HEADROOM) + 1 for side in size))  # does nothing but for JPEG
+    if image.size == whole:
+        return image
+    return image.resize(size, box=drafted[1])  # the box leaves out what sides that do not divide were rounded up by
 
 
 @contextmanager

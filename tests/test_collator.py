@@ -1,13 +1,16 @@
 """The tensors that the model sees: images where the markers stand, labels on the answers and nowhere else."""
 
+import io
+
 import pytest
 import torch
 from PIL import Image
+from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText
 from trl.chat_template_utils import get_training_chat_template
 
 from attention import use_varlen
-from collator import VisionSFTCollator, build_labels, collate_prompts, load_pixels
+from collator import VisionSFTCollator, build_labels, collate_prompts, encode, fit_size, load_pixels, render
 from data_prep.records import to_chat
 from modeling import load_processor
 
@@ -120,6 +123,45 @@ def test_images_stand_where_the_markers_stand(processor, collate):
     assert (mean[64:, 0] < 0).all() and (mean[64:, 1] > -1).all()
 
 
+SHAPES = [  # patch size, merge size, mean and deviation: Qwen2-VL and Qwen2.5-VL, then Qwen3-VL
+    {},
+    {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    {"patch_size": 8, "merge_size": 4, "temporal_patch_size": 3},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_equals_the_processors(processor, shape, side):
+    for name, value in shape.items():
+        setattr(processor.image_processor, name, value)
+    photo = Image.merge("RGB", [Image.effect_noise((130, 97), 60 + n) for n in range(3)])
+    examples = [{"messages": chat("<image>?", "melanoma"), "images": [photo]}, *map(example, CASES)]
+    texts = [render(processor, one["messages"]) for one in examples]
+    ours = encode(processor, examples, texts, padding_side=side)
+    images = [image for one in examples for image in load_pixels(one, processor)]
+    options = {"text_kwargs": {"padding": True, "padding_side": side}, "images_kwargs": {"do_resize": False}}
+    theirs = processor(text=texts, images=images, **options, return_tensors="pt")
+    assert set(ours) == set(theirs)
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype and torch.allclose(ours[key], value, atol=1e-6), key
+
+
+def test_an_image_is_resized_as_the_family_does(processor):
+    for size in [(600, 450), (31, 300), (900, 90)]:
+        photo = Image.effect_noise(size, 60).convert("RGB")
+        own = load_pixels({"images": [photo]}, processor)[0]
+        theirs = fetch_image({"image": photo, "min_pixels": 28 * 28, "max_pixels": 112 * 112})
+        assert own.size == theirs.size and own.tobytes() == theirs.tobytes()
+
+
+def test_a_large_jpeg_costs_as_many_tokens_as_its_own_size_says(processor):
+    file = io.BytesIO()
+    Image.new("RGB", (1009, 1531)).save(file, "JPEG")  # an eighth of it, rounded up, has other proportions
+    images = [{"bytes": file.getvalue(), "path": None}]
+    assert load_pixels({"images": images}, processor)[0].size == fit_size(1009, 1531, sizing=processor.image_processor)
+
+
 def test_a_batch_is_padded_on_the_right_and_keeps_the_token_types(processor, collate):
     batch = collate([example(name) for name in CASES])
     lengths = batch["attention_mask"].sum(dim=1)
@@ -158,6 +200,12 @@ def test_a_text_that_smuggles_in_an_answer_raises(collate):
         collate([{"id": "x", "images": [], "messages": smuggled}])
     with pytest.raises(ValueError, match="sample 'x': 0 answers to learn from, expected 0"):
         collate([{"id": "x", "images": [], "messages": chat("Only a question")}])
+
+
+def test_a_text_that_smuggles_in_an_image_raises(collate):
+    smuggled = {"id": "x", "images": [], "messages": chat("<|image_pad|>?", "No")}
+    with pytest.raises(ValueError, match="sample 'x': 1 image tokens in the text, expected 0"):
+        collate([example("one image"), smuggled])
 
 
 def test_an_image_that_vanished_names_the_sample(collate, tmp_path):

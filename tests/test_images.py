@@ -2,9 +2,11 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 
@@ -53,6 +55,49 @@ def test_bytes_paths_and_pil_images_give_the_same_pixels(tmp_path):
     sources.append({"bytes": None, "path": str(path)})
     pixels = [load_image(source).tobytes() for source in sources]
     assert len(set(pixels)) == 1
+
+
+PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))  # china.jpg, flower.jpg
+
+
+@pytest.mark.parametrize("photo", PHOTOS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("size", [(239, 159), (160, 107), (119, 79), (80, 53), (59, 39), (40, 26)])
+def test_a_jpeg_decoded_at_a_fraction_differs_by_three_levels_at_most(photo, size):
+    drafted, whole = load_image(photo, fit=lambda width, height: size), load_image(photo).resize(size)
+    difference = np.abs(np.asarray(drafted, dtype=int) - np.asarray(whole, dtype=int))
+    assert 0 < difference.mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])  # phones write the second: a JPEG with further pictures behind it
+def test_a_jpeg_decoded_at_a_fraction_comes_out_upright(tmp_path, orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.open(PHOTOS[0]), "p.jpg", format=kind, exif=exif)
+    sizes = []
+    drafted = load_image(path, fit=lambda *size: sizes.append(size) or tuple(side // 4 for side in size))
+    whole = load_image(path)
+    assert sizes == [whole.size] and drafted.size == tuple(side // 4 for side in whole.size)
+    assert np.abs(np.asarray(drafted, dtype=int) - np.asarray(whole.resize(drafted.size), dtype=int)).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_what_is_no_much_larger_jpeg_is_decoded_whole(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.open(PHOTOS[0])
+    cases = [("near.jpg", 240), ("same.jpg", 427), ("larger.jpg", 900), ("lossless.png", 40)]
+    for name, side in cases:
+        path = saved(tmp_path, photo, name, exif=exif)
+        fitted = load_image(path, fit=lambda width, height, side=side: (side, side))
+        assert fitted.tobytes() == load_image(path).resize((side, side)).tobytes()
+    opened = Image.open(PHOTOS[0])  # a picture that is handed over stays as it is
+    assert load_image(opened, fit=lambda width, height: (40, 40)).size == (40, 40) and opened.size == (640, 427)
+
+
+def test_a_truncated_jpeg_is_refused_at_a_fraction_too():
+    with pytest.raises(ValueError, match="broken image: image file is truncated"):
+        load_image({"bytes": truncated_jpeg()}, fit=lambda width, height: (28, 28))
 
 
 def truncated_jpeg():

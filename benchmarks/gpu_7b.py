@@ -1,0 +1,387 @@
+"""QLoRA steps of Qwen2.5-VL-7B's true shapes on one GPU: stock TRL, ours packed, and ours with each lever off.
+
+    python -m benchmarks.gpu_7b --out figures.json      # one GPU with 40 GB or more, under 10 minutes
+    python -m benchmarks.gpu_7b --tiny                  # the same code on a CPU, in seconds
+
+Needs no weights: the shapes are the 7B model's, the NF4 weights random, the words the demo's tokenizer's, the images
+drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the first ones warm up. Tokens are those of
+the samples, without padding. Work is counted as done: forward, recomputation, and the backward of activations.
+"""
+
+import argparse
+import gc
+import io
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+
+from cli import run
+
+import torch
+import transformers
+import trl
+from bitsandbytes.nn import Linear4bit, Params4bit
+from datasets import Dataset, List, disable_progress_bars
+from datasets import Image as ImageFeature
+from peft import get_peft_model
+from PIL import Image, ImageFilter
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from attention import use_varlen
+from collator import VisionSFTCollator
+from data_prep.convert import FEATURES
+from demo.tiny_model import build_config, build_processor
+from modeling import build_lora_config, pin_trainable_to_float32
+from packing import measure_lengths
+from trainer import PackedSFTTrainer
+
+# Qwen/Qwen2.5-VL-7B-Instruct, config.json
+TEXT_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "layer_types": ["full_attention"] * 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}
+VISION_7B = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "window_size": 112,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+}
+LAYERS_SHOWN = 2  # with --tiny
+
+
+@dataclass
+class Setting:
+    """One line of the table: how the same samples are fed, and which levers are on."""
+
+    name: str
+    pack_tokens: int | None = None
+    batch: int = 1
+    accumulate: int = 1
+    varlen: bool = False
+    checkpointing: bool = True
+    stock: bool = False
+
+
+def settings(tiny: bool) -> list[Setting]:
+    sizes = (256, 512, 1024) if tiny else (4096, 8192, 16384)
+    packs = [Setting(f"ours, packs of {size}", pack_tokens=size, varlen=True) for size in sizes]
+    middle = sizes[1]
+    return [
+        Setting("stock TRL, batch 1 x 4", accumulate=4, stock=True),
+        *[Setting(f"stock TRL, batch {size} x 1", batch=size, stock=True) for size in ((2,) if tiny else (16, 32))],
+        *packs,
+        Setting(f"packs of {middle}, without varlen", pack_tokens=middle),
+        Setting("without packing: batch 12", batch=2 if tiny else 12, varlen=True),
+        Setting(f"packs of {sizes[0]}, without checkpointing", pack_tokens=sizes[0], varlen=True, checkpointing=False),
+    ]
+
+
+def draw_samples(count: int, side: tuple[int, int], seed: int = 0) -> Dataset:
+    """Return drawn photographs with questions and answers of log-normal length, in the schema of `data_prep`."""
+    rng, rows = random.Random(seed), []
+    words = ("the", "lesion", "shows", "a", "brown", "network", "with", "regular", "borders", "and", "no", "ulcer")
+    for number in range(count):
+        file = io.BytesIO()
+        Image.effect_noise(side, 60).filter(ImageFilter.GaussianBlur(2)).convert("RGB").save(file, "JPEG", quality=90)
+        answer = " ".join(rng.choice(words) for _ in range(max(3, int(rng.lognormvariate(3.2, 0.7)))))
+        turns = [("user", "<image>What is shown?"), ("assistant", answer)]
+        own = {
+            "id": str(number),
+            "images": [{"bytes": file.getvalue(), "path": None}],
+            "messages": [{"role": role, "content": content} for role, content in turns],
+            "image_sizes": [list(side)],
+            "weight": 1.0,
+        }
+        rows.append({key: own.get(key) for key in FEATURES})
+    return Dataset.from_list(rows, features=FEATURES).cast_column("images", List(ImageFeature(decode=False)))
+
+
+def build_model(processor, tiny: bool, device: torch.device) -> torch.nn.Module:
+    """Build the model with NF4 language layers, one after the other, so that 7B never stand there in 16 bit."""
+    config = build_config(processor.tokenizer, hidden_size=128, num_layers=LAYERS_SHOWN)
+    if not tiny:
+        ids = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
+        config = Qwen2_5_VLConfig(
+            text_config={**config.text_config.to_dict(), **TEXT_7B}, vision_config=VISION_7B, **ids
+        )
+    layers, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 1
+    config.text_config.layer_types = ["full_attention"] * layers
+    torch.manual_seed(0)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        stack = model.model.language_model.layers
+        quantise(stack[0], dtype)
+        for number in range(1, layers):
+            stack.append(quantise(type(stack[0])(config.text_config, number), dtype))
+    torch.set_default_dtype(before)
+    config.text_config.num_hidden_layers = layers
+    model.is_loaded_in_4bit = True  # as from_pretrained leaves it, for PEFT and TRL
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def quantise(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Put random NF4 weights in place of a layer's linear ones."""
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is torch.nn.Linear:
+                new = Linear4bit(
+                    child.in_features, child.out_features, bias=child.bias is not None, compute_dtype=dtype,
+                    quant_type="nf4", compress_statistics=True,
+                )  # fmt: skip
+                weight = torch.randn_like(child.weight) * 0.02
+                new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                new.support_avx512bf16_for_cpu = False  # that path cannot train
+                if child.bias is not None:
+                    new.bias = child.bias
+                setattr(parent, name, new.to(weight.device))
+    return layer
+
+
+class Clock(TrainerCallback):
+    """Notes when each optimizer step ends."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.ends = device, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def stock_examples(train: Dataset) -> Dataset:
+    """Return the samples as stock TRL takes them: images without markers, placed by TRL itself."""
+
+    def plain(row: dict) -> dict:
+        turns = [{**turn, "content": turn["content"].replace("<image>", "").strip()} for turn in row["messages"]]
+        return {"messages": turns}
+
+    others = [name for name in train.column_names if name not in ("messages", "images")]
+    return train.map(plain, remove_columns=others).cast_column("images", List(ImageFeature()))
+
+
+def make_trainer(setting: Setting, model, processor, train: Dataset, lengths, clock: Clock, steps: int, folder: Path):
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=setting.batch,
+        gradient_accumulation_steps=setting.accumulate, gradient_checkpointing=setting.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=clock.device.type == "cuda",
+        use_cpu=clock.device.type == "cpu", learning_rate=1e-4, max_length=None, report_to="none", logging_steps=1000,
+        save_strategy="no", remove_unused_columns=False, disable_tqdm=True, dataloader_num_workers=4,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    common = {"model": model, "args": args, "processing_class": processor, "callbacks": [clock]}
+    if setting.stock:
+        collator = DataCollatorForVisionLanguageModeling(processor)
+        return SFTTrainer(**common, train_dataset=stock_examples(train), data_collator=collator)
+    collator = VisionSFTCollator(processor, packed=setting.pack_tokens is not None)
+    if setting.pack_tokens is None:
+        return SFTTrainer(**common, train_dataset=train, data_collator=collator)
+    return PackedSFTTrainer(
+        **common, train_dataset=train, data_collator=collator, pack_tokens=setting.pack_tokens, train_lengths=lengths
+    )
+
+
+def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: int, folder: Path) -> dict:
+    """Train a few steps and return their median time, tokens and memory."""
+    device = next(base.parameters()).device
+    base.config._attn_implementation = "sdpa"
+    if setting.varlen:
+        use_varlen(base)
+    model = get_peft_model(base, build_lora_config(r=8, lora_alpha=16, lora_dropout=0.05))
+    clock = Clock(device)
+    if not setting.checkpointing:
+        base.gradient_checkpointing_disable()  # a trainer before may have left it on
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        trainer = make_trainer(setting, model, processor, train, lengths, clock, steps, folder)
+        pin_trainable_to_float32(trainer.model)
+        trainer.train()
+        seconds = statistics.median(b - a for a, b in pairwise(clock.ends[1:]))
+        tokens = tokens_a_step(trainer, setting, lengths)
+        memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
+        return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "memory_gb": memory}
+    except torch.cuda.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        trainer = None
+        model.unload()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def tokens_a_step(trainer: SFTTrainer, setting: Setting, lengths: list[int]) -> float:
+    """Return the mean number of the samples' tokens in a step; padding is no token."""
+    if setting.pack_tokens is not None:
+        return sum(lengths) / len(trainer.get_train_dataloader())
+    return statistics.mean(lengths) * setting.batch * setting.accumulate
+
+
+def work(base, setting: Setting, found: dict, image_share: float) -> float:
+    """Return the FLOP/s of the linear layers: 2 a weight and token forward, again for the backward of activations, and
+    for the recomputation; the frozen tower runs forward only, on four patches an image token."""
+    linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
+    tower = sum(p.numel() for p in base.model.visual.parameters())
+    passes = 3 if setting.checkpointing else 2
+    return found["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
+
+
+def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
+    """Return the FLOP/s of a large bf16 matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+@torch.inference_mode()
+def tower_times(base, processor, train: Dataset, images: int = 12) -> dict[str, float]:
+    """Return the seconds of the tower's forward pass over some images with SDPA and with varlen, in turn."""
+    batch = VisionSFTCollator(processor, packed=True)([train[n] for n in range(images)])
+    parameter = next(base.model.visual.parameters())
+    pixels = batch["pixel_values"].to(parameter), batch["image_grid_thw"].to(parameter.device)
+    times = {"sdpa": [], "varlen": []}
+    for _ in range(6):
+        for name, taken in times.items():
+            base.config._attn_implementation = "sdpa"
+            if name == "varlen":
+                use_varlen(base)
+            start = time.perf_counter()
+            base.model.visual(*pixels)
+            if parameter.is_cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+
+
+def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
+    """Return how far loss and gradients of a pack are from those of the padded samples with SDPA, relative.
+
+    With SDPA that is what the arithmetic's rounding does; with varlen it should be no more.
+    """
+    samples, found = [train[n] for n in range(6)], {}
+    model = get_peft_model(base, build_lora_config(r=8, lora_alpha=16, lora_dropout=0.0))
+    device = next(base.parameters()).device
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # B is zero at first, and A would have no gradient
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(1))
+    for name in ("padded, sdpa", "packed, sdpa", "packed, varlen"):
+        base.config._attn_implementation = "sdpa"
+        if name == "packed, varlen":
+            use_varlen(base)
+        batch = VisionSFTCollator(processor, packed=name != "padded, sdpa")(samples)
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        found[name] = (loss.detach(), gradient)
+        model.zero_grad()
+    model.unload()
+    (loss, gradient), *others = found.values()
+    return {
+        name: {
+            "loss": ((own - loss).abs() / loss).item(),
+            "gradient": ((own_gradient - gradient).norm() / gradient.norm()).item(),
+        }
+        for name, (own, own_gradient) in zip(list(found)[1:], others, strict=True)
+    }
+
+
+def table(rows: list[dict], ceiling: float | None) -> str:
+    first = rows[0].get("tokens_per_second")
+    lines = [f"{'setting':<44}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GB':>7}"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['name']:<44}{row['error']:>18}")
+            continue
+        share = f"{row['flops'] / ceiling:.0%}" if ceiling else ""
+        memory = f"{row['memory_gb']:.1f}" if row["memory_gb"] else ""
+        ratio = f"{row['tokens_per_second'] / first:.2f}" if first else ""
+        speed = f"{row['tokens_per_second']:,.0f}"
+        lines.append(f"{row['name']:<44}{speed:>10}{ratio:>8}{row['flops'] / 1e12:>9.1f}{share:>9}{memory:>7}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers and small images, on a CPU too")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--only", nargs="+", help="settings whose name holds one of these words")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, rewritten after each setting")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        raise ValueError("no GPU here: --tiny runs the same code on a CPU")
+    disable_progress_bars()
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    about = {
+        "date": str(date.today()), "machine": machine, "torch": torch.__version__,
+        "transformers": transformers.__version__, "trl": trl.__version__,
+    }  # fmt: skip
+    print(", ".join(about.values()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processor = build_processor(["the lesion shows a brown network with regular borders. What is shown?"])
+        processor.image_processor.size = {"shortest_edge": 50176, "longest_edge": 602112}
+        train = draw_samples(24 if args.tiny else 400, (112, 84) if args.tiny else (600, 450))
+        measured = measure_lengths(train, processor)
+        lengths, image_share = measured.total, sum(measured.image) / sum(measured.total)
+        print(f"{len(lengths)} samples of {statistics.mean(lengths):.0f} tokens on average, {image_share:.0%} image")
+        base = build_model(processor, args.tiny, device)
+        about["agreement"] = agreement(base, processor, train)
+        about["tower_seconds"] = tower_times(base, processor, train)
+        print(f"beside padded SDPA, relative: {about['agreement']}")
+        print(f"tower, seconds for 12 images: {about['tower_seconds']}", flush=True)
+        ceiling = matmul_ceiling(device) if device.type == "cuda" else None
+        rows = []
+        for setting in settings(args.tiny):
+            if args.only and not any(word in setting.name for word in args.only):
+                continue
+            found = measure(setting, base, processor, train, lengths, args.steps, folder / "run")
+            if "error" not in found:
+                found["flops"] = work(base, setting, found, image_share)
+            rows.append({"name": setting.name, **found})
+            print(rows[-1], flush=True)
+            if args.out:
+                args.out.write_text(json.dumps({**about, "ceiling": ceiling, "rows": rows}, indent=1))
+    print(f"bf16 matmul ceiling: {ceiling / 1e12:.0f} TFLOP/s\n" if ceiling else "", table(rows, ceiling), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
