@@ -10,7 +10,8 @@ python predict.py --adapter outputs/skin --dataset data/skin --split test --out 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from cli import OneLineParser, positive_int, run
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from answering import answer, load_adapters, read_adapter_config, score_answers
+from collator import fit_size
 from data_prep import load_splits
 from data_prep.images import load_image, resolve_image
 from data_prep.records import IMAGE_MARKER, FieldError, normalise_messages, read_annotations
@@ -119,9 +121,9 @@ def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[s
     asked = [files] if args.together else [[path] for path in files]
     examples = [question_about(paths, args.question) for paths in asked]
     if len(examples) == 1:  # no need to load a model to say that its only image is none
-        decode(examples[0])
-        if "error" in examples[0]:
-            raise ValueError(f"--image: {examples[0]['error']}")
+        checked = decode(examples[0])
+        if "error" in checked:
+            raise ValueError(f"--image: {checked['error']}")
     return iter(examples), len(examples), args.labels
 
 
@@ -192,14 +194,14 @@ def question_about(paths: list[Path], question: str) -> dict:
 def answer_all(model, processors: dict, adapters: dict, examples: Iterable[dict], args, *, labels, stream: bool):
     """Yield a row for each example and adapter, in order, with its `prediction`, or the `error` that kept it out."""
     for batch in batches(examples, args.batch_size):
-        for example in batch:
-            decode(example)
         for name, processor in processors.items():
             if len(adapters) > 1:
                 model.set_adapter(name)
-            good = [example for example in batch if "error" not in example]
+            fit = partial(fit_size, sizing=processor.image_processor)
+            decoded = [decode(example, fit=fit) for example in batch]
+            good = [example for example in decoded if "error" not in example]
             found = iter(answer_batch(model, processor, good, args, labels=labels, stream=stream) if good else [])
-            for example in batch:
+            for example in decoded:
                 about = {"adapter": adapters[name]} if len(adapters) > 1 else {}
                 row = {key: value for key, value in example.items() if key not in ("images", "messages")}
                 yield {**row, **about, **({} if "error" in example else next(found))}
@@ -216,15 +218,16 @@ def batches(examples: Iterable[dict], size: int) -> Iterator[list[dict]]:
         yield batch
 
 
-def decode(example: dict) -> None:
-    """Load an example's images in place, or note why one of them cannot be used."""
+def decode(example: dict, *, fit: Callable | None = None) -> dict:
+    """Return an example with its images decoded as in training, or with why one of them cannot be used as `error`."""
+    images = []
     for number, source in enumerate(example.get("images", [])):
         try:
-            example["images"][number] = load_image(source)
+            images.append(load_image(source, fit=fit))
         except (ValueError, OSError) as error:
             name = Path(source).name if isinstance(source, str) else f"image {number}"
-            example["error"] = f"{name}: {error}"
-            return
+            return {**example, "error": f"{name}: {error}"}
+    return {**example, "images": images}
 
 
 def answer_batch(model, processor, examples: list[dict], args, *, labels: list[str], stream: bool) -> list[dict]:
