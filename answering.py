@@ -33,15 +33,19 @@ def load_answering_model(
     """
     settings = loading_settings(adapter, base=base, quantization=quantization, dtype=dtype)
     model = load_model(base or read_adapter_config(adapter).base_model_name_or_path, **settings)
-    # Greedy means the likeliest token; generate() would mix in the family's defaults, which penalise repeated ones.
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
+    decode_greedily(model)
     try:
         return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
     except SafetensorError as error:
         raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+
+
+def decode_greedily(model: PreTrainedModel) -> None:
+    """Let `generate` take the likeliest token; it would mix in the family's defaults, which penalise repeated ones."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
 
 
 def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | PeftModel, dict[str, str]]:

@@ -179,13 +179,14 @@ def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
 def read_metrics(output_dir: Path) -> dict | None:
     """Return the evaluation of the adapter in the folder; None when there is none, or it is of an earlier adapter."""
     settings = _read_json(output_dir / SETTINGS)
-    if settings is not None and settings["adapter"] != _digest(output_dir / WEIGHTS):
+    if settings is not None and settings["adapter"] != adapter_digest(output_dir):
         return None
     return _read_json(output_dir / METRICS)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def adapter_digest(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights, which ties an evaluation to what it measured."""
+    with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

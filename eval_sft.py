@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from answering import answer, load_answering_model, loading_settings, read_adapter_config, score_answers
 from card import FACTS as FACTS_FILE
-from card import write_card
+from card import RUNS, WEIGHTS, adapter_digest, write_card
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER
 from evaluation import COLUMNS, Journal, evaluate
@@ -213,13 +213,13 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict, state: Partial
     asked = runs["adapter"]
     content = json.dumps([asked.rows, asked.messages, asked.candidates, asked.images["image_sizes"][:]])
     names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels", "no_probabilities")
-    weights = Path(args.adapter) / "adapter_model.safetensors"
+    folder = Path(args.adapter)
     settings = {
         **{name: getattr(args, name) for name in names},
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
         "questions": hashlib.sha256(content.encode()).hexdigest(),
-        "adapter": hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else args.adapter,
+        "adapter": adapter_digest(folder) if (folder / WEIGHTS).is_file() else args.adapter,
     }
     if state.is_main_process:
         journal = Journal(out, settings, 0)
@@ -275,12 +275,11 @@ def _score(model, processor, examples: list[dict], candidates: list[dict[str, st
 
 def verdict(summary: dict, out: Path) -> str:
     """Return the lines that answer, in a few numbers, whether the adapter helps."""
-    names = {"adapter": "adapter", "base": "base model alone", "shuffled": "adapter, images shuffled"}
     lines = [""]
     for name, found in summary["runs"].items():
         share = found.get("diagnosis", {}).get("accuracy")
         told = f"accuracy {interval_text(share)}" if share else f"chrF {found['text']['chrf']:.1f}"
-        lines.append(f"{names[name]:<26}{told}")
+        lines.append(f"{RUNS[name]:<26}{told}")
     if "shuffled_same_label" in summary:
         lines.append(f"{'  looking alone would get':<35}{summary['shuffled_same_label']:.3f}")
     lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label")

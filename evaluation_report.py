@@ -6,12 +6,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
+from card import RUNS
 from data_prep.images import load_image
 from data_prep.report import TEMPLATES, jpeg, png, shorten
 from labels import read_label
 from report import BLUE, GREEN, GREY, ORANGE
 
-RUNS = {"adapter": "adapter", "base": "base model alone", "shuffled": "adapter, images shuffled"}
 FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 SHARES = {"no_label": "names no label", "several_labels": "names several"}
 TEXTS = {

@@ -24,8 +24,7 @@ from card import FACTS, METRICS, PLOTS, RUN_FACTS, WEIGHTS, make_card, read_base
 
 # Adapter, processor, card, curves, facts and figures: no data, no optimizer state, no picture of a patient, and no
 # training_args.bin, which holds the token in plain text.
-OF_ADAPTER = (
-    WEIGHTS,
+OF_PROCESSOR = (
     "chat_template.jinja",
     "processor_config.json",
     "preprocessor_config.json",
@@ -33,6 +32,7 @@ OF_ADAPTER = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+OF_ADAPTER = (WEIGHTS, *OF_PROCESSOR)
 OF_RUN = (RUN_FACTS, "training_metrics.png")
 ADVICE = {401: "; log in with `hf auth login`, or set HF_TOKEN", 403: "; the token may not write there"}
 

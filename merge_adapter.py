@@ -23,12 +23,12 @@ from huggingface_hub import HfApi, ModelCardData
 from peft import PeftModel, load_peft_weights
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from transformers import AutoProcessor, GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from answering import encode_prompts, read_adapter_config, read_run_facts
+from answering import decode_greedily, encode_prompts, read_adapter_config, read_run_facts
 from card import describe_base
 from data_prep.records import IMAGE_MARKER
-from hub import one_line, open_repository
+from hub import OF_PROCESSOR, one_line, open_repository
 from modeling import VISION, load_model, load_processor
 
 # How far logits may lie from the adapter's, as a share of their spread. Adapter and merged model are one function that
@@ -41,12 +41,7 @@ UPLOADED = [
     "model.safetensors",
     "model-*.safetensors",
     "model.safetensors.index.json",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *OF_PROCESSOR,
     "README.md",
 ]
 CARD = """---
@@ -251,11 +246,7 @@ def _sum_of_squares(rows) -> float:
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
     """Write model, processor and card."""
-    own = model.generation_config
-    # The likeliest token, as predict.py takes it: the family's defaults sample and penalise repeated tokens.
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
-    )
+    decode_greedily(model)  # as predict.py does, also where others serve the model
     model.save_pretrained(folder, max_shard_size=shard_size)
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

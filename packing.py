@@ -142,7 +142,7 @@ class PackSampler(Sampler[list[int]]):
     ):
         if (longest := max(lengths)) > budget:
             raise ValueError(f"pack_tokens: the longest sample has {longest} tokens, more than the {budget} of a pack")
-        self.lengths, self.budget, self.multiple = lengths, budget, multiple
+        self.lengths, self.budget = lengths, budget
         self.sampler = EpochOrder(len(lengths), seed=seed, shuffle=shuffle)
         counts = []
         for epoch in range(epochs if shuffle else 1):
@@ -157,7 +157,7 @@ class PackSampler(Sampler[list[int]]):
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from split_packs(self._pack(), self.lengths, self.count)
+        yield from split_packs(self._pack(), self.count)
 
     def _pack(self) -> list[list[int]]:
         """Pack window by window; what a window's emptiest pack holds goes on into the next window."""
@@ -173,7 +173,7 @@ class PackSampler(Sampler[list[int]]):
         return packs
 
 
-def split_packs(packs: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
     """Return `count` packs: those with the most samples are halved until there are enough."""
     packs = list(packs)
     while len(packs) < count:

@@ -9,6 +9,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 from PIL import Image
 
+import train_sft
 from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
@@ -87,3 +88,12 @@ def train_args(base, data, out, **settings):
         "disable_tqdm": "true",
     }
     return [word for key, value in {**defaults, **settings}.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_base, demo_data, tmp_path_factory):
+    """A run of 30 NF4 steps that has learnt to say something; who changes its files puts them back."""
+    out = tmp_path_factory.mktemp("run") / "adapter"
+    settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
+    train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
+    return out

@@ -16,14 +16,12 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from conftest import train_args
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
-import train_sft
 from answering import answer, encode_prompts
 from collator import collate_prompts
 from modeling import build_lora_config, load_model
@@ -44,15 +42,6 @@ VLLM_MODULES = {
     "tower": r"visual\.blocks\.[01]\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)",
     "merger": r"visual\.merger\.mlp\.[02]",
 }
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, demo_data, tmp_path_factory):
-    """A run of 30 NF4 steps that has learnt to say something."""
-    out = tmp_path_factory.mktemp("run") / "adapter"
-    settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
-    train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
-    return out
 
 
 def ask(image):

@@ -12,7 +12,7 @@ from cli import run
 
 import pytest
 import torch
-from conftest import TEXTS, train_args
+from conftest import TEXTS
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
@@ -20,22 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
-import train_sft
 from answering import answer, encode_prompts
 from demo.tiny_model import save_tiny_model
 from modeling import build_lora_config, load_model, load_processor
 
 BIN = Path(sys.executable).parent
 FIRST_QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, demo_data, tmp_path_factory):
-    """A run of 30 NF4 steps that has learnt to say something."""
-    out = tmp_path_factory.mktemp("run") / "adapter"
-    settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
-    train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
-    return out
 
 
 @pytest.fixture(scope="module")

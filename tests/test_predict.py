@@ -7,22 +7,11 @@ from cli import run
 
 import pytest
 import torch
-from conftest import train_args
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import predict
-import train_sft
 from answering import load_answering_model
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, demo_data, tmp_path_factory):
-    """A run of 30 steps that has learnt to say something."""
-    out = tmp_path_factory.mktemp("run") / "adapter"
-    settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
-    train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
-    return out
 
 
 def ask(capsys, *options):
