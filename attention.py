@@ -85,26 +85,18 @@ def _on_gpu(query, key, value, offsets, longest: int, scaling, causal: bool) -> 
 
 def _by_length(query, key, value, offsets, longest: int, scaling, causal: bool) -> torch.Tensor:
     """Run SDPA once for all segments of one length: the same numbers as one call a segment, in far fewer calls."""
+    lengths = [end - start for start, end in pairwise(offsets.tolist())]
     groups = {}
-    borders = offsets.tolist()
-    for start, end in pairwise(borders):
-        if end > start:
-            groups.setdefault(end - start, []).append(start)
-    places = [_places(starts, length, query.device) for length, starts in groups.items()]
-    outputs = [_attend(query, key, value, place, scaling, causal) for place in places]
-    order = torch.cat([place.flatten() for place in places])
-    return torch.cat(outputs)[order.argsort()][None]
-
-
-def _places(starts: list[int], length: int, device) -> torch.Tensor:
-    """Return the positions of equally long segments, shape (S, L)."""
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
-
-
-def _attend(query, key, value, place: torch.Tensor, scaling, causal: bool) -> torch.Tensor:
-    """Return the output at the positions `place` (S, L) in their order: shape (S L, H, D)."""
-    segments = [side[0][:, place].transpose(0, 1) for side in (query, key, value)]  # (S, H, L, D)
-    output = scaled_dot_product_attention(
-        *segments, is_causal=causal, scale=scaling, enable_gqa=key.size(1) < query.size(1)
-    )
-    return output.transpose(1, 2).flatten(0, 1)
+    for number, length in enumerate(lengths):
+        groups.setdefault(length, []).append(number)
+    # Split, stacked and put together again as (T, H, D), the layout in memory, so that whole rows are copied.
+    sides = [side[0].transpose(0, 1).split(lengths) for side in (query, key, value)]
+    outputs = [None] * len(lengths)
+    for numbers in groups.values():
+        own = [torch.stack([side[n] for n in numbers]).transpose(1, 2) for side in sides]  # (S, H, L, D)
+        output = scaled_dot_product_attention(
+            *own, is_causal=causal, scale=scaling, enable_gqa=key.size(1) < query.size(1)
+        )
+        for number, segment in zip(numbers, output.transpose(1, 2), strict=True):
+            outputs[number] = segment
+    return torch.cat(outputs)[None]

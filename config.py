@@ -37,6 +37,27 @@ class DataArguments:
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
 
 
+@dataclass
+class TrainingSettings(SFTConfig):
+    """TRL's settings, with two defaults of our own and one setting more."""
+
+    gradient_checkpointing: str = field(
+        default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
+    compile_layers: bool = field(
+        default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
+    )
+
+    def __post_init__(self):
+        words = {"auto": "auto", "true": True, "false": False}
+        found = str(self.gradient_checkpointing)
+        if found.lower() not in words:
+            raise ValueError(f"gradient_checkpointing: expected auto, true or false, found {found!r}")
+        self.gradient_checkpointing = words[found.lower()]
+        super().__post_init__()
+
+
 # What people know from other scripts, and the recipe's line for it.
 RENAMED = {
     "batch_size": "per_device_train_batch_size: N",
@@ -94,6 +115,9 @@ WITHOUT_EFFECT = {
     "packing_strategy": "packs are made by best fit in shuffled windows",
     "eval_packing": "validation samples are packed when training samples are",
     "padding_free": "use packing: packs hold no padding",
+    "torch_compile": "use compile_layers",
+    "torch_compile_backend": "use compile_layers",
+    "torch_compile_mode": "use compile_layers",
     "pad_to_multiple_of": "batches are padded to their longest sample",
     "completion_only_loss": "the loss is always on the answers, and on nothing else",
     "assistant_only_loss": "the loss is always on the answers, and on nothing else",
@@ -110,7 +134,7 @@ class RecipeParser(OneLineParser, TrlParser):
     """TRL's parser, with errors of one line."""
 
 
-def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig]:
+def parse_config(argv: list[str]) -> tuple[DataArguments, TrainingSettings, ModelConfig]:
     """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win.
 
     Raises:
@@ -118,7 +142,7 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, SFTConfig, ModelConfig
         FileNotFoundError: no such file.
         SystemExit: code 2 after one line about a wrong option.
     """
-    parser = RecipeParser((DataArguments, SFTConfig, ModelConfig), prog="train_sft.py")
+    parser = RecipeParser((DataArguments, TrainingSettings, ModelConfig), prog="train_sft.py")
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
@@ -163,7 +187,7 @@ def _unknown(word: str, known: Iterable[str], what: str) -> str:
     return f"{what} {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig) -> None:
+def _check_settings(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
     """Raise ValueError for a setting that is missing, makes no sense, or would have no effect."""
     if data.dataset_path is None:
         raise ValueError("dataset_path: name the annotation file, the prepared folder or the Hub data set")
@@ -188,7 +212,7 @@ def _check_settings(data: DataArguments, training: SFTConfig, model: ModelConfig
         raise ValueError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or write none")
 
 
-def _check_packing(data: DataArguments, training: SFTConfig, model: ModelConfig) -> None:
+def _check_packing(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
     if not training.packing:
         if data.pack_tokens != DataArguments.pack_tokens:
             raise ValueError("pack_tokens: would have no effect without packing: true")

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attention import VARLEN, use_varlen
 
@@ -223,6 +224,26 @@ def check_trainable(model: torch.nn.Module, *, train_vision: bool, train_merger:
     for part, count in count_trainable(model).items():
         if bool(count) != asked[part]:
             raise ValueError(f"{part}: {count} trainable weights, expected {'some' if asked[part] else 'none'}")
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Let torch.compile fuse the arithmetic within the parts of each layer of tower and language model, in place.
+
+    One layer's code serves all others, and packs of every length. The first steps take a minute or two longer. The
+    layers themselves are left alone: they recompute their parts, which torch 2.11 cannot compile as one.
+
+    Raises:
+        ValueError: there is no working compiler.
+    """
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for part in layer.children():
+                part.compile(dynamic=True)
 
 
 def pin_trainable_to_float32(model: torch.nn.Module) -> None:

@@ -4,11 +4,15 @@ import random
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, config
+from datasets.fingerprint import Hasher
 from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 
+from data_prep import fingerprint
 from data_prep.images import count_image_tokens
 from data_prep.records import to_chat
 
@@ -29,20 +33,30 @@ class SampleLengths:
 
 
 def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLengths:
-    """Count tokens from the texts and the stored image sizes.
+    """Count tokens from the texts and the stored image sizes; the next time, find them in the cache of `datasets`.
 
     Args:
         dataset: a split in the schema of `data_prep`.
         processor: the model's processor with the pixel limits of the run.
     """
-    image = [_image_tokens(*row, processor) for row in zip(dataset["id"], dataset["image_sizes"], strict=True)]
-    total = []
-    for batch in dataset.select_columns(["messages", "image_sizes"]).iter(1000):
-        texts = processor.apply_chat_template([to_chat(messages) for messages in batch["messages"]])
-        ids = processor.tokenizer(texts)["input_ids"]
-        # the text holds one token for each image already
-        total += [len(row) - len(sizes) for row, sizes in zip(ids, batch["image_sizes"], strict=True)]
-    return SampleLengths(total=[t + i for t, i in zip(total, image, strict=True)], image=image)
+    tokenizer, sizes = processor.tokenizer, dict(processor.image_processor.size)
+    key = Hasher.hash([fingerprint(dataset), tokenizer.get_vocab(), processor.chat_template, sizes])
+    folder = Path(config.HF_DATASETS_CACHE) / "sample_lengths"
+    folder.mkdir(parents=True, exist_ok=True)
+    counted = dataset.select_columns(["id", "messages", "image_sizes"]).map(
+        partial(_count_tokens, processor=processor), batched=True, remove_columns=["id", "messages", "image_sizes"],
+        cache_file_name=str(folder / f"{key}.arrow"), new_fingerprint=key,
+    )  # fmt: skip
+    return SampleLengths(total=counted["total"][:], image=counted["image"][:])
+
+
+def _count_tokens(batch: dict, processor: ProcessorMixin) -> dict[str, list[int]]:
+    image = [_image_tokens(*row, processor) for row in zip(batch["id"], batch["image_sizes"], strict=True)]
+    texts = processor.apply_chat_template([to_chat(messages) for messages in batch["messages"]])
+    ids = processor.tokenizer(texts)["input_ids"]
+    # the text holds one token for each image already
+    text = [len(row) - len(sizes) for row, sizes in zip(ids, batch["image_sizes"], strict=True)]
+    return {"total": [t + i for t, i in zip(text, image, strict=True)], "image": image}
 
 
 def _image_tokens(sample_id: str, sizes: list[list[int]], processor: ProcessorMixin) -> int:

@@ -13,24 +13,28 @@ from pathlib import Path
 
 from cli import run
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import PeftModel, get_peft_model
 from transformers import ProcessorMixin, ProgressCallback, set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
 from callbacks import CurvesCallback, ProgressLine, PushCallback
 from card import add_facts, describe_base, describe_data, library_versions, progress, write_card
 from checkpoints import check_same_lora, choose_checkpoint, list_checkpoints
 from collator import VisionSFTCollator
-from config import DataArguments, parse_config
+from config import DataArguments, TrainingSettings, parse_config
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from hub import RUN_FACTS, BackgroundPush, open_repository, push_adapter
+from memory import fits, largest_batch
 from modeling import (
     build_lora_config,
     check_targets,
     check_trainable,
+    compile_layers,
     count_trainable,
     load_model,
     load_processor,
@@ -85,6 +89,10 @@ def main(argv: list[str] | None = None) -> None:
         check_same_lora(Path(checkpoint), model.peft_config["default"].to_dict())
     write_run_facts(model_args, Path(training_args.output_dir))
     write_facts(data_args, training_args, model_args, model, data_facts)
+    decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
+    if training_args.compile_layers:
+        say("the layers are compiled during the first steps, which then take a minute or two")
+        compile_layers(model)
     trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
     background = push_every_save(trainer, repo_id)
     say(*describe_run(trainer, lengths["train"]))
@@ -103,7 +111,7 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def prepare_output(training_args: SFTConfig) -> None:
+def prepare_output(training_args: TrainingSettings) -> None:
     """Make the output folder and see that it can be written to, before anything slow starts."""
     output_dir = Path(training_args.output_dir)
     try:
@@ -115,7 +123,7 @@ def prepare_output(training_args: SFTConfig) -> None:
         raise ValueError(f"output_dir: cannot write to {output_dir}: {error.strerror}") from error
 
 
-def choose_start(training_args: SFTConfig) -> str | None:
+def choose_start(training_args: TrainingSettings) -> str | None:
     """Return the checkpoint to go on from, None for a fresh start, and say which."""
     checkpoint, passed_over = choose_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
     for reason in passed_over:
@@ -125,7 +133,7 @@ def choose_start(training_args: SFTConfig) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def claim_repository(training_args: SFTConfig) -> str | None:
+def claim_repository(training_args: TrainingSettings) -> str | None:
     """Make sure now that the adapter can be pushed later; return the repository's id in the process that will push.
 
     The trainer's own push is switched off: it would upload the whole output folder.
@@ -137,11 +145,11 @@ def claim_repository(training_args: SFTConfig) -> str | None:
     return open_repository(repo_id, **push_options(training_args))
 
 
-def push_options(training_args: SFTConfig) -> dict:
+def push_options(training_args: TrainingSettings) -> dict:
     return {"private": training_args.hub_private_repo is not False, "revision": training_args.hub_revision}
 
 
-def load_data(data_args: DataArguments, training_args: SFTConfig) -> DatasetDict:
+def load_data(data_args: DataArguments, training_args: TrainingSettings) -> DatasetDict:
     """Load the splits and check that those needed are there."""
     splits = load_splits(data_args.dataset_path, data_args.image_dir, show_progress=PartialState().is_main_process)
     splits = join_folds(splits, data_args.fold)
@@ -162,10 +170,13 @@ def draw_by_weight(train: Dataset, seed: int) -> Dataset:
     return train.select(indices)
 
 
-def check_data(splits: DatasetDict, processor: ProcessorMixin, training_args: SFTConfig) -> dict[str, SampleLengths]:
+def check_data(
+    splits: DatasetDict, processor: ProcessorMixin, training_args: TrainingSettings
+) -> dict[str, SampleLengths]:
     """Refuse samples over max_length now and not in the middle of the night; return the lengths by split."""
     names = ["train", "validation"] if training_args.eval_strategy != "no" else ["train"]
-    lengths = {name: measure_lengths(splits[name], processor) for name in names}
+    with PartialState().local_main_process_first():  # the others find them in the cache
+        lengths = {name: measure_lengths(splits[name], processor) for name in names}
     for name in names[::-1]:
         check_lengths(lengths[name], splits[name]["id"], training_args.max_length, split=name)
     if training_args.train_sampling_strategy == "group_by_length":
@@ -205,8 +216,30 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     return model
 
 
+def decide_checkpointing(
+    model: PeftModel, processor: ProcessorMixin, train: Dataset, training_args: TrainingSettings,
+    lengths: SampleLengths, pack_tokens: int | None,
+) -> None:  # fmt: skip
+    """Replace `gradient_checkpointing: auto`: activations are recomputed where the largest batch would not fit."""
+    if training_args.gradient_checkpointing != "auto":
+        return
+    on, why = False, "there is no GPU"
+    if training_args.device.type == "cuda":
+        positions = largest_batch(
+            lengths.total, batch_size=training_args.per_device_train_batch_size, pack_tokens=pack_tokens
+        )
+        collate = VisionSFTCollator(processor, packed=pack_tokens is not None)
+        dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+        found = gather_object([fits(model, collate([train[n] for n in positions]), dtype=dtype)])
+        on, why = min(found)  # one process that lacks the memory decides for all
+        on = not on
+    say(f"gradient checkpointing {'on' if on else 'off'}: {why}")
+    # transformers reads both names
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = on
+
+
 def build_trainer(
-    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: SFTConfig,
+    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: TrainingSettings,
     lengths: dict[str, SampleLengths], *, pack_tokens: int | None,
 ) -> SFTTrainer:  # fmt: skip
     """Wire the model, the data and our collator into TRL's trainer; with `pack_tokens`, into the one that packs."""
@@ -291,7 +324,11 @@ def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
 
 
 def write_facts(
-    data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig, model: PeftModel, data_facts: dict
+    data_args: DataArguments,
+    training_args: TrainingSettings,
+    model_args: ModelConfig,
+    model: PeftModel,
+    data_facts: dict,
 ) -> None:
     """Note what the model card will say about the run; how far it came is added at its end."""
     if not PartialState().is_main_process:
@@ -308,7 +345,7 @@ def write_facts(
     )
 
 
-def told_settings(data_args: DataArguments, training_args: SFTConfig, model_args: ModelConfig) -> dict:
+def told_settings(data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig) -> dict:
     """Return the settings that another run would need to come out alike, by their names in a recipe."""
     told = {}
     for settings, names in ((model_args, TOLD_OF_MODEL), (data_args, TOLD_OF_DATA), (training_args, TOLD_OF_TRAINING)):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch.utils.data import DataLoader
@@ -34,7 +35,8 @@ class PackedSFTTrainer(SFTTrainer):
         kwargs["args"].accelerator_config.even_batches = False
         super().__init__(**kwargs)
 
-    def get_train_dataloader(self) -> DataLoader:
+    @cached_property
+    def train_packs(self) -> PackSampler:
         multiple = self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         options = {"seed": seed, "multiple": multiple}
@@ -42,8 +44,10 @@ class PackedSFTTrainer(SFTTrainer):
         epochs = math.ceil(self.args.num_train_epochs)
         if self.args.max_steps > 0:
             epochs = math.ceil(self.args.max_steps * multiple / len(first)) + 1
-        sampler = PackSampler(self.train_lengths, self.pack_tokens, **options, epochs=epochs)
-        return self._loader(self.train_dataset, sampler)
+        return PackSampler(self.train_lengths, self.pack_tokens, **options, epochs=epochs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.train_packs)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         processes = self.args.world_size

@@ -120,14 +120,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def probe_image(path: str) -> tuple[int, int] | str:
-    """Return `(width, height)` in px of the upright image, or the reason why it cannot be used."""
-    try:
-        return load_image(path).size
-    except (ValueError, OSError) as error:
-        return str(error)
-
-
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
     """What one pass over an image file found.

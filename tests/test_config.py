@@ -41,6 +41,25 @@ def test_values_are_read_by_the_type_of_their_field(parse):
     assert (data.max_pixels, data.freeze_vision_encoder) == (200704, False)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "auto"),
+        ("gradient_checkpointing: auto\n", "auto"),
+        ("gradient_checkpointing: true\n", True),
+        ("gradient_checkpointing: false\n", False),
+    ],
+)
+def test_gradient_checkpointing_is_auto_true_or_false(parse, text, found):
+    _, training, _ = parse(text)
+    assert training.gradient_checkpointing is found or training.gradient_checkpointing == found
+
+
+def test_two_processes_prepare_images_unless_the_recipe_says_otherwise(parse):
+    assert parse()[1].dataloader_num_workers == 2
+    assert parse("dataloader_num_workers: 0\n")[1].dataloader_num_workers == 0
+
+
 def test_options_override_the_recipe(parse):
     data, training, model = parse(
         "lora_r: 4\n", "--lora_r", "32", "--no_freeze_vision_encoder", "--max_steps=7", "--debug"
@@ -53,6 +72,8 @@ def test_options_override_the_recipe(parse):
     [
         ("learning_rat: 3\n", "recipe.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ("batch_size: 3\n", "unknown key 'batch_size'; use per_device_train_batch_size: N"),
+        ("gradient_checkpointing: yes\n", "gradient_checkpointing: expected auto, true or false, found 'yes'"),
+        ("torch_compile: true\n", "torch_compile: would have no effect; use compile_layers"),
         ("lora_r: [8]\n", "recipe.yaml: lora_r: did not expect the list [8]"),
         ("seed: 1\nseed: 2\n", "recipe.yaml: not YAML: the key 'seed' stands twice"),
         ("eval_strategy: stepps\n", "stepps is not a valid IntervalStrategy"),

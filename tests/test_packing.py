@@ -6,8 +6,11 @@ import time
 import pytest
 from datasets import Dataset
 
+import packing
 from collator import VisionSFTCollator
 from packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
+
+IMAGE = {"bytes": b"x", "path": None}
 
 
 def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):
@@ -17,6 +20,22 @@ def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):
         batch = VisionSFTCollator(processor)([sample])
         assert batch["input_ids"].size(1) == total
         assert (batch["mm_token_type_ids"] == 1).sum() == image == 16
+
+
+def count_no_more(batch, processor):
+    raise ValueError("counted anew")
+
+
+def test_lengths_are_counted_once_for_a_data_set_and_pixel_limits(processor, demo_splits, monkeypatch):
+    train = demo_splits["train"]
+    lengths = measure_lengths(train, processor)
+    monkeypatch.setattr(packing, "_count_tokens", count_no_more)
+    assert measure_lengths(train, processor) == lengths
+    processor.image_processor.size["longest_edge"] = 56 * 56
+    with pytest.raises(ValueError, match="counted anew"):
+        measure_lengths(train, processor)
+    monkeypatch.undo()
+    assert set(measure_lengths(train, processor).image) == {4}
 
 
 def test_check_lengths_counts_what_is_too_long_and_names_the_longest(processor, demo_splits):
@@ -34,7 +53,8 @@ def test_check_lengths_counts_what_is_too_long_and_names_the_longest(processor, 
 
 def test_an_image_that_cannot_be_resized_is_named(processor):
     messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "melanoma"}]
-    narrow = Dataset.from_list([{"id": "x", "messages": messages, "image_sizes": [[2000, 12]]}])
+    row = {"id": "x", "messages": messages, "image_sizes": [[2000, 12]], "weight": 1.0, "images": [IMAGE]}
+    narrow = Dataset.from_list([row])
     with pytest.raises(ValueError, match="sample 'x': too narrow: 2000 x 12 px under max_pixels 12544"):
         measure_lengths(narrow, processor)
 

@@ -22,7 +22,7 @@ from config import parse_config
 from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
-from modeling import load_processor
+from modeling import compile_layers, load_processor
 
 ADAPTER = "adapter_model.safetensors"
 SAMPLES = {"train": 32, "validation": 4, "test": 4}
@@ -58,6 +58,9 @@ def make_trainer(base, data, out, **settings):
     pack_tokens, training_args.packing = data_args.pack_tokens if training_args.packing else None, False
     torch.manual_seed(training_args.seed)
     model = train_sft.build_model(data_args, model_args)
+    train_sft.decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
+    if training_args.compile_layers:
+        compile_layers(model)
     return train_sft.build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
 
 
@@ -194,6 +197,28 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_d
     recomputed = train(tiny_base, demo_data, tmp_path / "recomputed", gradient_checkpointing="true")
     for name, value in plain.items():
         torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path):
+    settings = {**PACKED, "max_steps": 3, "gradient_checkpointing": "true", "eval_strategy": "no"}
+    plain = make_trainer(tiny_base, demo_data, tmp_path / "plain", **settings)
+    compiled = make_trainer(tiny_base, demo_data, tmp_path / "compiled", compile_layers="true", **settings)
+    for trainer in (plain, compiled):
+        trainer.train()
+    assert all(layer.mlp._compiled_call_impl for layer in compiled.model.get_base_model().model.visual.blocks)
+    weights = compiled.model.state_dict()
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_8bit"])
+def test_optimizers_in_8_bit_learn_too(tiny_base, demo_data, tmp_path, optimizer):
+    settings = {"learning_rate": 5e-3, "warmup_steps": 0, "eval_strategy": "no", "max_steps": 12}
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, optim=optimizer, **settings)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_workers_make_the_same_batches(tiny_base, demo_data, tmp_path):

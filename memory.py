@@ -1,0 +1,72 @@
+"""Whether a training step fits the GPU's memory as it is, or has to recompute activations."""
+
+import gc
+from collections.abc import Sequence
+
+import torch
+
+from packing import pack_lengths
+
+SPARE = 0.1  # share of the memory that stays free: batches differ, and memory falls into pieces
+SEARCHED = 4096  # samples that the fullest pack is looked for among
+
+
+def largest_batch(lengths: Sequence[int], *, batch_size: int, pack_tokens: int | None) -> list[int]:
+    """Return the positions of the samples that make the largest batch (or about the fullest pack), in tokens."""
+    longest = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    if pack_tokens is None:
+        return longest[:batch_size]
+    tokens = [lengths[n] for n in longest[:SEARCHED]]
+    fullest = max(pack_lengths(tokens, pack_tokens), key=lambda pack: sum(tokens[n] for n in pack))
+    return [longest[n] for n in fullest]
+
+
+def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None) -> tuple[bool, str]:
+    """Try a forward and a backward pass without recomputation.
+
+    Args:
+        model: on one GPU, with LoRA; its weights and gradients stay as they are.
+        batch: what the collator returns.
+        dtype: of autocast; None without it.
+
+    Returns:
+        Whether it leaves enough memory for a training step, and a few words that say how much it took.
+    """
+    device = next(model.parameters()).device
+    clear_gradients(model)
+    before, (free, _) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        forward_and_backward(model, batch, dtype)
+        taken = torch.cuda.max_memory_reserved(device) - before + optimizer_bytes(model)
+    except torch.cuda.OutOfMemoryError:
+        taken = None
+    finally:
+        clear_gradients(model)
+    of_free = f"of {free / 1e9:.1f} GB free"
+    if taken is None:
+        return False, f"the largest batch took more than all {of_free} without it"
+    return taken < (1 - SPARE) * free, f"the largest batch takes {taken / 1e9:.1f} {of_free} without it"
+
+
+def forward_and_backward(model: torch.nn.Module, batch: dict, dtype: torch.dtype | None) -> None:
+    """Run all layers forward and backward. The LM head sees one token: TRL's loss never holds many logits."""
+    device, was_training = next(model.parameters()).device, model.training
+    inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items() if name != "labels"}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.train()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        logits.float().sum().backward()
+    model.train(was_training)
+
+
+def optimizer_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of Adam's two averages in float32, and of the float32 copies that training keeps of weights."""
+    return sum(3 * 4 * p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def clear_gradients(model: torch.nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
