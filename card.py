@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
 from jinja2 import Environment, FileSystemLoader, Template
 
+from data_prep import fingerprint
+
 RUN_FACTS = "run.json"  # how the base model is loaded
 FACTS = "facts.json"  # what training knows about itself: base, data, settings, progress; no path and no file name
 METRICS = "eval/metrics.json"
@@ -22,7 +24,6 @@ PLOTS = "eval/*.png"  # not those in folders below
 WEIGHTS = "adapter_model.safetensors"
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FINGERPRINTED = ("id", "messages", "label", "image_sizes")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 NO_LABEL, UNKNOWN = "(no label)", "unknown"
 FEW = 20  # training samples, below which the card warns about a label
@@ -47,19 +48,6 @@ NAMES = {
 INDEXED = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1"}  # metric ids of the Hub
 
 
-def fingerprint(rows: Iterable[dict]) -> str:
-    """Return a SHA-256 over a split's content that is the same on every machine, whatever the order of the samples.
-
-    It covers ids, messages, labels and image sizes (`FINGERPRINTED`). It does not cover where the files lie, nor the
-    pixels, which would take minutes to read: a retouched image of the same size gives the same fingerprint.
-    """
-    digests = set()
-    for row in rows:
-        content = json.dumps([row[name] for name in FINGERPRINTED], sort_keys=True)
-        digests.add(hashlib.sha256(content.encode()).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
-
-
 def describe_data(splits: Mapping, dataset_path: str) -> dict:
     """Return the data's fingerprint and counts, by split and label.
 
@@ -69,7 +57,7 @@ def describe_data(splits: Mapping, dataset_path: str) -> dict:
     """
     return {
         "dataset": dataset_path if on_hub(dataset_path) else None,
-        "fingerprint": fingerprint(splits["train"].select_columns(list(FINGERPRINTED))),
+        "fingerprint": fingerprint(splits["train"]),
         "splits": {name: _count(split) for name, split in splits.items()},
     }
 

@@ -40,7 +40,7 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
         processor: the model's processor with the pixel limits of the run.
     """
     tokenizer, sizes = processor.tokenizer, dict(processor.image_processor.size)
-    key = Hasher.hash([fingerprint(dataset), tokenizer.get_vocab(), processor.chat_template, sizes])
+    key = Hasher.hash([fingerprint(dataset), dataset["id"][:], tokenizer.get_vocab(), processor.chat_template, sizes])
     folder = Path(config.HF_DATASETS_CACHE) / "sample_lengths"
     folder.mkdir(parents=True, exist_ok=True)
     counted = dataset.select_columns(["id", "messages", "image_sizes"]).map(

@@ -20,13 +20,13 @@ from card import (
     describe_base,
     describe_data,
     figure,
-    fingerprint,
     label_counts,
     make_card,
     progress,
     read_base,
     write_card,
 )
+from data_prep import fingerprint
 
 SHARE = {"value": 0.933333, "low": 0.866667, "high": 0.966667}
 LOW = {"value": 0.25, "low": 0.15, "high": 0.36}

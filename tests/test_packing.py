@@ -10,8 +10,6 @@ import packing
 from collator import VisionSFTCollator
 from packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
 
-IMAGE = {"bytes": b"x", "path": None}
-
 
 def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):
     train = demo_splits["train"]
@@ -53,7 +51,7 @@ def test_check_lengths_counts_what_is_too_long_and_names_the_longest(processor, 
 
 def test_an_image_that_cannot_be_resized_is_named(processor):
     messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "melanoma"}]
-    row = {"id": "x", "messages": messages, "image_sizes": [[2000, 12]], "weight": 1.0, "images": [IMAGE]}
+    row = {"id": "x", "messages": messages, "image_sizes": [[2000, 12]], "label": None}
     narrow = Dataset.from_list([row])
     with pytest.raises(ValueError, match="sample 'x': too narrow: 2000 x 12 px under max_pixels 12544"):
         measure_lengths(narrow, processor)
