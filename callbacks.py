@@ -48,8 +48,9 @@ class PushCallback(TrainerCallback):
         self.background = background
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and state.global_step < state.max_steps:
-            output_dir = Path(args.output_dir)
+        output_dir = Path(args.output_dir)
+        saved = (output_dir / f"checkpoint-{state.global_step}").is_dir()  # not on a full disk
+        if state.is_world_process_zero and saved and not control.should_training_stop:
             self.background.start(output_dir / f"checkpoint-{state.global_step}", output_dir)
 
 

@@ -1,13 +1,15 @@
-"""Which checkpoint a run goes on from."""
+"""Checkpoints that are whole or do not count: sealing, verifying, choosing and rotating them."""
 
+import hashlib
 import json
+import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 ADAPTER = "adapter_model.safetensors"
-REQUIRED = ("adapter_config.json", ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -17,29 +19,77 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name).group(1)), reverse=True)
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raise ValueError when training cannot go on from `path`; the message names the file."""
+def seal(path: Path, run: dict) -> None:
+    """Write the manifest of a checkpoint whose files are all there; without it, the checkpoint does not count.
+
+    It comes last, when everything else is on the disk and not only in its cache, and appears in one go.
+
+    Args:
+        path: the checkpoint's folder.
+        run: what a run that goes on from it must have in common; JSON.
+    """
+    files = {}
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
+        _flush(file)
+    content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
+    content["sha256"] = _digest_of(content)
+    unfinished = path / f"{MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _flush(unfinished)
+    unfinished.replace(path / MANIFEST)
+    _flush(path)
+    _flush(path.parent)
+
+
+def read_manifest(path: Path) -> dict:
+    """Verify every file of a checkpoint and return its manifest.
+
+    Raises:
+        ValueError: it is not sealed, or a file is missing or other than it was; the message names the file.
+    """
     if not path.is_dir():
         raise ValueError(f"checkpoint {path}: no such folder")
-    for name in REQUIRED:
-        if not (path / name).is_file() or (path / name).stat().st_size == 0:
-            raise ValueError(f"checkpoint {path}: {name} is missing or empty")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"checkpoint {path}: no {MANIFEST}; it was not written to its end")
     try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        state["global_step"]
-        with safe_open(path / ADAPTER, framework="pt") as tensors:
-            tensors.keys()
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {path}: unreadable: {error}") from error
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        whole = content["sha256"] == _digest_of({key: content[key] for key in ("step", "files", "run")})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: {MANIFEST} is damaged: {error!r}") from error
+    if not whole or path.name != f"checkpoint-{content['step']}":
+        raise ValueError(f"checkpoint {path}: {MANIFEST} is damaged, or of another checkpoint")
+    for name, found in content["files"].items():
+        _check_file(path, name, found)
+    return content
 
 
-def check_same_lora(path: Path, config: dict) -> None:
-    """Raise ValueError when the checkpoint's adapter has another shape or scale than the one about to train."""
-    saved = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora"):
-        if saved.get(key) != config[key]:
-            rule = "keep the LoRA settings to go on, or choose another output_dir"
-            raise ValueError(f"checkpoint {path}: {key} was {saved.get(key)!r} and is {config[key]!r} now; {rule}")
+def _check_file(path: Path, name: str, sealed: dict) -> None:
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"checkpoint {path}: {name} is missing")
+    if (size := file.stat().st_size) != sealed["bytes"]:
+        raise ValueError(f"checkpoint {path}: {name} has {size:,} bytes instead of {sealed['bytes']:,}")
+    if _digest_of_file(file) != sealed["sha256"]:
+        raise ValueError(f"checkpoint {path}: {name} has changed since it was saved")
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, written to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
@@ -47,10 +97,10 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
 
     Args:
         output_dir: the run's folder.
-        resume: "auto" takes the newest usable checkpoint, or none; a path takes that one; None starts afresh.
+        resume: "auto" takes the newest whole checkpoint, or none; a path takes that one; None starts afresh.
 
     Raises:
-        ValueError: the named checkpoint is unreadable, or a fresh start would write into an earlier run.
+        ValueError: the named checkpoint is not whole, or a fresh start would write into an earlier run.
     """
     found = list_checkpoints(output_dir)
     if resume is None and found:
@@ -61,13 +111,63 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     if resume is None:
         return None, []
     if resume != "auto":
-        check_checkpoint(Path(resume))
+        read_manifest(Path(resume))
         return Path(resume), []
     passed_over = []
     for path in found:
         try:
-            check_checkpoint(path)
+            read_manifest(path)
             return path, passed_over
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def differences(before: dict, now: dict) -> Iterator[tuple[str, str]]:
+    """Yield the name of each entry that two nested dictionaries do not share, and a few words that say how."""
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new)
+        elif old != new:
+            yield key, f"{key} was {old!r} and is {new!r} now"
+
+
+def check_same_run(path: Path, run: dict, *, fixed: tuple[str, ...], allow_change: bool) -> list[str]:
+    """Compare a checkpoint's run with the one about to start, and return what differs in words.
+
+    Args:
+        path: the checkpoint.
+        run: as given to `seal`.
+        fixed: names of entries without which the checkpoint's weights would not fit the model.
+        allow_change: let other entries differ.
+
+    Raises:
+        ValueError: an entry differs that may not; the message names all that do.
+    """
+    found = list(differences(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["run"], run))
+    words = "; ".join(text for _, text in found)
+    if any(name in fixed for name, _ in found):
+        raise ValueError(f"checkpoint {path}: {words}; its weights do not fit: choose another output_dir")
+    if found and not allow_change:
+        raise ValueError(
+            f"checkpoint {path}: {words}; take that back, or go on with --allow_config_change true, "
+            "or choose another output_dir"
+        )
+    return [text for _, text in found]
+
+
+def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete all but the newest `limit` whole checkpoints, and the leftovers of saves that were cut off before them.
+
+    The newest whole checkpoint and what is newer than it stay, and so does the best one.
+    """
+    found = list_checkpoints(output_dir)
+    whole = [path for path in found if (path / MANIFEST).is_file()]
+    if limit is None or not whole:
+        return
+    kept = {*whole[: max(limit, 1)], *found[: found.index(whole[0])], best}
+    for path in found:
+        if path not in kept:
+            (path / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not count
+            shutil.rmtree(path)

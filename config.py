@@ -39,12 +39,16 @@ class DataArguments:
 
 @dataclass
 class TrainingSettings(SFTConfig):
-    """TRL's settings, with two defaults of our own and one setting more."""
+    """TRL's settings, with three defaults of our own and two settings more."""
 
     gradient_checkpointing: str = field(
         default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would log 0 in place of NaN"})
+    allow_config_change: bool = field(
+        default=False, metadata={"help": "go on from a checkpoint although settings, data or versions have changed"}
+    )
     compile_layers: bool = field(
         default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
     )
@@ -115,6 +119,7 @@ WITHOUT_EFFECT = {
     "packing_strategy": "packs are made by best fit in shuffled windows",
     "eval_packing": "validation samples are packed when training samples are",
     "padding_free": "use packing: packs hold no padding",
+    "logging_nan_inf_filter": "a run stops at the first gradients that are not finite",
     "torch_compile": "use compile_layers",
     "torch_compile_backend": "use compile_layers",
     "torch_compile_mode": "use compile_layers",

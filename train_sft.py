@@ -4,6 +4,7 @@ accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/s
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -23,10 +24,10 @@ from trl import ModelConfig, SFTTrainer
 
 from callbacks import CurvesCallback, ProgressLine, PushCallback
 from card import add_facts, describe_base, describe_data, library_versions, progress, write_card
-from checkpoints import check_same_lora, choose_checkpoint, list_checkpoints
+from checkpoints import check_same_run, choose_checkpoint
 from collator import VisionSFTCollator
 from config import DataArguments, TrainingSettings, parse_config
-from data_prep import join_folds, load_splits
+from data_prep import fingerprint, join_folds, load_splits
 from data_prep.balance import draw
 from hub import RUN_FACTS, BackgroundPush, open_repository, push_adapter
 from memory import fits, largest_batch
@@ -41,7 +42,8 @@ from modeling import (
     pin_trainable_to_float32,
 )
 from packing import SampleLengths, check_lengths, measure_lengths
-from trainer import PackedSFTTrainer
+from stopping import StopCallback, end_early
+from trainer import SETTINGS_WITH_TOKENS, PackedSFTTrainer, SafeSFTTrainer
 
 # What the model card tells of a recipe: no path, no name of a machine or a person.
 TOLD_OF_MODEL = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
@@ -63,9 +65,21 @@ TOLD_OF_TRAINING = (
     "fp16",
     "seed",
 )
+# Settings that a run may change when it goes on: they decide what is told, kept and measured, and not what is learnt.
+WITHOUT_INFLUENCE = (
+    "output_dir", "run_name", "project", "trackio_", "report_to", "logging_", "log_", "disable_tqdm", "debug",
+    "skip_memory_",
+    "save_", "resume_", "restore_", "allow_config_change", "load_best_", "metric_for_", "greater_is_", "push_", "hub_",
+    "eval_", "per_device_eval_", "prediction_loss_", "batch_eval_", "bf16_full_", "fp16_full_", "do_", "include_",
+    "dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "local_rank", "ddp_",
+    "gradient_checkpointing", "activation_checkpointing", "accelerator_config", "dataset_path", "image_dir",
+    "model_name_or_path",
+)  # fmt: skip
+# What the shape of the weights depends on.
+FIXED = ("lora_r", "lora_target_modules", "use_dora", "freeze_vision_encoder", "train_merger", "name")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int | None:
     data_args, training_args, model_args = parse_config(sys.argv[1:] if argv is None else argv)
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     prepare_output(training_args)
@@ -81,28 +95,33 @@ def main(argv: list[str] | None = None) -> None:
     data_facts = describe_data(splits, data_args.dataset_path)
     splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     lengths = check_data(splits, processor, training_args)
+    shared = describe_for_resuming(data_args, training_args, model_args, splits["train"])
+    check_start(checkpoint, shared, training_args)
     pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
     training_args.packing = False  # TRL's own, which takes no images
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
-    if checkpoint is not None:
-        check_same_lora(Path(checkpoint), model.peft_config["default"].to_dict())
     write_run_facts(model_args, Path(training_args.output_dir))
     write_facts(data_args, training_args, model_args, model, data_facts)
     decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
     if training_args.compile_layers:
         say("the layers are compiled during the first steps, which then take a minute or two")
         compile_layers(model)
-    trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
+    trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared)
+    stop = StopCallback()
+    trainer.add_callback(stop)
     background = push_every_save(trainer, repo_id)
     say(*describe_run(trainer, lengths["train"]))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        return end_early(stop, trainer.state.global_step)
     trainer.save_model()
     finish_card(trainer)
     say(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
     if background is not None:
         background.wait()
         say(f"pushed to {push_adapter(Path(training_args.output_dir), repo_id, **push_options(training_args))}")
+    return None
 
 
 def say(*lines: str) -> None:
@@ -131,6 +150,32 @@ def choose_start(training_args: TrainingSettings) -> str | None:
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     return None if checkpoint is None else str(checkpoint)
+
+
+def describe_for_resuming(
+    data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, train: Dataset
+) -> dict:
+    """Return what a run must have in common with the one whose checkpoint it goes on from; JSON, without paths."""
+    settings = {**training_args.to_dict(), **dataclasses.asdict(data_args), **dataclasses.asdict(model_args)}
+    base = describe_base(model_args.model_name_or_path, model_args.model_revision)
+    order = hashlib.sha256(json.dumps(train["id"][:]).encode()).hexdigest()
+    shared = {
+        "settings": {key: x for key, x in settings.items() if not key.startswith(WITHOUT_INFLUENCE)},
+        "base": {key: base[key] for key in ("name", "revision", "commit")},
+        "data": {"training samples": fingerprint(train), "their order": order},
+        "versions": library_versions(),
+        "processes": training_args.world_size,
+    }
+    return json.loads(json.dumps(shared, default=str))
+
+
+def check_start(checkpoint: str | None, shared: dict, training_args: TrainingSettings) -> None:
+    """Refuse to go on under other settings, data or versions, unless asked to; then say what changed."""
+    if checkpoint is None:
+        return
+    allowed = training_args.allow_config_change
+    for change in check_same_run(Path(checkpoint), shared, fixed=FIXED, allow_change=allowed):
+        say(f"changed: {change}")
 
 
 def claim_repository(training_args: TrainingSettings) -> str | None:
@@ -240,12 +285,12 @@ def decide_checkpointing(
 
 def build_trainer(
     model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: TrainingSettings,
-    lengths: dict[str, SampleLengths], *, pack_tokens: int | None,
+    lengths: dict[str, SampleLengths], *, pack_tokens: int | None, run: dict,
 ) -> SFTTrainer:  # fmt: skip
     """Wire the model, the data and our collator into TRL's trainer; with `pack_tokens`, into the one that packs."""
     training_args.remove_unused_columns = False  # the collator names a sample by its id
     packed = pack_tokens is not None
-    make, packing = SFTTrainer, {}
+    make, packing = SafeSFTTrainer, {}
     if packed:
         make = PackedSFTTrainer
         packing = {f"{split}_lengths": own.total for split, own in lengths.items()} | {"pack_tokens": pack_tokens}
@@ -257,6 +302,7 @@ def build_trainer(
         eval_dataset=splits["validation"] if training_args.eval_strategy != "no" else None,
         processing_class=processor,
         callbacks=[CurvesCallback],
+        run=run,
         **packing,
     )
     # Qwen2.5-VL's class says that its own loss takes no token count, and the trainer then averages micro-batches as if
@@ -309,18 +355,10 @@ def mixed_precision(trainer: SFTTrainer) -> str:
 
 
 def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
-    """Note beside the adapter how its base model is loaded, so that predict.py can load it in the same way.
-
-    Raises:
-        ValueError: the checkpoints in the folder were made with another precision or revision.
-    """
-    path, facts = output_dir / RUN_FACTS, loading_settings(model_args)
-    if list_checkpoints(output_dir) and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := {key: (before.get(key), value) for key, value in facts.items() if before.get(key) != value}:
-            raise ValueError(f"output_dir: {output_dir} was trained on another base, (before, now): {changed}")
+    """Note beside the adapter how its base model is loaded, so that predict.py can load it in the same way."""
     if PartialState().is_main_process:
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(loading_settings(model_args), indent=2)
+        (output_dir / RUN_FACTS).write_text(text + "\n", encoding="utf-8")
 
 
 def write_facts(
@@ -366,6 +404,7 @@ def push_every_save(trainer: SFTTrainer, repo_id: str | None) -> BackgroundPush 
 def finish_card(trainer: SFTTrainer) -> None:
     """Write the model card, in place of the libraries' own, which name local paths."""
     if PartialState().is_main_process:
+        (Path(trainer.args.output_dir) / SETTINGS_WITH_TOKENS).unlink()
         output_dir, state = Path(trainer.args.output_dir), dataclasses.asdict(trainer.state)
         kept_best = trainer.args.load_best_model_at_end and state["best_global_step"] is not None
         add_facts(output_dir, training=progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))

@@ -1,25 +1,139 @@
-"""TRL's trainer, fed with packs: several samples in one row, as many as a budget of tokens takes."""
+"""TRL's trainer with what a long run needs: sealed checkpoints, a stop before bad numbers, and packs."""
 
+import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from attention import REGISTERED
+from checkpoints import list_checkpoints, rotate, seal
 from packing import PackSampler
+from stopping import shield_workers
+
+SETTINGS_WITH_TOKENS = "training_args.bin"
 
 
-class PackedSFTTrainer(SFTTrainer):
-    """`SFTTrainer` whose batches are packs.
+class NamedBatches:
+    """A collator whose batches also carry their samples' ids, for messages."""
+
+    def __init__(self, collate: Callable[[list[dict]], dict]):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict]) -> dict:
+        return {**self.collate(examples), "sample_ids": [example["id"] for example in examples]}
+
+
+class SafeSFTTrainer(SFTTrainer):
+    """`SFTTrainer` that keeps whole checkpoints only, and never steps on gradients that are not finite.
+
+    Args:
+        run: what a run that goes on from a checkpoint must have in common with this one; JSON.
+        kwargs: as `SFTTrainer` takes them.
+    """
+
+    def __init__(self, *, run: dict | None = None, **kwargs):
+        self.run, self.limit, self.step_ids = run or {}, kwargs["args"].save_total_limit, []
+        kwargs["args"].save_total_limit = None  # rotating comes after sealing, and not before
+        super().__init__(**kwargs)
+        self.data_collator = NamedBatches(self.data_collator)
+        self.add_callback(FiniteCallback(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        return shield_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return shield_workers(super().get_eval_dataloader(eval_dataset))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        ids = inputs.pop("sample_ids", [])
+        if model.training:
+            self.step_ids += ids
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save, seal and rotate. A disk that is full leaves a single process going, and earlier checkpoints whole."""
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        problem = self._lacking_room(path)
+        if problem is None:
+            try:
+                self._write(path, model, trial)
+            except (OSError, RuntimeError, SafetensorError) as error:  # what safetensors and torch make of ENOSPC
+                if self.args.world_size > 1:  # the others wait for this one
+                    raise
+                problem = " ".join(str(error).split())
+        if problem is not None and self.args.should_save:
+            shutil.rmtree(path, ignore_errors=True)
+            print(f"warning: {path.name} was not saved, earlier ones stay: {problem}", flush=True)
+
+    def _lacking_room(self, path: Path) -> str | None:
+        """Return a complaint when a checkpoint of the size of the last one would not fit, in all processes alike."""
+        complaint = None
+        if self.args.should_save:
+            shutil.rmtree(path, ignore_errors=True)  # what a run before left, cut off or damaged
+            found = list_checkpoints(path.parent)
+            needed = sum(file.stat().st_size for file in found[0].rglob("*")) if found else 0
+            if (free := shutil.disk_usage(path.parent).free) < needed:
+                complaint = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+        return gather_object([complaint])[0]
+
+    def _write(self, path: Path, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state
+        if self.args.should_save:
+            (path / SETTINGS_WITH_TOKENS).unlink(missing_ok=True)
+            seal(path, self.run)
+            best = self.state.best_model_checkpoint
+            rotate(path.parent, self.limit, Path(best) if best else None)
+
+
+class FiniteCallback(TrainerCallback):
+    """Ends a run before a step on gradients that are not finite; one such step would spoil every weight."""
+
+    def __init__(self, trainer: SafeSFTTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        ids, self.trainer.step_ids = self.trainer.step_ids, []
+        scaler = self.trainer.accelerator.scaler
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        if torch.isfinite(norm) or (scaler is not None and scaler.is_enabled()):  # a scaler skips such steps itself
+            return
+        bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
+        path = self._write(Path(args.output_dir), state.global_step + 1, ids, bad)
+        some = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+        raise ValueError(
+            f"step {state.global_step + 1}: the gradients are not finite, and nothing of it was kept; its samples "
+            f"({some}) are in {path}; look at them, or go on from the last checkpoint with a lower learning_rate"
+        )
+
+    def _write(self, output_dir: Path, step: int, ids: list[str], bad: list[str]) -> Path:
+        """Leave the step's samples, without their images, in a file of this process."""
+        dataset = self.trainer.train_dataset.select_columns(["id", "messages", "image_sizes"])
+        rows = [row for row in dataset if row["id"] in set(ids)]
+        path = output_dir / f"not_finite_step_{step}_process_{self.trainer.args.process_index}.json"
+        path.write_text(json.dumps({"step": step, "samples": rows, "gradients": bad}, indent=1), encoding="utf-8")
+        return path
+
+
+class PackedSFTTrainer(SafeSFTTrainer):
+    """Trainer whose batches are packs: several samples in one row, as many as a budget of tokens takes.
 
     Args:
         pack_tokens: most tokens in a pack.
         train_lengths: of the training samples, tokens.
         validation_lengths: of the validation samples; None without evaluation.
-        kwargs: as `SFTTrainer` takes them; the collator packs, and the model attends within samples.
+        kwargs: as `SafeSFTTrainer` takes them; the collator packs, and the model attends within samples.
     """
 
     def __init__(
@@ -65,7 +179,7 @@ class PackedSFTTrainer(SFTTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(shield_workers(loader))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As TRL computes it. A mask of ones lets TRL count the tokens, which it else takes to be one a pack; `varlen`

@@ -55,13 +55,16 @@ def make_trainer(base, data, out, **settings):
     splits = train_sft.load_data(data_args, training_args)
     splits["train"] = train_sft.draw_by_weight(splits["train"], training_args.seed)
     lengths = train_sft.check_data(splits, processor, training_args)
+    shared = train_sft.describe_for_resuming(data_args, training_args, model_args, splits["train"])
     pack_tokens, training_args.packing = data_args.pack_tokens if training_args.packing else None, False
     torch.manual_seed(training_args.seed)
     model = train_sft.build_model(data_args, model_args)
     train_sft.decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
     if training_args.compile_layers:
         compile_layers(model)
-    return train_sft.build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens)
+    return train_sft.build_trainer(
+        model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared
+    )
 
 
 @pytest.mark.parametrize("vision", ["true", "false"])
@@ -311,30 +314,75 @@ def test_a_data_set_without_validation_is_refused_unless_evaluation_is_off(tiny_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_r": 8}, "r was 4 and is 8 now; keep the LoRA settings to go on"),
-        ({"lora_alpha": 64}, "lora_alpha was 32 and is 64 now"),
-        ({"freeze_vision_encoder": "false"}, "target_modules was"),
-        ({"load_in_4bit": "false"}, "was trained on another base, (before, now): {'quantization': ('nf4', None)}"),
+        ({"lora_r": 8}, "lora_r was 4 and is 8 now; its weights do not fit"),
+        ({"freeze_vision_encoder": "false", "allow_config_change": "true"}, "its weights do not fit"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.002 and is 0.5 now; take that back, or go on with --allow_"),
+        ({"load_in_4bit": "false"}, "load_in_4bit was True and is False now; take that back"),
+        ({"max_steps": 6}, "max_steps was 4 and is 6 now; take that back"),
     ],
 )
-def test_a_run_does_not_go_on_with_another_adapter_or_base(tiny_base, demo_data, tmp_path, capsys, settings, message):
+def test_a_run_does_not_go_on_with_other_settings(tiny_base, demo_data, tmp_path, capsys, settings, message):
     train(tiny_base, demo_data, tmp_path)
-    before = (tmp_path / "run.json").read_text()
-    args = train_args(tiny_base, demo_data, tmp_path, **{"max_steps": 6, **settings})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    args = train_args(tiny_base, demo_data, tmp_path, **settings)
     assert run(lambda: train_sft.main(args)) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert (tmp_path / "run.json").read_text() == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_auto_passes_over_a_broken_checkpoint_and_a_fresh_start_needs_a_fresh_folder(
-    tiny_base, demo_data, tmp_path, capsys
-):
+def test_a_run_goes_on_with_other_settings_when_asked_to_and_says_what_changed(tiny_base, demo_data, tmp_path, capsys):
+    train(tiny_base, demo_data, tmp_path)
+    train(tiny_base, demo_data, tmp_path, max_steps=6, allow_config_change="true", report_to="none", save_steps=3)
+    out = capsys.readouterr().out
+    assert "changed: max_steps was 4 and is 6 now" in out
+    assert metrics(tmp_path)[-1]["step"] == 6
+
+
+def test_a_run_does_not_go_on_with_other_data(tiny_base, demo_data, tmp_path, capsys):
+    train(tiny_base, demo_data, tmp_path / "run")
+    splits = load_splits(str(demo_data))
+    splits["train"] = splits["train"].select(range(31))
+    splits.save_to_disk(str(tmp_path / "fewer"))
+    args = train_args(tiny_base, tmp_path / "fewer", tmp_path / "run")
+    assert run(lambda: train_sft.main(args)) == 1
+    assert re.search(
+        r"checkpoint-4: their order was '\w+' and is '\w+' now; training samples", capsys.readouterr().err
+    )
+
+
+def test_auto_passes_over_a_broken_checkpoint_and_goes_on_from_the_one_before(tiny_base, demo_data, tmp_path, capsys):
     expected = train(tiny_base, demo_data, tmp_path)
     (tmp_path / "checkpoint-4" / ADAPTER).write_bytes(b"half")
     assert_same_weights(expected, train(tiny_base, demo_data, tmp_path))
     out = capsys.readouterr().out
-    assert f"passed over checkpoint {tmp_path}/checkpoint-4: unreadable" in out
+    assert f"passed over checkpoint {tmp_path}/checkpoint-4: {ADAPTER} has 4 bytes instead of" in out
     assert f"going on from {tmp_path}/checkpoint-2" in out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_that_are_not_finite_end_the_run_before_they_are_used(
+    tiny_base, demo_data, tmp_path, capsys, packed
+):
+    """A learning rate this high sends the weights to infinity, as a bad batch would."""
+    settings = {
+        "learning_rate": 1e38,
+        "warmup_steps": 0,
+        "max_steps": 8,
+        "save_steps": 1,
+        **(PACKED if packed else {}),
+    }
+    args = train_args(tiny_base, demo_data, tmp_path, **settings, eval_strategy="no", max_grad_norm=0)
+    assert run(lambda: train_sft.main(args)) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    step = int(re.search(r"step (\d+): the gradients are not finite, and nothing of it was kept", line).group(1))
+    [path] = tmp_path.glob("not_finite_step_*.json")
+    left = json.loads(path.read_text())
+    assert path.name == f"not_finite_step_{step}_process_0.json" and left["step"] == step and left["gradients"]
+    assert left["samples"] and all(sample["id"] in line for sample in left["samples"][:5])
+    newest = max(int(folder.name[11:]) for folder in tmp_path.glob("checkpoint-*"))
+    assert newest == step - 1
+    for folder in tmp_path.glob("checkpoint-*"):
+        assert all(value.isfinite().all() for value in load_file(folder / ADAPTER).values())
 
 
 def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_path, capsys):
