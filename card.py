@@ -20,7 +20,7 @@ RUN_FACTS = "run.json"  # how the base model is loaded
 FACTS = "facts.json"  # what training knows about itself: base, data, settings, progress; no path and no file name
 METRICS = "eval/metrics.json"
 SETTINGS = "eval/settings.json"  # of the evaluation; names the adapter that was measured
-PLOTS = "eval/*.png"  # not those in folders below
+PLOTS = tuple(f"eval/{name}.png" for name in ("abstention", "confusion", "reliability", "subgroups"))  # and no others
 WEIGHTS = "adapter_model.safetensors"
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -218,7 +218,7 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         **(label_counts(sections["data"]) if sections["data"] else {}),
         metrics=metrics,
         **(describe_results(metrics) if metrics else {}),
-        plots=sorted(path.name for path in output_dir.glob(PLOTS)),
+        plots=[Path(name).name for name in PLOTS if (output_dir / name).is_file()],
         few=FEW,
     )
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -8,7 +8,8 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,15 @@ OF_PROCESSOR = (
 )
 OF_ADAPTER = (WEIGHTS, *OF_PROCESSOR)
 OF_RUN = (RUN_FACTS, "training_metrics.png")
+# The Hub's passing troubles, and how long to wait before each new try, s; the client retries large files alone.
+BUSY = (408, 429, 500, 502, 503, 504)
+WAITS = (1, 2, 4, 8)
 ADVICE = {401: "; log in with `hf auth login`, or set HF_TOKEN", 403: "; the token may not write there"}
 
 
-def open_repository(repo_id: str, *, private: bool = True, revision: str | None = None) -> str:
+def open_repository(
+    repo_id: str, *, private: bool = True, revision: str | None = None, repo_type: str = "model"
+) -> str:
     """Make the repository if it does not exist, see that it can be written to, and return its full id.
 
     Done before training, so that a missing token costs a second and not a night.
@@ -46,6 +52,7 @@ def open_repository(repo_id: str, *, private: bool = True, revision: str | None 
         repo_id: "name" or "owner/name".
         private: whether a repository that is made now is private.
         revision: branch to make if it does not exist; the main one when None.
+        repo_type: "model" or "dataset".
 
     Raises:
         ValueError: no token, no network, no right to write, or a repository that is public and should not be.
@@ -54,19 +61,24 @@ def open_repository(repo_id: str, *, private: bool = True, revision: str | None 
     """
     if get_token() is None:
         raise ValueError(f"no token to push to {repo_id} with: log in with `hf auth login`, or set HF_TOKEN")
-    api = HfApi()
     with one_line(f"cannot push to {repo_id}"):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
-        found = api.repo_info(repo_id).private
+        repo_id, found = patiently(lambda: _claim(repo_id, private, repo_type))
     if found != private:
         words = {True: "private", False: "public"}
         rule = "ask for what it is (hub_private_repo, --public), or change it there"
         raise ValueError(f"{repo_id} is {words[found]} on the Hub and should be {words[private]}; {rule}")
     if revision is not None:
         with one_line(f"cannot push to {repo_id}, branch {revision}"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            patiently(lambda: HfApi().create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True))
     return repo_id
+
+
+def _claim(repo_id: str, private: bool, repo_type: str) -> tuple[str, bool]:
+    """Return the full id of a repository that is there now, and whether it is private."""
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+    api.auth_check(repo_id, repo_type=repo_type, write=True)
+    return repo_id, api.repo_info(repo_id, repo_type=repo_type).private
 
 
 def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None, private: bool = True) -> str:
@@ -115,20 +127,43 @@ def collect(output_dir: Path, adapter_dir: Path | None = None) -> dict[str, byte
     }
     paths = {name: source / name for name in OF_ADAPTER} | {name: output_dir / name for name in OF_RUN}
     if adapter_dir is None and read_metrics(output_dir) is not None:
-        paths |= {str(path.relative_to(output_dir)): path for path in output_dir.glob(PLOTS)}
-        paths[METRICS] = output_dir / METRICS
+        paths |= {name: output_dir / name for name in (METRICS, *PLOTS)}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     return files | {name: text.encode() for name, text in made.items()}
 
 
 def upload(files: dict[str, bytes], repo_id: str, *, revision: str | None, message: str) -> CommitInfo:
-    """Commit all the files at once; those that the repository has already are not sent again."""
-    return HfApi().create_commit(
-        repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())],
-        commit_message=message,
-        revision=revision,
-    )
+    """Commit all the files at once; those that the repository has already are not sent again.
+
+    To try again is safe, also when the commit was made and only its answer was lost: nothing new makes no commit.
+    """
+
+    def commit() -> CommitInfo:
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=text) for name, text in sorted(files.items())]
+        return HfApi().create_commit(repo_id, added, commit_message=message, revision=revision)
+
+    return patiently(commit)
+
+
+def patiently(call: Callable):
+    """Return what a call of the Hub's client returns; try again, and say so, while the Hub is busy or out of reach."""
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:  # see `one_line`
+            if not may_pass(error):
+                raise
+            tqdm.write(f"{explain(error)}; trying again in {wait} s", file=sys.stderr)
+        time.sleep(wait)
+    return call()
+
+
+def may_pass(error: Exception) -> bool:
+    """Tell whether an error may be gone in a few seconds: the Hub is busy or out of reach, and has not said no."""
+    error = _cause(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in BUSY
+    return not isinstance(error, OSError | ValueError)
 
 
 class BackgroundPush:
@@ -183,8 +218,7 @@ def one_line(before: str, after: str = "") -> Iterator[None]:
 
 def explain(error: Exception) -> str:
     """Return in one line why the Hub could not be reached, or did not take what it was sent."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the client wraps the error of one file
+    error = _cause(error)
     if isinstance(error, HfHubHTTPError):
         status, said = error.response.status_code, error.server_message
         text = f"the Hub says {status}{f' ({said})' if said else ''}{ADVICE.get(status, '')}"
@@ -193,6 +227,12 @@ def explain(error: Exception) -> str:
     else:
         text = f"{type(error).__name__} at {HfApi().endpoint}: {error}"
     return " ".join(text.split())
+
+
+def _cause(error: Exception) -> Exception:
+    """Return what went wrong; the client wraps the error of one file."""
+    wrapped = isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if wrapped else error
 
 
 def build_parser() -> argparse.ArgumentParser:

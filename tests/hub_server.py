@@ -25,11 +25,14 @@ class HubServer:
         bodies: what was sent with them.
         refuse: word of a path; such requests are answered with 403.
         stop_after: end of a path; the server goes down once it has answered such a request.
+        busy: word of a path, and how many such requests are still answered with 503.
+        lost: how many commits are still made without telling so: their answer is 504.
     """
 
     def __init__(self):
         self.repos, self.blobs, self.requests, self.bodies, self.unknown = {}, {}, [], [], []
         self.refuse = self.stop_after = None
+        self.busy, self.lost = ("", 0), 0
         self.lock = threading.Lock()
 
     def start(self) -> "HubServer":
@@ -84,6 +87,9 @@ class HubHandler(BaseHTTPRequestHandler):
             hub.bodies.append(body)
             if hub.refuse and hub.refuse in path:
                 self.fail(403, message="You have no right to do this")
+            elif hub.busy[1] and hub.busy[0] in path:
+                hub.busy = (hub.busy[0], hub.busy[1] - 1)
+                self.fail(503, message="Come back later")
             else:
                 self.route(method, path.strip("/").split("/"), body)
         if hub.stop_after and path.endswith(hub.stop_after):
@@ -98,7 +104,7 @@ class HubHandler(BaseHTTPRequestHandler):
             case ("PUT", "lfs", oid):
                 self.hub.blobs[oid] = body
                 self.reply({})
-            case (_, "api", "models", owner, name, *rest):
+            case (_, "api", "models" | "datasets", owner, name, *rest):
                 if self.may_see(f"{owner}/{name}"):
                     self.of_repository(method, f"{owner}/{name}", rest, body)
             case ("POST", owner, name, "info", "lfs", "objects", "batch") if name.endswith(".git"):
@@ -200,6 +206,10 @@ class HubHandler(BaseHTTPRequestHandler):
                 repo["branches"][branch][value["path"]] = base64.b64decode(value["content"])
             else:
                 repo["branches"][branch][value["path"]] = self.hub.blobs[value["oid"]]
+        if self.hub.lost:
+            self.hub.lost -= 1
+            self.fail(504, message="No answer in time")
+            return
         sha = commit_id(repo["branches"][branch])
         self.reply({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}"})
 

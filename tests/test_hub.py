@@ -32,6 +32,15 @@ UPLOADED = {
     "tokenizer_config.json",
     "training_metrics.png",
 }
+# Runs one of the commands, and waits no second before it tries again.
+IMPATIENT = """
+import sys
+from importlib import import_module
+from cli import run
+import hub
+hub.WAITS = (0.01,) * 4
+sys.exit(run(import_module(sys.argv.pop(1)).main))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def call(server, home, *command, **environment):
 
 
 def push(server, tmp_path, *args, **environment):
-    return call(server, tmp_path / "home", "-m", "hub", *args, **environment)
+    return call(server, tmp_path / "home", "-c", IMPATIENT, "hub", *args, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +96,6 @@ def test_a_checkpoint_arrives_while_training_goes_on(trained):
 
 
 def test_nothing_that_was_sent_holds_a_token_a_path_or_optimizer_state(server, trained, tiny_base, demo_data):
-    assert (trained.out / "training_args.bin").is_file()
     sent = b"\n".join([*server.bodies, *trained.arrived.values()])
     for secret in (TOKEN, tiny_base, tiny_base.parent, demo_data, trained.out.parent, "optimizer.pt"):
         assert str(secret).encode() not in sent
@@ -95,6 +103,13 @@ def test_nothing_that_was_sent_holds_a_token_a_path_or_optimizer_state(server, t
     assert config["base_model_name_or_path"] == tiny_base.name
     own = json.loads((trained.out / "adapter_config.json").read_text())
     assert own["base_model_name_or_path"] == str(tiny_base)
+
+
+def test_a_run_that_pushes_leaves_no_token_and_no_settings_with_one(trained):
+    left = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
+    assert not any(path.name == "training_args.bin" for path in left)
+    assert not any(TOKEN.encode() in content for content in left.values())
+    assert TOKEN not in trained.done.stdout + trained.done.stderr
 
 
 def test_another_process_answers_from_the_hub_as_from_the_folder(
@@ -129,7 +144,7 @@ def test_a_push_after_evaluation_brings_figures_and_plots_but_no_page_with_pictu
     runs = {"adapter": {"diagnosis": {"accuracy": figure}}}
     metrics = {"split": "test", "samples": 4, "diagnosed": 4, "runs": runs}
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics))
-    for name in ("confusion.png", "report.html", "predictions.jsonl", "images/patient.png"):
+    for name in ("confusion.png", "patient.png", "report.html", "predictions.jsonl", "images/patient.png"):
         (out / "eval" / name).write_bytes(b"...")
     done = push(server, tmp_path, out, "tester/evaluated", "--revision", "v2")
     assert done.returncode == 0, done.stderr
@@ -154,7 +169,8 @@ def test_the_network_may_fail_in_the_middle_and_the_printed_command_pushes_later
 ):
     own_server.stop_after = f"/api/models/{REPO}"  # the last question before training
     out = tmp_path / "my run"
-    done = call(own_server, tmp_path / "home", "train_sft.py", *train_args(tiny_base, demo_data, out, **PUSH))
+    command = [IMPATIENT, "train_sft", *train_args(tiny_base, demo_data, out, **PUSH)]
+    done = call(own_server, tmp_path / "home", "-c", *command)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     [warning] = [line for line in lines if line.startswith("warning: checkpoint-2 not pushed to tester/skin: ")]
@@ -196,6 +212,37 @@ def test_a_push_that_is_refused_ends_with_one_line(own_server, trained, tmp_path
     assert ("the adapter is safe in" in line) == line.startswith("error: not pushed")
 
 
+@pytest.mark.parametrize("word", ["/create", "/commit/"])
+def test_a_busy_hub_is_asked_again_and_gets_one_commit(own_server, trained, tmp_path, word):
+    own_server.busy = (word, 3)
+    done = push(own_server, tmp_path, trained.out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the Hub says 503 (Come back later); trying again in 0.01 s\n") == 3
+    assert own_server.repos[REPO]["commits"] == ["Upload adapter, processor and model card"]
+    assert own_server.repos[REPO]["private"] and set(own_server.files(REPO)) == UPLOADED
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(own_server, trained, tmp_path):
+    own_server.lost = 1
+    done = push(own_server, tmp_path, trained.out, REPO)
+    assert done.returncode == 0, done.stderr
+    assert "the Hub says 504 (No answer in time); trying again in 0.01 s\n" in done.stderr
+    assert own_server.repos[REPO]["commits"] == ["Upload adapter, processor and model card"]
+
+
+def test_a_hub_that_stays_busy_ends_the_push_and_leaves_the_adapter(own_server, trained, tmp_path):
+    before = (trained.out / "adapter_model.safetensors").read_bytes()
+    own_server.busy = ("/commit/", 99)
+    done = push(own_server, tmp_path, trained.out, REPO)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(
+        "error: not pushed to tester/skin: the Hub says 503 (Come back later); the adapter is safe in"
+    )
+    assert own_server.count("POST", "/commit/") == 5 and own_server.repos[REPO]["commits"] == []
+    assert (trained.out / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_uploads_never_overlap_and_a_failed_one_is_only_a_warning(monkeypatch, capsys, tmp_path):
     gate, sent = threading.Event(), []
 
@@ -234,6 +281,14 @@ def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained,
         "error: tester/skin is public on the Hub and should be private; "
         "ask for what it is (hub_private_repo, --public), or change it there\n"
     )
+
+
+def test_a_public_data_set_is_not_taken_for_a_private_one(own_server, tmp_path):
+    own_server.repos["tester/set"] = {"private": False, "branches": {"main": {}}, "commits": []}
+    claim = "import hub; hub.open_repository('tester/set', repo_type='dataset')"
+    done = call(own_server, tmp_path / "home", "-c", claim)
+    assert "ValueError: tester/set is public on the Hub and should be private; " in done.stderr
+    assert own_server.count("GET", "/api/datasets/tester/set") == 2 and own_server.unknown == []
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
