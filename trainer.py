@@ -192,7 +192,7 @@ class PackedSFTTrainer(SafeSFTTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(shield_workers(loader))
+        return shield_workers(self.accelerator.prepare(loader))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As TRL computes it. A mask of ones lets TRL count the tokens, which it else takes to be one a pack; `varlen`
