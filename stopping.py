@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_STOP = 1.0  # s; a launcher that passes a signal on sends it twice
+LAST_STEP = 30  # s; how long launchers wait for a process that they have asked to stop
 PARENT_DIED = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
@@ -61,17 +62,23 @@ def die_with_launcher() -> None:
 
 
 def shield_workers(loader: DataLoader) -> DataLoader:
-    """Let the workers of a loader outlive the first signal: one to the whole group of processes must not take away the
-    batches that the last step still needs."""
+    """Let the workers of a loader that accelerate has prepared outlive a signal for a while: one to the whole group of
+    processes must not take away the batches that the last step still needs."""
     before = loader.worker_init_fn
+
+    def outlive(number: int, frame) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        signal.alarm(LAST_STEP)
 
     def start(worker: int) -> None:
         for number in SIGNALS:
-            signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+            signal.signal(number, outlive)
         if before is not None:
             before(worker)
 
-    loader.worker_init_fn = start
+    # It iterates over the loader within; the copy that skips batches on resume is made from the one without.
+    loader.worker_init_fn = loader.base_dataloader.worker_init_fn = start
     return loader
 
 

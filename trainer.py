@@ -61,7 +61,12 @@ class SafeSFTTrainer(SFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save, seal and rotate. A disk that is full leaves a single process going, and earlier checkpoints whole."""
+        """Save, seal and rotate. A disk that is full leaves a single process going, and earlier checkpoints whole.
+
+        Raises:
+            ValueError: a weight is not finite; nothing is written.
+        """
+        check_finite(model, self.state.global_step)
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         problem = self._lacking_room(path)
         if problem is None:
@@ -94,6 +99,14 @@ class SafeSFTTrainer(SFTTrainer):
             seal(path, self.run)
             best = self.state.best_model_checkpoint
             rotate(path.parent, self.limit, Path(best) if best else None)
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Raise ValueError when a trained weight is not finite, as after steps that are far too long."""
+    bad = [name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+    if bad:
+        rule = "go on from the last checkpoint with a lower learning_rate"
+        raise ValueError(f"step {step}: {len(bad)} weights are not finite, the first is {bad[0]}; not saved; {rule}")
 
 
 class FiniteCallback(TrainerCallback):
@@ -179,7 +192,7 @@ class PackedSFTTrainer(SafeSFTTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(shield_workers(loader))
+        return shield_workers(self.accelerator.prepare(loader))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As TRL computes it. A mask of ones lets TRL count the tokens, which it else takes to be one a pack; `varlen`

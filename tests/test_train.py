@@ -363,26 +363,44 @@ def test_auto_passes_over_a_broken_checkpoint_and_goes_on_from_the_one_before(ti
 def test_gradients_that_are_not_finite_end_the_run_before_they_are_used(
     tiny_base, demo_data, tmp_path, capsys, packed
 ):
-    """A learning rate this high sends the weights to infinity, as a bad batch would."""
-    settings = {
-        "learning_rate": 1e38,
-        "warmup_steps": 0,
-        "max_steps": 8,
-        "save_steps": 1,
-        **(PACKED if packed else {}),
-    }
-    args = train_args(tiny_base, demo_data, tmp_path, **settings, eval_strategy="no", max_grad_norm=0)
-    assert run(lambda: train_sft.main(args)) == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    step = int(re.search(r"step (\d+): the gradients are not finite, and nothing of it was kept", line).group(1))
+    """A weight of the base that is infinite for one token, as a damaged download would have it."""
+    settings = {"max_steps": 8, "save_steps": 1, "eval_strategy": "no", **(PACKED if packed else {})}
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, **settings)
+    spoil = SpoilAt(5)
+    trainer.add_callback(spoil)
+    with pytest.raises(ValueError, match="step 5: the gradients are not finite, and nothing of it was kept") as caught:
+        trainer.train()
     [path] = tmp_path.glob("not_finite_step_*.json")
     left = json.loads(path.read_text())
-    assert path.name == f"not_finite_step_{step}_process_0.json" and left["step"] == step and left["gradients"]
-    assert left["samples"] and all(sample["id"] in line for sample in left["samples"][:5])
-    newest = max(int(folder.name[11:]) for folder in tmp_path.glob("checkpoint-*"))
-    assert newest == step - 1
-    for folder in tmp_path.glob("checkpoint-*"):
+    assert path.name == "not_finite_step_5_process_0.json" and left["step"] == 5 and left["gradients"]
+    assert left["samples"] and all(sample["id"] in str(caught.value) for sample in left["samples"][:5])
+    assert max(int(folder.name[11:]) for folder in tmp_path.glob("checkpoint-*")) == 4
+    assert_finite_checkpoints(tmp_path)
+
+
+class SpoilAt(TrainerCallback):
+    """Makes the norm before the LM head infinite before a step, so that this step's gradients are not finite."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            model.get_base_model().model.language_model.norm.weight.data.fill_(float("inf"))
+
+
+def assert_finite_checkpoints(out):
+    for folder in out.glob("checkpoint-*"):
         assert all(value.isfinite().all() for value in load_file(folder / ADAPTER).values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_base, demo_data, tmp_path, capsys):
+    """Steps so long that the weights overflow, while the gradients are still finite."""
+    settings = {"learning_rate": 1e38, "warmup_steps": 0, "max_steps": 8, "save_steps": 1, "eval_strategy": "no"}
+    args = train_args(tiny_base, demo_data, tmp_path, **settings)
+    assert run(lambda: train_sft.main(args)) == 1
+    assert re.search(r"step \d+: \d+ weights are not finite, the first is \S+; not saved", capsys.readouterr().err)
+    assert_finite_checkpoints(tmp_path)
 
 
 def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_path, capsys):

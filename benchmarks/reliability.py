@@ -1,0 +1,265 @@
+"""Runs that are killed, starved of disk or stopped, and whether they end with the bytes of one that was not.
+
+    python -m benchmarks.reliability            # under 20 minutes on two cores
+    python -m benchmarks.reliability --quick    # a few of each, in two minutes
+
+A tiny Qwen2.5-VL with random weights is trained by `train_sft.py`'s own main in child processes, which are really
+killed. The reference is the same run, left alone. One line for each check: how many of how many held.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from cli import run
+
+import train_sft
+from checkpoints import MANIFEST, list_checkpoints, read_manifest
+from data_prep import prepare_dataset
+from demo.draw import write_demo
+from demo.tiny_model import save_tiny_model
+
+ADAPTER = "adapter_model.safetensors"
+COMPARED = ("step", "loss", "grad_norm", "learning_rate")
+PACKED = {
+    "packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen",
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+}  # fmt: skip
+# 32 samples in batches of 2: 16 batches an epoch, which 3 does not divide; 10 or 11 packs.
+SETTINGS = {
+    "config": "configs/demo.yaml", "max_steps": 24, "save_steps": 4, "save_total_limit": 3, "logging_steps": 1,
+    "eval_strategy": "no", "per_device_train_batch_size": 2, "lora_r": 4, "lora_dropout": 0.1, "disable_tqdm": "true",
+}  # fmt: skip
+# The n-th time that a save touches a file of this name; what is done is what Python's own audit events tell.
+POINTS = {
+    "the adapter is written": ("open", "adapter_config.json"),
+    "the processor is being written": ("open", "processor_config.json"),
+    "all but the trainer's state is written": ("open", "trainer_state.json"),
+    "everything is written, nothing sealed": ("open", f"{MANIFEST}.unfinished"),
+    "the seal is about to appear": ("os.rename", f"{MANIFEST}.unfinished"),
+    "an old checkpoint is being deleted": ("shutil.rmtree", "checkpoint-"),
+}
+
+
+def child(work: Callable[[], int | None], log: Path, before: Callable[[], None] | None = None) -> int:
+    """Start `work` in a process of its own and return the process's number; its output goes to `log`."""
+    if number := os.fork():
+        return number
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if before is not None:
+        before()
+    code = run(work)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def wait(number: int) -> int:
+    """Return the exit code of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+class Lab:
+    """A folder with a base model, data, and the runs that are made with them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def prepare(self) -> None:
+        write_demo(self.folder / "raw", count=40)
+        save_tiny_model(
+            self.folder / "base", ["What condition is shown? This is melanoma."], hidden_size=64, num_layers=2
+        )
+        raw = self.folder / "raw"
+        splits = prepare_dataset(raw / "annotations.json", raw / "images", show_progress=False)
+        splits.save_to_disk(str(self.folder / "data"))
+
+    def start(self, name: str, before: Callable[[], None] | None = None, **settings) -> int:
+        paths = {"model_name_or_path": "base", "dataset_path": "data", "output_dir": name}
+        words = {**SETTINGS, **settings, **{key: self.folder / path for key, path in paths.items()}}
+        arguments = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        return child(lambda: train_sft.main(arguments), self.folder / f"{name}.log", before)
+
+    def train(self, name: str, before: Callable[[], None] | None = None, **settings) -> int:
+        return wait(self.start(name, before, **settings))
+
+    def reference(self, **settings) -> str:
+        """Return the name of a run that was left alone."""
+        name = "whole-" + "-".join(str(value) for value in settings.values())
+        if not (self.folder / name).exists() and self.train(name, **settings):
+            raise RuntimeError((self.folder / f"{name}.log").read_text())
+        return name
+
+    def same(self, name: str, other: str) -> bool:
+        """Tell whether two runs ended with the same adapter and the same curves."""
+        return all(
+            self.content(name, file) == self.content(other, file) is not None for file in (ADAPTER, "metrics.jsonl")
+        )
+
+    def content(self, name: str, file: str) -> list | bytes | None:
+        path = self.folder / name / file
+        if not path.is_file():
+            return None
+        if file == ADAPTER:
+            return path.read_bytes()
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # not TRL's count of tokens, which starts anew on resume, and not the summary, which holds times
+        return [[row[key] for key in COMPARED] for row in rows if "loss" in row]
+
+
+def exact_resume(lab: Lab, quick: bool) -> tuple[int, int]:
+    """Stop in the middle of an epoch, at its end, and with accumulation over an uneven last batch."""
+    held, cases = 0, []
+    for base in ({}, {"load_in_4bit": "false"}):
+        for form in ({}, PACKED):
+            cases += [
+                (4, {**base, **form, "dataloader_num_workers": 2}),
+                (16 if not form else 10, {**base, **form, "save_steps": 16 if not form else 10}),
+                (4, {**base, **form, "gradient_accumulation_steps": 3, "max_steps": 12, "save_steps": 2}),
+            ]
+    cases = cases[::4] if quick else cases
+    for number, (stop, settings) in enumerate(cases):
+        settings = {**settings, "save_total_limit": 20}
+        whole, name = lab.reference(**settings), f"resumed-{number}"
+        (lab.folder / name).mkdir()
+        shutil.copytree(lab.folder / whole / f"checkpoint-{stop}", lab.folder / name / f"checkpoint-{stop}")
+        held += lab.train(name, **settings) == 0 and lab.same(name, whole)
+    return held, len(cases)
+
+
+def kill_at(event: str, name: str, after: int) -> Callable[[], None]:
+    """Return what a child has to call to be killed when it does something to a file for the n-th time."""
+
+    def watch() -> None:
+        left = [after]
+
+        def hook(found: str, arguments: tuple) -> None:
+            if found == event and name in str(arguments[0]) and "checkpoint-" in str(arguments[0]):
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+
+    return watch
+
+
+def killed_in_a_save(lab: Lab, quick: bool) -> tuple[int, int]:
+    whole, held = lab.reference(), 0
+    points = list(POINTS.items())[:: 2 if quick else 1]
+    for number, (_, (event, file)) in enumerate(points):
+        name = f"point-{number}"
+        killed = lab.train(name, kill_at(event, file, 1 if event == "shutil.rmtree" else 3))
+        held += killed == -signal.SIGKILL and lab.train(name) == 0 and lab.same(name, whole)
+    return held, len(points)
+
+
+def killed_at_random(lab: Lab, quick: bool) -> tuple[int, int]:
+    """Kill a run at random instants until it comes through, and see that no kill cost more than `save_steps` steps."""
+    whole, rng, held, kills, wanted = lab.reference(), random.Random(0), 0, 0, 5 if quick else 50
+    start = time.monotonic()
+    lab.train("timed")
+    lasts, number = time.monotonic() - start, 0
+    while kills < wanted:
+        name, number = f"random-{number}", number + 1
+        for _ in range(5):
+            process = lab.start(name)
+            time.sleep(rng.uniform(0.3, 1) * lasts)
+            os.kill(process, signal.SIGKILL)
+            if wait(process) == 0:
+                break
+            kills += 1
+            held += lost_steps(lab.folder / name) <= SETTINGS["save_steps"]
+        if lab.train(name) != 0 or not lab.same(name, whole):
+            held = -1_000_000
+    return held, kills
+
+
+def lost_steps(output_dir: Path) -> int:
+    """Return how many steps were done after the newest whole checkpoint."""
+    metrics = output_dir / "metrics.jsonl"
+    done = max(map(int, re.findall(r'"step": (\d+)}', metrics.read_text())), default=0) if metrics.exists() else 0
+    for path in list_checkpoints(output_dir):
+        try:
+            return max(0, done - read_manifest(path)["step"])
+        except ValueError:
+            continue
+    return done
+
+
+def full_disk(lab: Lab, quick: bool) -> tuple[int, int]:
+    """Let every file above a size fail to be written, for sizes below each file of a checkpoint."""
+    whole, held = lab.reference(), 0
+    files = sorted({file.stat().st_size for file in list_checkpoints(lab.folder / whole)[0].iterdir()})
+    sizes = files[:: 4 if quick else 1]
+    for number, size in enumerate(sizes):
+        name, limit = f"disk-{number}", (size - 1, resource.RLIM_INFINITY)
+        lab.train(name, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        whole_ones = [path for path in list_checkpoints(lab.folder / name) if (path / MANIFEST).exists()]
+        [read_manifest(path) for path in whole_ones]  # none may look whole and not be it
+        held += lab.train(name) == 0 and lab.same(name, whole)
+    return held, len(sizes)
+
+
+def soak(lab: Lab, quick: bool) -> tuple[int, int]:
+    """Many steps with many kills: the same bytes, and at most 5 % more memory than the run that was left alone."""
+    steps, kills = (100, 2) if quick else (1000, 20)
+    settings, rng = {"max_steps": steps, "save_steps": 10}, random.Random(1)
+    start = time.monotonic()
+    whole = lab.reference(**settings)
+    lasts, alone = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    for _ in range(kills):
+        process = lab.start("soak", **settings)
+        time.sleep(min(6, lasts / kills) + rng.uniform(2, 3))
+        os.kill(process, signal.SIGKILL)
+        wait(process)
+    code = lab.train("soak", **settings)
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / alone
+    print(f"  {steps} steps, {kills} kills: memory {memory:.3f} times that of the run left alone")
+    return int(code == 0 and lab.same("soak", whole) and memory <= 1.05), 1
+
+
+CHECKS = {
+    "stopped and resumed: the same bytes and curves": exact_resume,
+    "killed at a named point of a save: the same bytes": killed_in_a_save,
+    "killed at a random instant: same bytes, at most save_steps lost": killed_at_random,
+    "a disk that is full at each file: the next start recovers": full_disk,
+    "soak with kills: the same bytes, no more memory": soak,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few of each")
+    parser.add_argument("--only", help="checks whose name holds this")
+    args = parser.parse_args()
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores", flush=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        lab = Lab(Path(name))
+        wait(child(lab.prepare, lab.folder / "prepare.log"))
+        for words, check in CHECKS.items():
+            if args.only is None or args.only in words:
+                start = time.monotonic()
+                held, count = check(lab, args.quick)
+                failed += held != count
+                print(f"{words}: {held} of {count} ({time.monotonic() - start:.0f} s)", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

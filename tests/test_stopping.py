@@ -1,0 +1,118 @@
+"""Runs that are asked to stop: real processes, really signalled, in the ways that people launch them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train_args
+from safetensors.torch import load_file
+
+from checkpoints import read_manifest
+from stopping import EXIT_CODE, StopCallback
+
+BIN = Path(sys.executable).parent
+ADAPTER = "adapter_model.safetensors"
+SETTINGS = {"max_steps": 60, "save_steps": 50, "eval_strategy": "no", "lora_dropout": 0.1, "dataloader_num_workers": 2}
+LAUNCHERS = {
+    "python": [sys.executable],
+    "accelerate with one process": [str(BIN / "accelerate"), "launch", "--num_processes", "1"],
+    "torchrun with two processes": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
+}
+
+
+def start(launcher, base, data, out, **settings):
+    command = [*LAUNCHERS[launcher], "train_sft.py", *train_args(base, data, out, **{**SETTINGS, **settings})]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(out, step, process):
+    """Return when the run has logged a step."""
+    deadline = time.monotonic() + 120
+    path = Path(out) / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step}}}' in path.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def last_step(out):
+    return max(int(step) for step in re.findall(r'"step": (\d+)}', (Path(out) / "metrics.jsonl").read_text()))
+
+
+def processes_of(out):
+    """Return the processes whose command line names the run's folder, and that have not ended."""
+    left = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (path / "cmdline").read_bytes(), (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if str(out).encode() in command and state != "Z":
+            left.append(path.name)
+    return left
+
+
+def assert_nothing_left(out):
+    """Give the launcher's children a moment, as a killed launcher does not wait for them."""
+    deadline = time.monotonic() + 30
+    while left := processes_of(out):
+        assert time.monotonic() < deadline, f"processes {left} are still there"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, demo_data, tmp_path, launcher):
+    out = tmp_path / "run"
+    process = start(launcher, tiny_base, demo_data, out)
+    wait_for_step(out, 5, process)
+    seen, asked = last_step(out), time.monotonic()
+    if launcher == "python":  # to the whole group, as a terminal, Slurm and `timeout` send it: workers get it too
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    text = process.communicate()[0]
+    assert_nothing_left(out)
+    assert time.monotonic() - asked < 30
+    if launcher == "python":
+        assert process.returncode == EXIT_CODE, text
+        assert "SIGTERM: stopping after this step" in text
+        assert f"stopped by SIGTERM at step {last_step(out)}; the same command goes on from checkpoint-" in text
+    [saved] = out.glob("checkpoint-*")
+    step = read_manifest(saved)["step"]
+    assert seen <= step <= last_step(out) + 1 and step < SETTINGS["save_steps"], text
+    assert not (out / ADAPTER).exists()
+    if launcher != "python":
+        return
+    again = start(launcher, tiny_base, demo_data, out)
+    assert f"going on from {saved}" in again.communicate()[0]
+    assert again.returncode == 0
+    whole = start(launcher, tiny_base, demo_data, tmp_path / "whole")
+    assert whole.wait() == 0
+    left, right = (load_file(folder / ADAPTER) for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    stop, clock, killed = StopCallback(), [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "kill", lambda process, number: killed.append((process, number)))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        stop._ask(signal.SIGINT, None)
+        clock[0] += 0.5  # a launcher passes the same signal on
+        stop._ask(signal.SIGTERM, None)
+        assert stop.signal == "SIGINT" and not killed
+        clock[0] += 1
+        stop._ask(signal.SIGINT, None)
+        assert killed == [(os.getpid(), signal.SIGINT)]
+    finally:
+        signal.signal(signal.SIGINT, before)
