@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := outputs/demo
 
-.PHONY: install demo test style quality
+.PHONY: install demo test reliability style quality
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Runs that are really killed, many times, and the slow tests: under 20 minutes on two cores, and ten of fuzzing.
+reliability: install
+	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m pytest -m reliability
 
 style: install
 	$(BIN)/ruff check --fix .

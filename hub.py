@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from card import FACTS, METRICS, PLOTS, RUN_FACTS, WEIGHTS, make_card, read_base, read_facts, read_metrics
 
-# Adapter, processor, card, curves, facts and figures: no data, no optimizer state, no picture of a patient, and no
-# training_args.bin, which holds the token in plain text.
+# Adapter, processor, card, curves, facts and figures: no data, no optimizer state, no picture of a patient.
 OF_PROCESSOR = (
     "chat_template.jinja",
     "processor_config.json",

@@ -28,7 +28,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from answering import decode_greedily, encode_prompts, read_adapter_config, read_run_facts
 from card import describe_base
 from data_prep.records import IMAGE_MARKER
-from hub import OF_PROCESSOR, one_line, open_repository
+from hub import OF_PROCESSOR, one_line, open_repository, patiently
 from modeling import VISION, load_model, load_processor
 
 # How far logits may lie from the adapter's, as a share of their spread. Adapter and merged model are one function that
@@ -340,9 +340,8 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     later = shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
     safe = f"; the merged model is safe in {folder}; to push it later: {later}"
     with one_line(f"not pushed to {repo_id}", safe):
-        commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=UPLOADED, commit_message="Upload merged model"
-        )
+        options = {"allow_patterns": UPLOADED, "commit_message": "Upload merged model"}
+        commit = patiently(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options))
     return commit.commit_url
 
 

@@ -98,7 +98,7 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
             attn_implementation=None if attn_implementation == VARLEN else attn_implementation,
-            device_map={"": device},
+            device_map={"": device}, use_safetensors=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error

@@ -20,6 +20,7 @@ from packing import PackSampler
 from stopping import shield_workers
 
 SETTINGS_WITH_TOKENS = "training_args.bin"
+NOT_KEPT = (SETTINGS_WITH_TOKENS, "README.md")  # PEFT's card names a local base by its path
 
 
 class NamedBatches:
@@ -95,7 +96,8 @@ class SafeSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its own random state
         if self.args.should_save:
-            (path / SETTINGS_WITH_TOKENS).unlink(missing_ok=True)
+            for name in NOT_KEPT:
+                (path / name).unlink(missing_ok=True)
             seal(path, self.run)
             best = self.state.best_model_checkpoint
             rotate(path.parent, self.limit, Path(best) if best else None)

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
-from datasets import DatasetDict, Image, List, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
+
+from hub import open_repository
 
 CARD = """---
 {metadata}
@@ -38,15 +40,24 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
 
     Source of the token: HF_TOKEN in the environment, or `hf auth login`.
     """
+    repo_id = open_repository(repo_id, private=private, repo_type="dataset")
     splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
-    splits = splits.map(_without_names, desc="file names").cast_column("images", List(Image()))
+    groups = sorted({group for split in splits.values() for group in split["group"] if group is not None})
+    numbers = {group: f"group-{number:05d}" for number, group in enumerate(groups)}
+    splits = DatasetDict({name: _without_names(split, name, numbers) for name, split in splits.items()})
     commit = splits.push_to_hub(repo_id, private=private)
     DatasetCard(make_card(repo_id, folder, splits)).push_to_hub(commit.repo_url.repo_id)
     return str(commit.repo_url)
 
 
-def _without_names(row: dict) -> dict:
-    return {"images": [{"bytes": image["bytes"], "path": None} for image in row["images"]]}
+def _without_names(split: Dataset, name: str, numbers: dict[str, str]) -> Dataset:
+    """Number ids and groups, which are often file names or patients, and drop the images' own names."""
+
+    def change(row: dict, index: int) -> dict:
+        images = [{"bytes": image["bytes"], "path": None} for image in row["images"]]
+        return {"id": f"{name}-{index:06d}", "group": numbers.get(row["group"]), "images": images}
+
+    return split.map(change, with_indices=True, desc="file names").cast_column("images", List(Image()))
 
 
 def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:

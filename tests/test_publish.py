@@ -6,6 +6,7 @@ import pytest
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard
 
+from data_prep import publish
 from data_prep.__main__ import main as data_prep
 
 
@@ -16,11 +17,16 @@ def sent(monkeypatch):
 
     def push_splits(self, repo_id, **options):
         calls["splits"] = (self, repo_id, options)
-        return SimpleNamespace(repo_url=SimpleNamespace(repo_id=f"me/{repo_id}"))
+        return SimpleNamespace(repo_url=SimpleNamespace(repo_id=repo_id))
 
     def push_card(self, repo_id, **options):
         calls["card"] = (self.content, repo_id)
 
+    def claim(repo_id, **options):
+        calls["claimed"] = repo_id, options
+        return f"me/{repo_id}"
+
+    monkeypatch.setattr(publish, "open_repository", claim)
     monkeypatch.setattr(DatasetDict, "push_to_hub", push_splits)
     monkeypatch.setattr(DatasetCard, "push_to_hub", push_card)
     return calls
@@ -31,7 +37,10 @@ def test_a_push_is_private_and_names_no_file(demo_raw, tmp_path, sent):
     data_prep(["convert", *source, "--out", str(tmp_path / "set")])
     data_prep(["push", str(tmp_path / "set"), "skin"])
     splits, repo_id, options = sent["splits"]
-    assert (repo_id, options) == ("skin", {"private": True})
+    assert (repo_id, options) == ("me/skin", {"private": True})
+    assert sent["claimed"] == ("skin", {"private": True, "repo_type": "dataset"})
+    assert splits["train"]["id"][:2] == ["train-000000", "train-000001"]
+    assert all(group is None or group.startswith("group-") for group in splits["train"]["group"])
     stored = [image for table in splits.data.values() for row in table["images"].to_pylist() for image in row]
     assert len(stored) == 40
     assert all(image["path"] is None and image["bytes"] for image in stored)
