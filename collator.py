@@ -31,6 +31,8 @@ def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int)
         everywhere else.
     """
     width = len(header_ids)
+    if input_ids.size(1) < width:
+        return torch.full_like(input_ids, IGNORED)
     headers = (input_ids.unfold(1, width, 1) == input_ids.new_tensor(header_ids)).all(dim=-1)  # (B, T - width + 1)
     position = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
     last_start = torch.full_like(input_ids, -1)

@@ -215,6 +215,29 @@ def full_disk(lab: Lab, quick: bool) -> tuple[int, int]:
     return held, len(sizes)
 
 
+def one_of_two(lab: Lab, quick: bool) -> tuple[int, int]:
+    """Ask one of two processes to stop, at a random step: both save and end within 30 s."""
+    rng, held, tries = random.Random(2), 0, 3 if quick else 10
+    for number in range(tries):
+        name = f"ranks-{number}"
+        ranks = [lab.start(name, rank(r, port=29600 + number), max_steps=400, save_steps=400) for r in range(2)]
+        time.sleep(rng.uniform(6, 12))
+        os.kill(rng.choice(ranks), signal.SIGTERM)
+        start = time.monotonic()
+        codes = [wait(process) for process in ranks]
+        [saved] = list_checkpoints(lab.folder / name) or [None]
+        held += (
+            codes == [75, 75] and time.monotonic() - start < 30 and saved is not None and bool(read_manifest(saved))
+        )
+    return held, tries
+
+
+def rank(number: int, port: int) -> Callable[[], None]:
+    """Return what a child has to call to be one of two processes that train together."""
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return lambda: os.environ.update({key: str(value) for key, value in place.items()})
+
+
 def soak(lab: Lab, quick: bool) -> tuple[int, int]:
     """Many steps with many kills: the same bytes, and at most 5 % more memory than the run that was left alone."""
     steps, kills = (100, 2) if quick else (1000, 20)
@@ -238,6 +261,7 @@ CHECKS = {
     "killed at a named point of a save: the same bytes": killed_in_a_save,
     "killed at a random instant: same bytes, at most save_steps lost": killed_at_random,
     "a disk that is full at each file: the next start recovers": full_disk,
+    "one of two processes signalled: both save and end with 75": one_of_two,
     "soak with kills: the same bytes, no more memory": soak,
 }
 

@@ -9,9 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cli import OneLineParser, positive_int, run
+from cli import OneLineParser, load_yaml, positive_int, run
 
-import yaml
 from datasets import DatasetDict, Image, List, disable_progress_bars
 
 from data_prep.balance import MODES
@@ -103,19 +102,33 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         raise ValueError("name either one source (--annotations) or a list of them (--sources)")
     if args.sources is None:
         return [Source(args.annotations, args.images, args.recipe, args.format)]
+    if not args.sources.is_file():
+        raise FileNotFoundError(f"--sources: no file {args.sources}")
     try:
-        rows = yaml.safe_load(args.sources.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--sources: {args.sources}: not YAML: {' '.join(str(error).split())}") from error
+        rows = load_yaml(args.sources)
+    except ValueError as error:
+        raise ValueError(f"--sources: {error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "data" in row for row in rows):
         raise ValueError(f"--sources: {args.sources}: expected a list, each with `data`")
-    folder, keys = args.sources.parent, {field.name for field in fields(Source)}
-    for row in rows:
-        if unknown := set(row) - keys:
-            raise ValueError(f"--sources: unknown key {min(unknown)!r}; there are {', '.join(sorted(keys))}")
+    for number, row in enumerate(rows):
+        _check_source(row, f"--sources: {args.sources}, source {number}")
+    folder = args.sources.parent
     return [
         Source(**{**row, **{key: _from(folder, row[key]) for key in ("data", "images") if key in row}}) for row in rows
     ]
+
+
+def _check_source(row: dict, where: str) -> None:
+    """Raise ValueError for a key that a source does not have, or for a value that the key cannot have."""
+    keys = [field.name for field in fields(Source)]
+    for key, value in row.items():
+        if key not in keys:
+            raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(sorted(keys))}")
+        if not isinstance(value, int | float if key == "weight" else str) or isinstance(value, bool):
+            expected = "a number" if key == "weight" else "a text"
+            raise ValueError(f"{where}: {key}: expected {expected}, found {value!r:.60}")
+    if row.get("format", FORMATS[0]) not in FORMATS:
+        raise ValueError(f"{where}: format: expected one of {', '.join(FORMATS)}, found {row['format']!r}")
 
 
 def _from(folder: Path, name: str) -> Path:

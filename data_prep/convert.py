@@ -247,7 +247,7 @@ def _mention(found: Collected) -> None:
     for key, count in found.unread.most_common(5):
         near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        logger.warning("the key %r of %d records is not read%s", key, count, hint)
+        logger.warning("the key %.80r of %d records is not read%s", key, count, hint)
 
 
 def find_copies(facts: dict[str, ImageFacts]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:

@@ -4,8 +4,9 @@ import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
+# Names another limit, px, that holds for every command and its workers: what was prepared can be trained on.
+PIXELS_VARIABLE = "DATA_PREP_MAX_IMAGE_PIXELS"
+PILLOWS_LIMIT = 178_956_970  # Pillow opens no larger image
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # EPS, for one, is a program
 MAX_ASPECT_RATIO = 200  # the family's own limit, see smart_resize in qwen_vl_utils
 PATCH_CELL = 28  # px; one language-model token covers a square of this side (patch 14 x merge 2)
 ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
@@ -31,6 +36,8 @@ DRAFT_HEADROOM = 4 / 3
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 Fit = Callable[[int, int], tuple[int, int]]
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` refuses, or was told not to
+
 
 def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | None = None) -> Image.Image:
     """Decode an image and return it upright, in RGB, alpha over white.
@@ -41,10 +48,11 @@ def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | Non
             `2 * DRAFT_HEADROOM` times as wide and high is then decoded at a half, a quarter or an eighth of its size.
 
     Raises:
-        ValueError: not a file, not an image, broken, over `MAX_IMAGE_PIXELS`, or over `MAX_ASPECT_RATIO`.
+        ValueError: not a file, not an image, broken, over `max_image_pixels()`, or over `MAX_ASPECT_RATIO`.
         FileNotFoundError: no such file.
     """
     if isinstance(source, Image.Image):
+        check_size(source.width, source.height)
         upright = _to_rgb(source)
         return upright.resize(fit(*upright.size)) if fit else upright
     if isinstance(source, dict):
@@ -52,11 +60,15 @@ def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | Non
     if not isinstance(source, io.BytesIO):
         _check_file(Path(source))
     with _plain_reasons():
-        return _decode(Image.open(source), fit)
+        return _decode(Image.open(source, formats=FORMATS), fit)
 
 
 def _decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
     check_size(image.width, image.height)
+    # Only kinds of files that can hold several pictures have this attribute. In an MPO, which phones write, the others
+    # are previews and depth maps.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError("several frames or pages, expected one picture")
     if fit is None:
         return _to_rgb(image)
     turned = image.getexif().get(ORIENTATION, 1) in LYING
@@ -81,8 +93,12 @@ def _plain_reasons():
     except UnidentifiedImageError as error:
         raise ValueError("not an image") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(f"too large: over {PILLOWS_LIMIT:,} px, at most {max_image_pixels():,} px in all") from error
+    except (ValueError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # damaged bytes lead decoders to raise anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"broken image: {error}") from error
 
 
@@ -92,16 +108,26 @@ def _check_file(path: Path) -> None:
         info = path.stat()
     except FileNotFoundError as error:
         raise FileNotFoundError("no such file") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(info.st_mode):
         raise ValueError("not a plain file")
     if info.st_size == 0:
         raise ValueError("the file is empty (zero bytes)")
 
 
+def max_image_pixels() -> int:
+    """Return how many px an image may have: 50 million, or what the environment says."""
+    text = os.environ.get(PIXELS_VARIABLE) or str(MAX_IMAGE_PIXELS)
+    if not text.isdecimal() or not 1 <= int(text) <= PILLOWS_LIMIT:
+        raise ValueError(f"{PIXELS_VARIABLE}: expected a whole number from 1 to {PILLOWS_LIMIT}, found {text!r:.60}")
+    return int(text)
+
+
 def check_size(width: int, height: int) -> None:
     """Raise ValueError for a size in px that the model cannot take, or that would fill the memory."""
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(f"too large: {width} x {height} px, at most {MAX_IMAGE_PIXELS:,} px in all")
+    if width * height > (limit := max_image_pixels()):
+        raise ValueError(f"too large: {width} x {height} px, at most {limit:,} px in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(f"too narrow: {width} x {height} px, at most {MAX_ASPECT_RATIO}:1")
 
@@ -148,7 +174,8 @@ def inspect_image(path: str) -> ImageFacts | str:
     try:
         _check_file(Path(path))
         data = Path(path).read_bytes()
-        with _plain_reasons(), Image.open(io.BytesIO(data)) as stored:
+        with _plain_reasons(), Image.open(io.BytesIO(data), formats=FORMATS) as stored:
+            check_size(stored.width, stored.height)  # first: to look for its EXIF data, Pillow decodes a PNG
             mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
             upright = _decode(stored)
     except (ValueError, OSError) as error:
@@ -191,10 +218,11 @@ def clean_copy(path: str) -> tuple[bytes, str]:
     with Image.open(io.BytesIO(data)) as image:
         kind, orientation = image.format, image.getexif().get(ORIENTATION, 1)
     pixels = load_image({"bytes": data})
-    if kind == "JPEG":
-        stripped = _strip_jpeg(data, orientation)
-        if load_image({"bytes": stripped}).tobytes() == pixels.tobytes():
-            return stripped, ".jpg"
+    if kind == "JPEG" and orientation in range(1, 9):
+        with suppress(ValueError, IndexError):  # damaged, though it can be decoded
+            stripped = _strip_jpeg(data, orientation)
+            if load_image({"bytes": stripped}).tobytes() == pixels.tobytes():
+                return stripped, ".jpg"
     buffer = io.BytesIO()
     Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(buffer, "PNG")
     return buffer.getvalue(), ".png"
@@ -231,7 +259,10 @@ def resolve_image(name: str, image_dir: Path) -> Path:
         raise ValueError(f"{shown} is an address, expected a path inside the image folder")
     if "\0" in name:
         raise ValueError(f"{shown} holds a NUL character")
-    path = (image_dir / name).resolve()
+    try:
+        path = (image_dir / name).resolve()
+    except (RuntimeError, OSError) as error:  # links that lead to each other
+        raise ValueError(f"{shown} cannot be followed: {error.__class__.__name__}") from error
     if not path.is_relative_to(image_dir):
         raise ValueError(f"{shown} leads out of the image folder")
     return path

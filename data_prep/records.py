@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .reading import Flaw, describe, iter_json
+
 IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
 # The key that gives a format away. ShareGPT files use either of the first two.
@@ -18,6 +20,9 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 # Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
 # image. `<|...|>` covers all of the family's control tokens; tool_call and its reply are the only others.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
+TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # the Hub's rows also hold dates and bytes
+MAX_TEXT = 1_000_000  # characters; several times what the model can read at once
+MAX_ID = 500  # characters
 
 
 class DataError(ValueError):
@@ -43,8 +48,8 @@ class FieldError(ValueError):
         super().__init__(f"field '{field}': {reason}")
 
 
-def read_annotations(path: str | Path) -> list:
-    """Return the raw records of a JSON array or a JSON Lines file (UTF-8, with or without a byte order mark).
+def iter_annotations(path: str | Path) -> Iterator:
+    """Yield the raw records of a JSON array or a JSON Lines file, one by one; see `reading.iter_json`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -55,59 +60,16 @@ def read_annotations(path: str | Path) -> list:
         raise ValueError(f"annotations: {path} is a folder, expected a JSON or JSON Lines file")
     if not path.is_file():
         raise FileNotFoundError(f"annotations: no file {path}")
-    text = _read_text(path)
-    records = list(_read_lines(path, text)) if path.suffix == ".jsonl" else _read_json(path, text)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of records, found {_describe(records)}")
-    if not records:
-        raise ValueError(f"{path}: holds no records")
+    return iter_json(path)
+
+
+def read_annotations(path: str | Path) -> list:
+    """Return all raw records at once. Raises what `iter_annotations` does, and ValueError for a flawed record."""
+    records = list(iter_annotations(path))
+    for number, record in enumerate(records):
+        if isinstance(record, Flaw):
+            raise ValueError(f"{path}, record {number}, {record.reason}")
     return records
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
-    return text
-
-
-def _read_json(path: Path, text: str):
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # a second document: JSON Lines under the name .json
-            return list(_read_lines(path, text))
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-
-
-def _read_lines(path: Path, text: str) -> Iterator:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line, parse_constant=_refuse_constant)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, column {error.colno}: not JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-
-
-def _refuse_constant(name: str):
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _describe(value) -> str:
-    """Name a JSON value's type, and a short value itself, for an error message."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
-    name = names.get(type(value), "a number")
-    if isinstance(value, dict):
-        return f"{name} with the keys {sorted(value)[:5]}"
-    return f"{name} {value!r}" if isinstance(value, str | int | float) and len(str(value)) <= 60 else name
 
 
 def parse_record(raw, record: int, *, format: str | None = None) -> dict:
@@ -126,13 +88,23 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
         DataError: names the record, the field and the rule that was broken.
     """
     if not isinstance(raw, dict):
-        raise DataError(f"expected an object, found {_describe(raw)}", record=record)
-    sample_id = str(raw["id"]) if isinstance(raw.get("id"), str | int) else None
+        reason = raw.reason if isinstance(raw, Flaw) else f"expected an object, found {describe(raw)}"
+        raise DataError(reason, record=record)
+    sample_id = _given_id(raw)
     try:
         _check_record(raw)
         return {"record": record, "id": sample_id or _content_id(raw), **_parse_fields(raw, format)}
     except FieldError as error:
         raise DataError(str(error), record=record, sample_id=sample_id) from error
+    except RecursionError as error:
+        raise DataError("nested too deeply", record=record, sample_id=sample_id) from error
+
+
+def _given_id(raw: dict) -> str | None:
+    """Return a record's id as it can stand in a message and in a file; `_check_record` refuses it if it is none."""
+    if not isinstance(raw.get("id"), str | int):
+        return None
+    return str(raw["id"])[:MAX_ID].encode("utf-8", "backslashreplace").decode()
 
 
 def _check_record(raw: dict) -> None:
@@ -140,16 +112,19 @@ def _check_record(raw: dict) -> None:
         if raw.get(key):
             raise FieldError(key, "videos are not supported")
     if not isinstance(raw.get("id"), str | int | None) or isinstance(raw.get("id"), bool):
-        raise FieldError("id", f"expected a text or a whole number, found {_describe(raw['id'])}")
+        raise FieldError("id", f"expected a text or a whole number, found {describe(raw['id'])}")
+    if len(sample_id := str(raw.get("id"))) > MAX_ID:
+        raise FieldError("id", f"{len(sample_id):,} characters, at most {MAX_ID}")
+    _check_text("id", sample_id)
     try:
-        json.dumps(raw, ensure_ascii=False).encode()
+        TO_JSON.encode(raw).encode()
     except UnicodeEncodeError as error:
         raise FieldError("text", f"half of a character pair, {error.object[error.start]!r}") from error
 
 
 def _content_id(raw: dict) -> str:
     """Name a record without an id by what it says, so that its split does not depend on its place in the file."""
-    return "record-" + hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:12]
+    return "record-" + hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _parse_fields(raw: dict, format: str | None) -> dict:
@@ -164,11 +139,6 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
     return {"images": images, "messages": messages, **{fact: _text(raw, fact) for fact in FACTS}}
-
-
-def unread_keys(raw: dict) -> list[str]:
-    """Return a record's keys that `parse_record` does not look at, such as misspelt ones."""
-    return [key for key in raw if key not in READ_KEYS]
 
 
 def _recognise(raw: dict) -> str:
@@ -187,10 +157,10 @@ def _image_paths(raw: dict) -> list[str]:
     value = raw.get(field)
     paths = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(paths, list):
-        raise FieldError(field, f"expected a path or a list of paths, found {_describe(value)}")
+        raise FieldError(field, f"expected a path or a list of paths, found {describe(value)}")
     for path in paths:
         if not isinstance(path, str) or not path.strip():
-            raise FieldError(field, f"expected a path, found {_describe(path)}")
+            raise FieldError(field, f"expected a path, found {describe(path)}")
     return list(paths)
 
 
@@ -199,8 +169,19 @@ def _text(raw: dict, field: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise FieldError(field, f"expected a text, found {_describe(value)}")
+        raise FieldError(field, f"expected a text, found {describe(value)}")
+    _check_text(field, str(value))
     return str(value).strip() or None
+
+
+def _check_text(field: str, text: str, whose: str = "the text") -> None:
+    """Refuse what would be read as more than words, or be cut or garbled somewhere on its way."""
+    if len(text) > MAX_TEXT:
+        raise FieldError(field, f"{whose} has {len(text):,} characters, at most {MAX_TEXT:,}")
+    if "<" in text and (token := SPECIAL_TOKEN.search(text)):
+        raise FieldError(field, f"{whose} contains the special token {token.group():.60}")
+    if "\0" in text:
+        raise FieldError(field, f"{whose} holds a NUL character")
 
 
 def normalise_messages(
@@ -219,12 +200,12 @@ def normalise_messages(
         FieldError: what is wrong with it.
     """
     if not isinstance(turns, list) or not turns:
-        raise FieldError(field, f"expected a list of turns, found {_describe(turns)}")
+        raise FieldError(field, f"expected a list of turns, found {describe(turns)}")
     names = names or [f"{field}[{position}]" for position in range(len(turns))]
     messages = [_turn(turn, images, name) for turn, name in zip(turns, names, strict=True)]
     if system is not None:
         if not isinstance(system, str):
-            raise FieldError("system", f"expected a text, found {_describe(system)}")
+            raise FieldError("system", f"expected a text, found {describe(system)}")
         if system.strip():  # an empty one would silence the chat template's own
             messages.insert(0, {"role": "system", "content": system.strip()})
     _check_order(messages, field)
@@ -235,15 +216,15 @@ def normalise_messages(
 
 def _turn(turn, images: list, name: str) -> dict:
     if not isinstance(turn, dict):
-        raise FieldError(name, f"expected an object, found {_describe(turn)}")
+        raise FieldError(name, f"expected an object, found {describe(turn)}")
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise FieldError(name, f"role {role!r} is not one of {', '.join(ROLES)}")
+        raise FieldError(name, f"role {role!r:.60} is not one of {', '.join(ROLES)}")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_block(block, images, name) for block in content)
     if not isinstance(content, str) or not content.strip():
-        raise FieldError(name, f"expected some text, found {_describe(content)}")
+        raise FieldError(name, f"expected some text, found {describe(content)}")
     # An answer that starts with a newline would merge with the newline before it into another token.
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
 
@@ -254,12 +235,12 @@ def _block(block, images: list, field: str) -> str:
     if kind == "text" and isinstance(block.get("text"), str):
         return block["text"]
     if kind not in ("image", "image_url"):
-        raise FieldError(field, f"expected a block of type text, image or image_url, found {_describe(block)}")
+        raise FieldError(field, f"expected a block of type text, image or image_url, found {describe(block)}")
     path = block.get(kind)
     path = path.get("url") if isinstance(path, dict) else path
     if path is not None:
         if not isinstance(path, str):
-            raise FieldError(field, f"expected an image's path, found {_describe(path)}")
+            raise FieldError(field, f"expected an image's path, found {describe(path)}")
         images.append(path)
     return IMAGE_MARKER
 
@@ -275,8 +256,7 @@ def _check_order(messages: list[dict], field: str) -> None:
 
 def _check_texts(messages: list[dict], field: str) -> None:
     for message in messages:
-        if token := SPECIAL_TOKEN.search(message["content"]):
-            raise FieldError(field, f"the {message['role']}'s text contains the special token {token.group()}")
+        _check_text(field, message["content"], f"the {message['role']}'s text")
         if message["role"] != "user" and IMAGE_MARKER in message["content"]:
             raise FieldError(field, f"an {IMAGE_MARKER} marker stands in the {message['role']}'s text")
 

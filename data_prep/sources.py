@@ -1,6 +1,7 @@
 """Where samples come from: JSON files, tables, class folders, the Hub; each record parsed, each image found."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pandas as pd
 
 from .download import HUB_ID, link_path, read_hub
 from .images import is_link, resolve_image
-from .records import DataError, parse_record, read_annotations, unread_keys
+from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows, rows_of, suggest
 
 
@@ -81,14 +82,14 @@ def read_source(
         links_dir: folder for linked images, which are refused when None.
     """
     raw_records, recipe = _read_raw(source, hub_dir)
-    if group_by is not None:
-        _check_key(group_by, raw_records, source)
     own = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
     root = _image_root(source.images or own)
-    found = Collected(num_records=len(raw_records))
+    found, keys = Collected(), Counter()
     find = FileFinder(root, search=recipe is not None, links_dir=links_dir)
     name, origin = _name(source, recipe), source.data.name
     for number, raw in enumerate(raw_records):
+        found.num_records += 1
+        keys.update(raw.keys() if isinstance(raw, dict) else ())
         group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
         try:
             raw, reason = _in_words(raw, recipe, number)
@@ -106,9 +107,10 @@ def read_source(
         except DataError as error:
             error.source = origin
             found.errors.append(error)
+    if group_by is not None and group_by not in keys:
+        raise ValueError(f"group_by: no record of {source.data} has {group_by!r}{suggest(group_by, keys)}")
     if recipe is None:
-        found.unread = Counter(key for raw in raw_records if isinstance(raw, dict) for key in unread_keys(raw))
-        del found.unread[group_by]
+        found.unread = Counter({key: count for key, count in keys.items() if key not in {*READ_KEYS, group_by}})
     return found
 
 
@@ -117,14 +119,8 @@ def is_hub(source: Source) -> bool:
     return not source.data.exists() and source.data.suffix == "" and bool(HUB_ID.fullmatch(str(source.data)))
 
 
-def _check_key(key: str, raw_records: list, source: Source) -> None:
-    keys = {name for raw in raw_records if isinstance(raw, dict) for name in raw}
-    if key not in keys:
-        raise ValueError(f"group_by: no record of {source.data} has {key!r}{suggest(key, keys)}")
-
-
-def _read_raw(source: Source, hub_dir: Path | None) -> tuple[list, dict | None]:
-    """Return a source's records or rows, and the recipe that puts its rows into words."""
+def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | None]:
+    """Return a source's records (of a JSON file as they are read) or rows, and the recipe that words the rows."""
     if hub_dir is not None and is_hub(source):
         records = read_hub(str(source.data), hub_dir)
         if source.recipe is None:
@@ -138,7 +134,7 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[list, dict | None]:
         return read_rows(source.data, recipe), recipe
     if source.data.suffix in TABLE_ENDINGS and source.data.suffix != ".jsonl":
         raise ValueError(f"{source.data} is a table: name the recipe that says what its columns are (--recipe)")
-    return read_annotations(source.data), None
+    return iter_annotations(source.data), None
 
 
 def _in_words(raw, recipe: dict | None, number: int) -> tuple[dict, str | None]:

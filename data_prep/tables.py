@@ -6,8 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from cli import load_yaml
+
 import pandas as pd
-import yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
@@ -33,9 +34,9 @@ def load_recipe(name: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"recipe: no file {name}; shipped are {', '.join(shipped())}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+        recipe = load_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"recipe {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {path}: expected lines of the form 'key: value'")
     for key in recipe:
