@@ -26,10 +26,11 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Runs that are really killed, many times, and the slow tests: under 20 minutes on two cores, and ten of fuzzing.
+# Runs that are really killed, many times, the slow tests, and ten minutes of fuzzing.
 reliability: install
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m pytest -m reliability
+	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 style: install
 	$(BIN)/ruff check --fix .
