@@ -1,6 +1,5 @@
 """What is known about a run, and the model card that says it: facts in, README.md out, nothing made up."""
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
 from jinja2 import Environment, FileSystemLoader, Template
 
+from checkpoints import digest_of_file
 from data_prep import fingerprint
 
 RUN_FACTS = "run.json"  # how the base model is loaded
@@ -174,8 +174,7 @@ def read_metrics(output_dir: Path) -> dict | None:
 
 def adapter_digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights, which ties an evaluation to what it measured."""
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of_file(folder / WEIGHTS)
 
 
 def _read_json(path: Path) -> dict | None:

@@ -30,7 +30,7 @@ def seal(path: Path, run: dict) -> None:
     """
     files = {}
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
-        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest_of_file(file)}
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
         _flush(file)
     content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
     content["sha256"] = _digest_of(content)
@@ -70,11 +70,12 @@ def _check_file(path: Path, name: str, sealed: dict) -> None:
         raise ValueError(f"checkpoint {path}: {name} is missing")
     if (size := file.stat().st_size) != sealed["bytes"]:
         raise ValueError(f"checkpoint {path}: {name} has {size:,} bytes instead of {sealed['bytes']:,}")
-    if _digest_of_file(file) != sealed["sha256"]:
+    if digest_of_file(file) != sealed["sha256"]:
         raise ValueError(f"checkpoint {path}: {name} has changed since it was saved")
 
 
-def _digest_of_file(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
