@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import END_TOKEN, collate_prompts
-from hub import RUN_FACTS
+from hub import RUN_FACTS, WEIGHTS
 from modeling import load_model
 
 
@@ -93,10 +93,19 @@ def loading_settings(adapter: str | None, *, base: str | None, quantization: str
 
 
 def read_adapter_config(adapter: str) -> PeftConfig:
+    """Return an adapter's configuration.
+
+    Raises:
+        ValueError: there is no adapter, or its weights are not in safetensors, which hold tensors and nothing else.
+    """
     try:
-        return PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
+    with suppress(OSError, ValueError):  # not on the Hub, or no network
+        if (Path(adapter) / WEIGHTS if Path(adapter).is_dir() else Path(hf_hub_download(adapter, WEIGHTS))).is_file():
+            return config
+    raise ValueError(f"--adapter: {adapter} has no {WEIGHTS}; weights of another format are not loaded")
 
 
 def read_run_facts(adapter: str) -> dict:

@@ -1,9 +1,12 @@
 """What happens beside the training steps: a readable log line, and curves that a killed run leaves behind."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import ProgressCallback, TrainerCallback
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 
 from hub import BackgroundPush
 from report import plot_training
@@ -27,18 +30,25 @@ class ProgressLine(ProgressCallback):
 class CurvesCallback(TrainerCallback):
     """Keep `metrics.jsonl` and `training_metrics.png` in the output folder up to date.
 
-    Both come from the trainer's own history, which every checkpoint carries, so that they are whole after a resume.
+    Both come from the trainer's own history, which every checkpoint carries, so that they are whole after a resume,
+    and what a full disk did not take is written at the next log.
     """
 
     def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_metrics(state.log_history, Path(args.output_dir) / "metrics.jsonl")
+        self._write(write_metrics, state, Path(args.output_dir) / "metrics.jsonl")
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            plot_training(state.log_history, Path(args.output_dir) / "training_metrics.png")
+        self._write(plot_training, state, Path(args.output_dir) / "training_metrics.png")
 
     on_train_end = on_save
+
+    def _write(self, write: Callable[[list[dict], Path], None], state: TrainerState, path: Path) -> None:
+        if not state.is_world_process_zero:
+            return
+        try:
+            write(state.log_history, path)
+        except OSError as error:
+            tqdm.write(f"warning: {path.name} was not written: {error.strerror}; training goes on", file=sys.stderr)
 
 
 class PushCallback(TrainerCallback):

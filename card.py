@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from jinja2 import Environment, FileSystemLoader, Template
 
 from checkpoints import digest_of_file
@@ -90,11 +90,10 @@ def describe_base(name: str, revision: str | None) -> dict:
         folder = Path(name).resolve()
         licence = _read_licence(folder / "README.md")
         return {"name": folder.name, "on_hub": False, "revision": None, "commit": None, "licence": licence}
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    commit = Path(config).parent.name if isinstance(config, str) else None
-    licence = {}
+    commit, licence = None, {}
     with suppress(OSError, ValueError):
-        licence = _read_licence(Path(hf_hub_download(name, "README.md", revision=commit or revision)))
+        commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+        licence = _read_licence(Path(hf_hub_download(name, "README.md", revision=commit)))
     return {"name": name, "on_hub": True, "revision": revision, "commit": commit, "licence": licence}
 
 

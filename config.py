@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +243,8 @@ def _check_setting(setting: dataclasses.Field, found) -> None:
         raise ValueError(f"{name}: would have no effect; {WITHOUT_EFFECT[name]}")
     if (choices := setting.metadata.get("choices")) and found is not None and found not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {found!r}")
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"{name}: expected a number, found {found}")
     if name in AT_LEAST and found is not None and found < AT_LEAST[name]:
         raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {found}")
     if name in ABOVE_ZERO and found is not None and found <= 0:

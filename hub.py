@@ -10,9 +10,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from cli import OneLineParser, run
 
@@ -174,26 +174,27 @@ class BackgroundPush:
 
     def __init__(self, repo_id: str, *, revision: str | None = None):
         self.repo_id, self.revision = repo_id, revision
-        self.api = HfApi()
-        self.running: Future | None = None
+        self.running: Thread | None = None
         disable_progress_bars()  # training has a bar of its own
         logging.set_verbosity_error()  # the client's notes on each retry
 
     def start(self, checkpoint: Path, output_dir: Path) -> None:
         """Read a checkpoint's adapter, which may be rotated away before it is sent, and send it in the background."""
-        if self.running is not None and not self.running.done():
+        if self.running is not None and self.running.is_alive():
             return
         try:
             files = collect(output_dir, checkpoint)
         except Exception as error:  # whatever it is, training is worth more
             self._warn(checkpoint.name, error)
             return
-        self.running = self.api.run_as_future(self._push, files, checkpoint.name)
+        # a run that is asked to stop does not wait for it; half a push makes no commit
+        self.running = Thread(target=self._push, args=(files, checkpoint.name), daemon=True)
+        self.running.start()
 
     def wait(self) -> None:
         """Wait until nothing is on its way."""
         if self.running is not None:
-            self.running.result()
+            self.running.join()
 
     def _push(self, files: dict[str, bytes], name: str) -> None:
         try:

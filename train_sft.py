@@ -91,18 +91,19 @@ def main(argv: list[str] | None = None) -> int | None:
         max_pixels=data_args.max_pixels,
         revision=model_args.model_revision,
     )
+    base = describe_base(model_args.model_name_or_path, model_args.model_revision)
     splits = load_data(data_args, training_args)
     data_facts = describe_data(splits, data_args.dataset_path)
     splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     lengths = check_data(splits, processor, training_args)
-    shared = describe_for_resuming(data_args, training_args, model_args, splits["train"])
+    shared = describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
     check_start(checkpoint, shared, training_args)
     pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
     training_args.packing = False  # TRL's own, which takes no images
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
-    write_run_facts(model_args, Path(training_args.output_dir))
-    write_facts(data_args, training_args, model_args, model, data_facts)
+    write_run_facts(model_args, base, Path(training_args.output_dir))
+    write_facts(data_args, training_args, model_args, model, base, data_facts)
     decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
     if training_args.compile_layers:
         say("the layers are compiled during the first steps, which then take a minute or two")
@@ -153,11 +154,10 @@ def choose_start(training_args: TrainingSettings) -> str | None:
 
 
 def describe_for_resuming(
-    data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, train: Dataset
+    data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, base: dict, train: Dataset
 ) -> dict:
     """Return what a run must have in common with the one whose checkpoint it goes on from; JSON, without paths."""
     settings = {**training_args.to_dict(), **dataclasses.asdict(data_args), **dataclasses.asdict(model_args)}
-    base = describe_base(model_args.model_name_or_path, model_args.model_revision)
     order = hashlib.sha256(json.dumps(train["id"][:]).encode()).hexdigest()
     shared = {
         "settings": {key: x for key, x in settings.items() if not key.startswith(WITHOUT_INFLUENCE)},
@@ -354,10 +354,11 @@ def mixed_precision(trainer: SFTTrainer) -> str:
     return "off" if found == "no" else found
 
 
-def write_run_facts(model_args: ModelConfig, output_dir: Path) -> None:
-    """Note beside the adapter how its base model is loaded, so that predict.py can load it in the same way."""
+def write_run_facts(model_args: ModelConfig, base: dict, output_dir: Path) -> None:
+    """Note beside the adapter how its base model is loaded, to the commit, so that predict.py loads the same."""
     if PartialState().is_main_process:
-        text = json.dumps(loading_settings(model_args), indent=2)
+        settings = loading_settings(model_args)
+        text = json.dumps({**settings, "revision": base["commit"] or settings["revision"]}, indent=2)
         (output_dir / RUN_FACTS).write_text(text + "\n", encoding="utf-8")
 
 
@@ -366,6 +367,7 @@ def write_facts(
     training_args: TrainingSettings,
     model_args: ModelConfig,
     model: PeftModel,
+    base: dict,
     data_facts: dict,
 ) -> None:
     """Note what the model card will say about the run; how far it came is added at its end."""
@@ -375,7 +377,7 @@ def write_facts(
     parts = {part: count for part, count in count_trainable(model).items() if count}
     add_facts(
         Path(training_args.output_dir),
-        base=describe_base(model_args.model_name_or_path, model_args.model_revision),
+        base=base,
         data=data_facts,
         settings=told_settings(data_args, training_args, model_args),
         parameters={"trainable": trainable, "all": all_weights, "parts": parts},

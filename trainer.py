@@ -11,7 +11,9 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from attention import REGISTERED
@@ -42,11 +44,23 @@ class SafeSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, *, run: dict | None = None, **kwargs):
-        self.run, self.limit, self.step_ids = run or {}, kwargs["args"].save_total_limit, []
+        self.run, self.limit, self.step_ids, self.steps_before = run or {}, kwargs["args"].save_total_limit, [], 0
         kwargs["args"].save_total_limit = None  # rotating comes after sealing, and not before
         super().__init__(**kwargs)
         self.data_collator = NamedBatches(self.data_collator)
         self.add_callback(FiniteCallback(self))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        if resume_from_checkpoint is not None:
+            before = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+            self.steps_before = before.global_step
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader) -> tuple:
+        """As transformers counts, but a checkpoint of the last step leaves no epoch to train: it looks for the last
+        step after a step only, and would take one more."""
+        epochs, *counts, steps = super().set_initial_training_values(args, dataloader)
+        return (0 if self.steps_before >= steps else epochs, *counts, steps)
 
     def get_train_dataloader(self) -> DataLoader:
         return shield_workers(super().get_train_dataloader())
@@ -98,6 +112,7 @@ class SafeSFTTrainer(SFTTrainer):
         if self.args.should_save:
             for name in NOT_KEPT:
                 (path / name).unlink(missing_ok=True)
+            (path.parent / "README.md").unlink(missing_ok=True)  # TRL's card; ours comes with the finished adapter
             seal(path, self.run)
             best = self.state.best_model_checkpoint
             rotate(path.parent, self.limit, Path(best) if best else None)

@@ -1,11 +1,13 @@
 """Curves from a run's numbers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from transformers import TrainerState
 
-from callbacks import write_metrics
+from callbacks import CurvesCallback, write_metrics
 from report import plot_training, smooth
 
 
@@ -46,3 +48,15 @@ def test_write_metrics_replaces_the_file_in_one_go(tmp_path):
     write_metrics(rows, tmp_path / "metrics.jsonl")
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == rows
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_costs_a_picture_and_not_the_run(tmp_path, capsys):
+    state = TrainerState(log_history=[{"step": 1, "loss": 2.0}], is_world_process_zero=True)
+    args = SimpleNamespace(output_dir=str(tmp_path / "gone"))
+    CurvesCallback().on_log(args, state, None)
+    CurvesCallback().on_save(args, state, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line] == [
+        f"warning: {name} was not written: No such file or directory; training goes on"
+        for name in ("metrics.jsonl", "training_metrics.png")
+    ]

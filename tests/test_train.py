@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 import hub
 import train_sft
+from card import describe_base
 from config import parse_config
 from data_prep import load_splits
 from data_prep.convert import prepare
@@ -55,7 +56,8 @@ def make_trainer(base, data, out, **settings):
     splits = train_sft.load_data(data_args, training_args)
     splits["train"] = train_sft.draw_by_weight(splits["train"], training_args.seed)
     lengths = train_sft.check_data(splits, processor, training_args)
-    shared = train_sft.describe_for_resuming(data_args, training_args, model_args, splits["train"])
+    base = describe_base(model_args.model_name_or_path, None)
+    shared = train_sft.describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
     pack_tokens, training_args.packing = data_args.pack_tokens if training_args.packing else None, False
     torch.manual_seed(training_args.seed)
     model = train_sft.build_model(data_args, model_args)
@@ -124,6 +126,16 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(tiny_base, dem
     assert_same_weights(expected, resumed)
     assert any(value.abs().max() > 0 for name, value in expected.items() if "lora_B" in name)
     assert curve(whole) == curve(stopped)
+
+
+def test_a_run_that_has_ended_and_is_started_again_takes_no_step_more(tiny_base, demo_data, tmp_path):
+    """Killed after its last checkpoint: in the middle of an epoch, and with a learning rate that is not 0 there."""
+    settings = {"max_steps": 5, "save_steps": 5, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    expected, lines = train(tiny_base, demo_data, tmp_path, **settings), curve(tmp_path)
+    (tmp_path / ADAPTER).unlink()
+    assert_same_weights(expected, train(tiny_base, demo_data, tmp_path, **settings))
+    assert curve(tmp_path) == lines and lines[-1][0] == 5
+    assert json.loads((tmp_path / "facts.json").read_text())["training"]["step"] == 5
 
 
 def test_a_run_leaves_adapter_processor_curves_and_checkpoints(tiny_base, demo_data, tmp_path):
