@@ -229,7 +229,7 @@ def check_trainable(model: torch.nn.Module, *, train_vision: bool, train_merger:
 def compile_layers(model: torch.nn.Module) -> None:
     """Let torch.compile fuse the arithmetic within the parts of each layer of tower and language model, in place.
 
-    One layer's code serves all others, and packs of every length. The first steps take a minute or two longer. The
+    One layer's code serves all others, and packs of every length. The first steps take minutes longer. The
     layers themselves are left alone: they recompute their parts, which torch 2.11 cannot compile as one.
 
     Raises:

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int | None:
     write_facts(data_args, training_args, model_args, model, base, data_facts)
     decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
     if training_args.compile_layers:
-        say("the layers are compiled during the first steps, which then take a minute or two")
+        say("the layers are compiled during the first steps, which then take two or three minutes")
         compile_layers(model)
     trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared)
     stop = StopCallback()
