@@ -61,11 +61,14 @@ def child(work: Callable[[], int | None], log: Path, before: Callable[[], None] 
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if before is not None:
-        before()
-    code = run(work)
-    sys.stdout.flush()
-    os._exit(code)
+    code = 1
+    try:
+        if before is not None:
+            before()
+        code = run(work)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)  # whatever happens, the child does not go on as its parent
 
 
 def wait(number: int) -> int:
@@ -207,14 +210,22 @@ def full_disk(lab: Lab, quick: bool) -> tuple[int, int]:
     files = sorted({file.stat().st_size for file in list_checkpoints(lab.folder / whole)[0].iterdir()})
     sizes = files[:: 4 if quick else 1]
     for number, size in enumerate(sizes):
-        name, limit = f"disk-{number}", (size - 1, resource.RLIM_INFINITY)
-        ended = lab.train(name, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        name = f"disk-{number}"
+        ended = lab.train(name, lambda size=size: small_disk(size - 1))
         whole_ones = [path for path in list_checkpoints(lab.folder / name) if (path / MANIFEST).exists()]
         [read_manifest(path) for path in whole_ones]  # none may look whole and not be it
         if ended != 0:  # a run can reach its end although no checkpoint could be written
             ended = lab.train(name)
         held += ended == 0 and lab.same(name, whole)
     return held, len(sizes)
+
+
+def small_disk(size: int) -> None:
+    """Let this process write no file above `size` bytes, its log apart."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def one_of_two(lab: Lab, quick: bool) -> tuple[int, int]:
