@@ -277,7 +277,8 @@ def test_an_untrained_or_broken_adapter_is_refused(damaged, tmp_path, capsys):
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert "missing or unreadable weights: Error while" in refused(capsys, folder, tmp_path / "m")
     (folder / "adapter_model.safetensors").unlink()
-    assert f"--adapter: {folder}: missing or unreadable weights" in refused(capsys, folder, tmp_path / "m")
+    assert f"--adapter: {folder} has no adapter_model.safetensors" in refused(capsys, folder, tmp_path / "m")
+    (folder / "adapter_model.safetensors").touch()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": "x"}))
     assert f"{folder}: expected a LoRA adapter, found IA3" in refused(capsys, folder, tmp_path / "m")
 
