@@ -102,23 +102,27 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
-    with suppress(OSError, ValueError):  # not on the Hub, or no network
-        if (Path(adapter) / WEIGHTS if Path(adapter).is_dir() else Path(hf_hub_download(adapter, WEIGHTS))).is_file():
-            return config
+    if find_file(adapter, WEIGHTS):
+        return config
     raise ValueError(f"--adapter: {adapter} has no {WEIGHTS}; weights of another format are not loaded")
 
 
 def read_run_facts(adapter: str) -> dict:
     """Return the keywords of `load_model` that `train_sft.py` noted; none for adapters from elsewhere."""
-    folder = Path(adapter)
-    found = [path for path in (folder / RUN_FACTS, folder.parent / RUN_FACTS) if path.is_file()]
-    if not folder.is_dir():
-        with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
-            found = [Path(hf_hub_download(adapter, RUN_FACTS))]
+    found = find_file(adapter, RUN_FACTS, f"../{RUN_FACTS}")  # a checkpoint's are in the run's folder
     try:
-        return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+        return json.loads(found.read_text(encoding="utf-8")) if found else {}
     except ValueError as error:
-        raise ValueError(f"{found[0]}: not JSON: {error}") from error
+        raise ValueError(f"{found}: not JSON: {error}") from error
+
+
+def find_file(adapter: str, name: str, *elsewhere: str) -> Path | None:
+    """Return the file of an adapter, a folder (the first that is there) or a repository of the Hub."""
+    if Path(adapter).is_dir():
+        return next((path for n in (name, *elsewhere) if (path := Path(adapter) / n).is_file()), None)
+    with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
+        return Path(hf_hub_download(adapter, name))
+    return None
 
 
 def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -26,12 +26,12 @@ from pathlib import Path
 from cli import run
 
 import train_sft
+from card import WEIGHTS
 from checkpoints import MANIFEST, list_checkpoints, read_manifest
 from data_prep import prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
 
-ADAPTER = "adapter_model.safetensors"
 COMPARED = ("step", "loss", "grad_norm", "learning_rate")
 PACKED = {
     "packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen",
@@ -110,14 +110,14 @@ class Lab:
     def same(self, name: str, other: str) -> bool:
         """Tell whether two runs ended with the same adapter and the same curves."""
         return all(
-            self.content(name, file) == self.content(other, file) is not None for file in (ADAPTER, "metrics.jsonl")
+            self.content(name, file) == self.content(other, file) is not None for file in (WEIGHTS, "metrics.jsonl")
         )
 
     def content(self, name: str, file: str) -> list | bytes | None:
         path = self.folder / name / file
         if not path.is_file():
             return None
-        if file == ADAPTER:
+        if file == WEIGHTS:
             return path.read_bytes()
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # not TRL's count of tokens, which starts anew on resume, and not the summary, which holds times

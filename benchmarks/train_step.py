@@ -168,9 +168,8 @@ def table(found: dict[str, list[Pace]]) -> str:
     lines = [f"{'':<12}{'ms a sample':>12}{'supervised tokens/s':>21}{'tokens/s':>10}{'ours / side':>13}"]
     for name, paces in found.items():
         ms = statistics.median(1000 * pace.seconds / pace.samples for pace in paces)
-        supervised, total = (
-            statistics.median(getattr(p, kind) / p.seconds for p in paces) for kind in ("supervised", "total")
-        )
+        supervised = statistics.median(pace.supervised / pace.seconds for pace in paces)
+        total = statistics.median(pace.total / pace.seconds for pace in paces)
         pairs = zip(found["ours"], paces, strict=True)
         ratio = statistics.median(a.supervised / a.seconds * b.seconds / b.supervised for a, b in pairs)
         lines.append(f"{name:<12}{ms:>12.0f}{supervised:>21.1f}{total:>10.0f}{ratio:>13.2f}")

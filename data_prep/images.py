@@ -96,9 +96,8 @@ def _plain_reasons():
         raise ValueError(f"too large: over {PILLOWS_LIMIT:,} px, at most {max_image_pixels():,} px in all") from error
     except (ValueError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # damaged bytes lead decoders to raise anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        # Damaged bytes lead decoders to raise anything: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"broken image: {error}") from error
 
 
