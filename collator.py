@@ -75,6 +75,17 @@ def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_pr
     return processor.apply_chat_template(to_chat(messages), add_generation_prompt=add_generation_prompt)
 
 
+def check_template(processor: ProcessorMixin) -> None:
+    """Raise ValueError unless the template asks for an answer by nothing but the header that labels start after.
+
+    Models that think before they answer are asked by more, which `build_labels` would take for a part of the answer.
+    """
+    turn = [{"role": "user", "content": "?"}]
+    asked = render(processor, turn, add_generation_prompt=True).removeprefix(render(processor, turn))
+    if asked != ANSWER_HEADER:
+        raise ValueError(f"chat template: expected it to ask for an answer by {ANSWER_HEADER!r}, found {asked!r}")
+
+
 def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     """Return a sample's images, upright, in RGB, at the size that the model sees.
 
@@ -98,7 +109,7 @@ def fit_size(width: int, height: int, *, sizing: BaseImageProcessor) -> tuple[in
 
 
 def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """Return what the processor makes of resized images: `pixel_values` (P, 1176) and `image_grid_thw` (N, 3)."""
+    """Return what the processor makes of resized images: `pixel_values` (P, D) and `image_grid_thw` (N, 3)."""
     patch, merge = sizing.patch_size, sizing.merge_size
     grids = torch.tensor([(1, image.height // patch, image.width // patch) for image in images])
     counts = grids.prod(dim=1).tolist()
@@ -125,8 +136,9 @@ def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *,
     """Make the model's inputs from rendered texts and the examples' images, as the processor does but in fewer steps.
 
     Returns:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, 1176), one
-        row a 14 x 14 px patch, and `image_grid_thw` (N, 3), in patches.
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, D), a row
+        for each patch, D = colours x frames x height x width (in Qwen2.5-VL 3 x 2 x 14 x 14), and `image_grid_thw`
+        (N, 3), in patches.
 
     Raises:
         ValueError: an image cannot be used, or a text holds image tokens of its own; the message names the sample.
@@ -164,10 +176,12 @@ class VisionSFTCollator:
             must keep them apart: `attention.use_varlen`, or SDPA, which reads their borders off the positions.
 
     Raises:
-        ValueError: a sample's markers, length or answers are wrong; the message names its id.
+        ValueError: a sample's markers, length or answers are wrong; the message names its id. Or the chat template
+            asks for answers that open in another way than those that are learnt.
     """
 
     def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None, packed: bool = False):
+        check_template(processor)
         self.processor = processor
         self.max_length = max_length
         self.packed = packed

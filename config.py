@@ -82,8 +82,8 @@ RENAMED = {
 
 # The smallest value that means something; what is below would be ignored, or crash hours later.
 AT_LEAST = {
-    "min_pixels": 28 * 28,
-    "max_pixels": 28 * 28,
+    "min_pixels": 1,
+    "max_pixels": 1,
     "max_length": 1,
     "pack_tokens": 1,
     "lora_r": 1,

@@ -1,5 +1,6 @@
 """Which weights load, in which precision, which of them train, and the checks that it is really so."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -7,23 +8,33 @@ from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BaseImageProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from attention import VARLEN, use_varlen
 
+FAMILY = {Qwen2VLConfig: "Qwen2-VL", Qwen2_5_VLConfig: "Qwen2.5-VL", Qwen3VLConfig: "dense Qwen3-VL"}
+PROCESSORS = (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor)
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Module paths of the family, from the top model. Patterns are matched against the whole path: a bare "gate_proj" would
 # adapt the vision tower's layers too, which carry the same names.
 LANGUAGE_LAYERS = "model.language_model.layers."
 VISION = "model.visual."
 VISION_BLOCKS = VISION + "blocks."
-MERGER = VISION + "merger."
+MERGERS = (VISION + "merger.", VISION + "deepstack_merger_list.")  # Qwen3-VL's second leads into its first layers
 KEPT_IN_16_BIT = ["model.visual", "lm_head"]  # "visual" alone would match nothing: bitsandbytes anchors its patterns
 
 
@@ -43,12 +54,15 @@ def load_processor(
         revision: Hub branch, tag or commit.
 
     Raises:
-        ValueError: no processor there, or the limits contradict each other.
+        ValueError: no processor there or another family's, or the limits contradict each other or are too small.
     """
     try:
         processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("processor", model_name_or_path, error)) from error
+    if not isinstance(processor, PROCESSORS):
+        raise ValueError(_of_another_family(model_name_or_path, f"its processor is a {type(processor).__name__}"))
+    _check_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
     size = processor.image_processor.size
     shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if shortest > longest:
@@ -61,6 +75,38 @@ def load_processor(
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0]
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
+
+
+def _of_another_family(name: str, found: str) -> str:
+    return f"{name!r}: expected a model of {', '.join(FAMILY.values())}; {found}"
+
+
+def _check_limits(sizing: BaseImageProcessor, **limits: int | None) -> None:
+    """Raise ValueError for a limit under the area of one token, which would be ignored, or leave no token."""
+    least = (sizing.patch_size * sizing.merge_size) ** 2
+    for name, limit in limits.items():
+        if limit is not None and limit < least:
+            raise ValueError(f"{name}: expected at least {least}, the area of one token, found {limit}")
+
+
+def check_family(model_name_or_path: str, *, revision: str | None = None) -> None:
+    """Read the model's configuration, and no weights, and see that its class is one that this code knows.
+
+    Args:
+        model_name_or_path: Hub id or local folder.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        ValueError: no model there, an adapter, or a model of another family.
+    """
+    if (Path(model_name_or_path) / "adapter_config.json").is_file():
+        raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", model_name_or_path, error)) from error
+    if type(config) not in FAMILY:
+        raise ValueError(_of_another_family(model_name_or_path, f"its model_type is {config.model_type}"))
 
 
 def load_model(
@@ -85,15 +131,15 @@ def load_model(
         keep_dtype: take `dtype` on a CPU too: for weights that will be saved.
 
     Raises:
-        ValueError: no model there, an unknown quantization, or layers came out in another precision than asked.
+        ValueError: no model there or another family's, an unknown quantization, or layers came out in another
+            precision than asked.
     """
     if quantization not in ("nf4", None):
         raise ValueError(f"quantization: expected 'nf4' or None, found {quantization!r}")
+    check_family(model_name_or_path, revision=revision)
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     config = quantization_config(dtype, double_quant=double_quant) if quantization else None
-    if (Path(model_name_or_path) / "adapter_config.json").is_file():
-        raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
@@ -138,11 +184,17 @@ def quantization_config(dtype: torch.dtype, *, double_quant: bool = True) -> Bit
     )
 
 
+def linear_names(model: torch.nn.Module, prefix: str | tuple[str, ...] = "") -> list[str]:
+    """Return the paths of the model's linear layers that start with `prefix` (or one of several), in their order."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return [name for name in linear if name.startswith(prefix)]
+
+
 def check_quantized(model: PreTrainedModel, *, quantized: bool) -> None:
     """Raise ValueError unless exactly the language model's linear layers are in 4 bit (or none, as asked)."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    found = {name for name, module in linear.items() if isinstance(module, Linear4bit)}
-    expected = {name for name in linear if name.startswith(LANGUAGE_LAYERS)} if quantized else set()
+    linear = linear_names(model)
+    found = {name for name in linear if isinstance(model.get_submodule(name), Linear4bit)}
+    expected = set(linear_names(model, LANGUAGE_LAYERS)) if quantized else set()
     if quantized and not expected:
         raise ValueError(f"{type(model).__name__} has no linear layers under {LANGUAGE_LAYERS}*")
     if wrong := sorted(found ^ expected):
@@ -157,6 +209,7 @@ def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
 
 def build_lora_config(
+    model: PreTrainedModel,
     *,
     r: int,
     lora_alpha: int,
@@ -170,21 +223,22 @@ def build_lora_config(
     """Return a LoRA configuration that reaches the language model's layers, and the tower or merger only if asked.
 
     Args:
+        model: the base model; its layers have other names in each generation of the family.
         r: rank.
         lora_alpha: scale; the update is multiplied by lora_alpha / r.
         lora_dropout: dropout before the low-rank layers.
         target_modules: names of linear layers of the language model; `DEFAULT_TARGETS` when None.
         train_vision: also adapt the vision tower's blocks.
-        train_merger: also adapt the projection from the tower to the language model.
+        train_merger: also adapt the projections from the tower to the language model.
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         use_dora: train the magnitude of each output as well.
     """
     names = "|".join(target_modules or DEFAULT_TARGETS)
     patterns = [rf"model\.language_model\.layers\.\d+\.\w+\.({names})"]
     if train_vision:
-        patterns.append(r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj)")
+        patterns += layer_patterns(linear_names(model, VISION_BLOCKS))
     if train_merger:
-        patterns.append(r"model\.visual\.merger\.mlp\.(0|2)")
+        patterns += layer_patterns(linear_names(model, MERGERS))
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
@@ -196,21 +250,26 @@ def build_lora_config(
     )
 
 
+def layer_patterns(names: list[str]) -> list[str]:
+    """Return one pattern for the layers that differ only in the number of their block."""
+    number = r"(?<=\.)\d+(?=\.)"
+    return sorted({r"\d+".join(map(re.escape, re.split(number, name))) for name in names})
+
+
 def count_trainable(model: torch.nn.Module) -> dict[str, int]:
     """Return the number of trainable parameters of each part: language model, vision tower, merger, other."""
-    parts = {"language model": LANGUAGE_LAYERS, "vision tower": VISION_BLOCKS, "merger": MERGER}
+    parts = {"language model": (LANGUAGE_LAYERS,), "vision tower": (VISION_BLOCKS,), "merger": MERGERS}
     counts = dict.fromkeys([*parts, "other"], 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next((part for part, prefix in parts.items() if prefix in name), "other")
+            part = next((part for part, paths in parts.items() if any(path in name for path in paths)), "other")
             counts[part] += parameter.numel()
     return counts
 
 
 def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> None:
     """Raise ValueError for a name in `lora_target_modules` that no linear layer of the language model has."""
-    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    known = {name.rsplit(".", 1)[1] for name in linear if name.startswith(LANGUAGE_LAYERS)}
+    known = {name.rsplit(".", 1)[1] for name in linear_names(model, LANGUAGE_LAYERS)}
     if unknown := set(target_modules or DEFAULT_TARGETS) - known:
         raise ValueError(f"lora_target_modules: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
 

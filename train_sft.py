@@ -1,4 +1,4 @@
-"""Fine-tune Qwen2.5-VL on questions and answers about images, by QLoRA.
+"""Fine-tune Qwen2.5-VL, or another model of its family, on questions and answers about images, by QLoRA.
 
 accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/skin
 """
@@ -33,6 +33,7 @@ from hub import RUN_FACTS, BackgroundPush, open_repository, push_adapter
 from memory import fits, largest_batch
 from modeling import (
     build_lora_config,
+    check_family,
     check_targets,
     check_trainable,
     compile_layers,
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> int | None:
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     prepare_output(training_args)
     checkpoint = choose_start(training_args)
+    check_family(model_args.model_name_or_path, revision=model_args.model_revision)
     repo_id = claim_repository(training_args)
     processor = load_processor(
         model_args.model_name_or_path,
@@ -248,6 +250,7 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     check_targets(model, targets)
     parts = {"train_vision": not data_args.freeze_vision_encoder, "train_merger": data_args.train_merger}
     lora_config = build_lora_config(
+        model,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
@@ -305,7 +308,7 @@ def build_trainer(
         run=run,
         **packing,
     )
-    # Qwen2.5-VL's class says that its own loss takes no token count, and the trainer then averages micro-batches as if
+    # The family says that its own loss takes no token count, and the trainer then averages micro-batches as if
     # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
     trainer.model_accepts_loss_kwargs = True
     pin_trainable_to_float32(trainer.model)

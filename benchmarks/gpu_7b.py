@@ -222,7 +222,7 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     base.config._attn_implementation = "sdpa"
     if setting.varlen:
         use_varlen(base)
-    model = get_peft_model(base, build_lora_config(r=8, lora_alpha=16, lora_dropout=0.05))
+    model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05))
     clock = Clock(device)
     if not setting.checkpointing:
         base.gradient_checkpointing_disable()  # a trainer before may have left it on
@@ -304,7 +304,7 @@ def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
     With SDPA that is what the arithmetic's rounding does; with varlen it should be no more.
     """
     samples, found = [train[n] for n in range(6)], {}
-    model = get_peft_model(base, build_lora_config(r=8, lora_alpha=16, lora_dropout=0.0))
+    model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.0))
     device = next(base.parameters()).device
     for parameter in model.parameters():
         if parameter.requires_grad:  # B is zero at first, and A would have no gradient

@@ -101,7 +101,7 @@ def build_base(processor, tiny: bool, tower_width: int) -> torch.nn.Module:
 
 
 def adapt(base: torch.nn.Module) -> torch.nn.Module:
-    return get_peft_model(base, build_lora_config(r=8, lora_alpha=16, lora_dropout=0.05)).train()
+    return get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05)).train()
 
 
 def by_trainer(setting: Setting, build: Callable, processor, train: Dataset, lengths: list[int], steps: int) -> Pace:

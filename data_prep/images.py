@@ -21,7 +21,7 @@ PIXELS_VARIABLE = "DATA_PREP_MAX_IMAGE_PIXELS"
 PILLOWS_LIMIT = 178_956_970  # Pillow opens no larger image
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # EPS, for one, is a program
 MAX_ASPECT_RATIO = 200  # the family's own limit, see smart_resize in qwen_vl_utils
-PATCH_CELL = 28  # px; one language-model token covers a square of this side (patch 14 x merge 2)
+PATCH_CELL = 28  # px; in Qwen2.5-VL one language-model token covers a square of this side (patch 14 x merge 2)
 ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
 PRIVATE_TAGS = {
     "GPS": {GPS_IFD},
@@ -267,7 +267,7 @@ def resolve_image(name: str, image_dir: Path) -> Path:
     return path
 
 
-def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: int) -> int:
+def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> int:
     """Return how many language-model tokens one image costs.
 
     Args:
@@ -275,9 +275,10 @@ def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: 
         width: decoded image width, px.
         min_pixels: smallest area after resizing, px^2.
         max_pixels: largest area after resizing, px^2.
+        cell: side of the square that one token covers, px.
 
     Returns:
-        Tokens; one per 28 x 28 px cell (patch 14 x merge 2).
+        Tokens, one per cell.
 
     Raises:
         ValueError: aspect ratio above 200, or min_pixels > max_pixels.
@@ -288,14 +289,14 @@ def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: 
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
     check_size(width, height)
-    rows, columns = (max(1, round(side / PATCH_CELL)) for side in (height, width))
-    area = rows * columns * PATCH_CELL**2
+    rows, columns = (max(1, round(side / cell)) for side in (height, width))
+    area = rows * columns * cell**2
     if area > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (math.floor(side / shrink / PATCH_CELL) for side in (height, width))
+        rows, columns = (math.floor(side / shrink / cell) for side in (height, width))
     elif area < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / PATCH_CELL) for side in (height, width))
+        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
     if rows * columns == 0:
         raise ValueError(f"too narrow: {width} x {height} px under max_pixels {max_pixels}")
     return rows * columns

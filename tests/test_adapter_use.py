@@ -86,8 +86,8 @@ def kinds_of(adapter):
 def test_vllm_finds_a_module_for_every_tensor(adapter, tiny_base, tmp_path):
     assert kinds_of(adapter) == {"language"}
     base = load_model(str(tiny_base), quantization=None, dtype="float32")
-    parts = {"train_vision": True, "train_merger": True}
-    get_peft_model(base, build_lora_config(r=4, lora_alpha=8, lora_dropout=0.0, **parts)).save_pretrained(tmp_path)
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "train_vision": True, "train_merger": True}
+    get_peft_model(base, build_lora_config(base, **settings)).save_pretrained(tmp_path)
     assert kinds_of(tmp_path) == {"language", "tower", "merger"}  # the last two with --enable-tower-connector-lora
 
 

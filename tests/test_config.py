@@ -84,7 +84,7 @@ def test_options_override_the_recipe(parse):
         ("seed: {a: 1}\n", "recipe.yaml: seed: expected one value, found {'a': 1}"),
         ("dtype: float33\n", "dtype: expected one of auto, bfloat16, float16, float32, found 'float33'"),
         ("lora_r: 0\n", "lora_r: expected at least 1, found 0"),
-        ("max_pixels: 100\n", "max_pixels: expected at least 784, found 100"),
+        ("max_pixels: 0\n", "max_pixels: expected at least 1, found 0"),
         ("learning_rate: nan\n", "learning_rate: expected a number, found nan"),
         ("learning_rate: -1.0\n", "learning_rate: expected a number above 0, found -1.0"),
         ("save_steps: 0\n", "save_steps: expected a number above 0, found 0"),

@@ -80,15 +80,16 @@ def truncated_jpeg():
     return buffer.getvalue()[:3000]
 
 
-def test_count_image_tokens_follows_the_familys_rule():
+@pytest.mark.parametrize("cell", [28, 32])
+def test_count_image_tokens_follows_the_familys_rule(cell):
     rng = np.random.default_rng(0)
     for height, width in np.exp2(rng.uniform(3, 12, size=(3000, 2))).astype(int).tolist():
-        limits = {"min_pixels": int(rng.choice([784, 50176])), "max_pixels": int(rng.choice([200704, 1003520]))}
+        limits = {"min_pixels": int(rng.choice([cell**2, 50176])), "max_pixels": int(rng.choice([200704, 1003520]))}
         if max(height, width) > 200 * min(height, width):
             continue
-        expected = smart_resize(height, width, 28, **limits)
+        expected = smart_resize(height, width, cell, **limits)
         if min(expected) > 0:
-            assert count_image_tokens(height, width, **limits) == expected[0] * expected[1] // 784
+            assert count_image_tokens(height, width, **limits, cell=cell) == expected[0] * expected[1] // cell**2
 
 
 def test_count_image_tokens_refuses_what_cannot_be_resized():

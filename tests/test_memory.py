@@ -19,7 +19,7 @@ def test_the_largest_pack_is_the_fullest():
 
 def test_trying_a_batch_reaches_every_layer_and_changes_nothing(tiny_base, processor, demo_splits):
     model = load_model(str(tiny_base), quantization="nf4", dtype=torch.float32, attn_implementation="varlen")
-    model = get_peft_model(model, build_lora_config(r=4, lora_alpha=8, lora_dropout=0.1)).eval()
+    model = get_peft_model(model, build_lora_config(model, r=4, lora_alpha=8, lora_dropout=0.1)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for packed in (True, False):
         random = torch.get_rng_state()

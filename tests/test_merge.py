@@ -166,7 +166,7 @@ def test_shards_are_as_small_as_asked(adapter, merged, tmp_path):
 def test_other_kinds_of_adapters_are_merged_too(tiny_base, tmp_path, capsys, flags, merged_weights, tower):
     torch.manual_seed(0)
     base = load_model(str(tiny_base), quantization=None, dtype="float32")
-    model = get_peft_model(base, build_lora_config(r=4, lora_alpha=8, lora_dropout=0.0, **flags))
+    model = get_peft_model(base, build_lora_config(base, r=4, lora_alpha=8, lora_dropout=0.0, **flags))
     for name, weight in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(weight, std=0.05)

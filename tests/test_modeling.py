@@ -24,13 +24,18 @@ def load(base, quantization="nf4", **options):
     return load_model(str(base), quantization=quantization, dtype="bfloat16", **options)
 
 
-def linear_names(model, kind):
+def adapt(base, **flags):
+    model = load(base)
+    return get_peft_model(model, build_lora_config(model, **LORA, **flags))
+
+
+def names_of(model, kind):
     return {name for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def test_nf4_layers_are_exactly_the_language_models_linear_layers(tiny_base):
     model = load(tiny_base)
-    quantised = linear_names(model, Linear4bit)
+    quantised = names_of(model, Linear4bit)
     layers = [
         f"model.language_model.layers.{n}.{part}"
         for n in range(2)
@@ -46,7 +51,7 @@ def test_nf4_layers_are_exactly_the_language_models_linear_layers(tiny_base):
         assert layer.weight.quant_state.nested
         assert layer.compute_dtype == torch.float32  # on a CPU
     assert model.lm_head.weight.dtype == torch.float32
-    assert not linear_names(load(tiny_base, quantization=None), Linear4bit)
+    assert not names_of(load(tiny_base, quantization=None), Linear4bit)
 
 
 def test_double_quantisation_can_be_switched_off(tiny_base):
@@ -74,7 +79,7 @@ def test_check_quantized_raises_when_a_layer_is_in_the_wrong_precision(tiny_base
     ],
 )
 def test_lora_reaches_what_was_asked_and_nothing_else(tiny_base, flags, adapted):
-    model = get_peft_model(load(tiny_base), build_lora_config(**LORA, **flags))
+    model = adapt(tiny_base, **flags)
     found = {}
     for name in model.targeted_module_names:
         part = "language model" if "language_model" in name else "merger" if "merger" in name else "vision tower"
@@ -95,7 +100,7 @@ def test_a_target_that_no_language_layer_has_is_named(tiny_base):
 
 
 def test_an_adapter_is_no_base_model(tiny_base, tmp_path):
-    get_peft_model(load(tiny_base), build_lora_config(**LORA)).save_pretrained(tmp_path)
+    adapt(tiny_base).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an adapter; name its base model"):
         load(tmp_path)
 
@@ -107,12 +112,12 @@ def test_a_missing_attention_package_gives_one_line(tiny_base):
 
 
 def test_check_trainable_raises_when_something_else_trains(tiny_base):
-    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    model = adapt(tiny_base)
     frozen = {"train_vision": False, "train_merger": False}
     check_trainable(model, **frozen)
     with pytest.raises(ValueError, match="vision tower: 0 trainable weights, expected some"):
         check_trainable(model, train_vision=True, train_merger=False)
-    with_tower = get_peft_model(load(tiny_base), build_lora_config(**LORA, train_vision=True))
+    with_tower = adapt(tiny_base, train_vision=True)
     with pytest.raises(ValueError, match=r"vision tower: \d+ trainable weights, expected none"):
         check_trainable(with_tower, **frozen)
     model.get_parameter("base_model.model.lm_head.weight").requires_grad_(True)
@@ -121,7 +126,7 @@ def test_check_trainable_raises_when_something_else_trains(tiny_base):
 
 
 def test_trainable_weights_are_pinned_to_float32(tiny_base):
-    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    model = adapt(tiny_base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
@@ -136,6 +141,13 @@ def test_pixel_limits_take_effect_and_are_saved(tiny_base, tmp_path):
     assert (size["shortest_edge"], size["longest_edge"]) == (784, 12544)
     with pytest.raises(ValueError, match="min_pixels 20000 is above max_pixels 12544"):
         load_processor(str(tmp_path), min_pixels=20000)
+
+
+def test_pixel_limits_under_one_token_are_refused(tiny_base):
+    for name in ("min_pixels", "max_pixels"):
+        rule = f"{name}: expected at least 784, the area of one token, found 783"
+        with pytest.raises(ValueError, match=rule):
+            load_processor(str(tiny_base), **{name: 783})
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "someone/model"])
@@ -157,7 +169,7 @@ def test_a_cpu_computes_in_float32():
 
 def test_training_goes_on_after_an_evaluation_in_nf4(tiny_base, processor):
     """On CPUs with AVX512-BF16 an evaluation repacks the weights, and the next training step used to crash."""
-    model = get_peft_model(load(tiny_base), build_lora_config(**LORA))
+    model = adapt(tiny_base)
     assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit))
     inputs = dict(processor(text=["What condition is shown?"], return_tensors="pt"))
     for _ in range(2):

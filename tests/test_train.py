@@ -293,7 +293,7 @@ ERRORS = {
     "no such data": ({"dataset_path": "/nowhere/a.json"}, "no file, no folder and no Hub data set id"),
     "data is a plain folder": ({"dataset_path": "tests"}, "is not a prepared data set"),
     "image folder without a file": ({"image_dir": "tests"}, "image_dir: goes with an annotation file"),
-    "no such model": ({"model_name_or_path": "/nowhere"}, "no processor in '/nowhere', neither a folder"),
+    "no such model": ({"model_name_or_path": "/nowhere"}, "no model in '/nowhere', neither a folder"),
     "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "checkpoint /nowhere: no such folder"),
     "output is a file": ({"output_dir": "Makefile/x"}, "output_dir: cannot write to Makefile/x"),
     "samples too long": ({"max_length": 20}, "max_length: 4 of 4 validation samples are over 20 tokens"),

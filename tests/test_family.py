@@ -1,0 +1,295 @@
+"""What must hold for every model of the family: Qwen2-VL, Qwen2.5-VL and dense Qwen3-VL, each by its real classes."""
+
+import json
+import re
+import shutil
+
+from cli import run
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import TEXTS, train_args
+from datasets import Dataset
+from peft import get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
+
+import merge_adapter
+import predict
+import train_sft
+from answering import answer, load_answering_model, score_answers
+from attention import use_varlen
+from collator import VisionSFTCollator, encode, load_pixels, render
+from demo.tiny_model import FAMILIES, save_tiny_model
+from modeling import build_lora_config, check_family, check_trainable, count_trainable, load_model, load_processor
+from packing import measure_lengths
+
+CELLS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # px that one token covers a side
+LAYERS = 3  # one behind the two that Qwen3-VL's tower adds to
+PARTS = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+LANGUAGE = {f"model.language_model.layers.{n}.{part}" for n in range(LAYERS) for part in PARTS}
+TOWER = {
+    "qwen2_vl": ("mlp.fc1", "mlp.fc2"),
+    "qwen2_5_vl": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "qwen3_vl": ("mlp.linear_fc1", "mlp.linear_fc2"),
+}
+MERGERS = {
+    "qwen2_vl": {"merger.mlp.0", "merger.mlp.2"},
+    "qwen2_5_vl": {"merger.mlp.0", "merger.mlp.2"},
+    "qwen3_vl": {f"{m}.linear_fc{n}" for m in ("merger", *(f"deepstack_merger_list.{i}" for i in "01")) for n in "12"},
+}
+SETTINGS = {
+    "max_pixels": 12544,
+    "packing": "true",
+    "pack_tokens": 256,
+    "max_length": 256,
+    "attn_implementation": "varlen",
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "freeze_vision_encoder": "false",
+    "train_merger": "true",
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(family, tmp_path_factory):
+    """A folder with a tiny model of the family, its head tied to its embeddings as in the real small ones."""
+    folder = tmp_path_factory.mktemp(family)
+    save_tiny_model(folder, TEXTS, hidden_size=64, num_layers=LAYERS, family=family, tied=True)
+    return folder
+
+
+@pytest.fixture
+def processor(base, family):
+    return load_processor(str(base), min_pixels=CELLS[family] ** 2, max_pixels=112 * 112)
+
+
+@pytest.fixture
+def plain(base):
+    return AutoModelForImageTextToText.from_pretrained(base).eval()
+
+
+@pytest.fixture(params=["sdpa", "varlen"])
+def model(request, plain):
+    if request.param == "varlen":
+        use_varlen(plain)
+    return plain
+
+
+def photo(width, height):
+    noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def sample(name, images, *texts):
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"id": name, "images": [photo(*size) for size in images], "image_sizes": images, "messages": messages}
+
+
+SAMPLES = [
+    sample("two images", [(112, 112), (70, 150)], "<image>What?", "It is\n\nmelanoma.", "And <image>? Dark?", "light"),
+    sample("no image", [], "Hello?", "It is psoriasis."),
+    sample("one image", [(130, 97)], "<image>\nWhat condition is shown?", "vitiligo"),
+    sample("narrow", [(31, 300)], "Look <image> here", "This is melanoma."),
+]
+PROMPTS = [{**one, "messages": one["messages"][:-1]} for one in SAMPLES]
+ANSWERS = ["melanoma", "It is psoriasis, vitiligo, urticaria."]
+
+
+def test_exactly_the_answers_and_their_ends_are_supervised(processor):
+    encode_text = processor.tokenizer.encode
+    for one in SAMPLES:
+        labels = VisionSFTCollator(processor)([one])["labels"][0]
+        answers = [m["content"] for m in one["messages"] if m["role"] == "assistant"]
+        expected = [token for text in answers for token in encode_text(text) + encode_text("<|im_end|>")]
+        assert labels[labels != -100].tolist() == expected
+
+
+def test_a_batch_equals_the_processors(processor):
+    texts = [render(processor, one["messages"]) for one in SAMPLES]
+    images = [image for one in SAMPLES for image in load_pixels(one, processor)]
+    options = {"text_kwargs": {"padding": True}, "images_kwargs": {"do_resize": False}, "return_tensors": "pt"}
+    theirs = processor(text=texts, images=images, **options)
+    ours = encode(processor, SAMPLES, texts, padding_side="right")
+    assert set(ours) == set(theirs)
+    assert all(torch.allclose(ours[name], value, atol=1e-6) for name, value in theirs.items())
+
+
+def test_measured_lengths_equal_the_collated_ones(processor):
+    table = Dataset.from_list([{**one, "images": None, "label": None} for one in SAMPLES])
+    lengths = measure_lengths(table, processor)
+    batches = [VisionSFTCollator(processor)([one]) for one in SAMPLES]
+    assert lengths.total == [batch["input_ids"].size(1) for batch in batches]
+    assert lengths.image == [int(batch["mm_token_type_ids"].sum()) for batch in batches]
+
+
+def test_a_token_covers_the_area_that_the_processor_says(processor, base, family):
+    square = {"id": "x", **sample("x", [(4 * CELLS[family],) * 2], "<image>", "x")}
+    processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 160 * 160}
+    assert VisionSFTCollator(processor)([square])["mm_token_type_ids"].sum() == 16
+    least = CELLS[family] ** 2
+    with pytest.raises(ValueError, match=f"max_pixels: expected at least {least}, the area of one token, found 700"):
+        load_processor(str(base), max_pixels=700)
+
+
+def test_positions_are_those_of_the_model(processor, plain):
+    row, start = VisionSFTCollator(processor, packed=True)(SAMPLES), 0
+    for one in SAMPLES:
+        batch = VisionSFTCollator(processor)([one])
+        names = ("input_ids", "image_grid_thw", "mm_token_type_ids", "attention_mask")
+        expected, _ = plain.model.get_rope_index(**{name: batch[name] for name in names if name in batch})
+        end = start + batch["input_ids"].size(1)
+        assert torch.equal(row["position_ids"][1:, :, start:end], expected)
+        assert torch.equal(row["position_ids"][0, 0, start:end], torch.arange(end - start))
+        start = end
+    assert row["position_ids"].shape == (4, 1, start)
+
+
+def test_a_pack_has_the_logits_loss_and_gradients_of_separate_samples(processor, model):
+    pack = VisionSFTCollator(processor, packed=True)(SAMPLES[:3])
+    together = model(**pack, use_cache=False)
+    together.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits, losses = [], []
+    for one in SAMPLES[:3]:
+        batch = VisionSFTCollator(processor)([one])
+        alone = model(**batch)
+        logits.append(alone.logits.detach())
+        losses.append(alone.loss * (batch["labels"] != -100).sum())
+    loss = sum(losses) / (pack["labels"] != -100).sum()
+    loss.backward()
+    assert (together.logits - torch.cat(logits, dim=1)).abs().max() < 1e-4
+    assert together.loss.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert all(torch.allclose(found[name], p.grad, atol=1e-5) for name, p in model.named_parameters() if name in found)
+
+
+@torch.no_grad()
+def test_every_image_feature_reaches_the_answer(processor, plain):
+    """Else the exactness of packs would say nothing about what Qwen3-VL adds behind its first layers."""
+    batch = VisionSFTCollator(processor)(SAMPLES[:1])
+    before = plain(**batch).logits[0, -1]
+    mergers = [m for name, m in plain.model.visual.named_children() if "merger" in name]
+    last = [layers[-1] if isinstance(layers, torch.nn.ModuleList) else layers for layers in mergers]
+    for merger in last:
+        hook = merger.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        assert (plain(**batch).logits[0, -1] - before).abs().max() > 1e-3
+        hook.remove()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, tied, tmp_path):
+    if not tied:
+        base = tmp_path
+        save_tiny_model(base, TEXTS, hidden_size=64, num_layers=LAYERS, family=family)
+    model = load_model(str(base), quantization="nf4", dtype="float32")
+    assert {name for name, module in model.named_modules() if isinstance(module, Linear4bit)} == LANGUAGE
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_vision": True}, {"train_merger": True}], ids=str)
+def test_lora_reaches_what_was_asked_and_nothing_else(base, family, flags):
+    model = load_model(str(base), quantization="nf4", dtype="float32")
+    model = get_peft_model(model, build_lora_config(model, r=4, lora_alpha=8, lora_dropout=0.0, **flags))
+    expected = set(LANGUAGE)
+    if "train_vision" in flags:
+        parts = ("attn.qkv", "attn.proj", *TOWER[family])
+        expected |= {f"model.visual.blocks.{n}.{part}" for n in range(2) for part in parts}
+    if "train_merger" in flags:
+        expected |= {f"model.visual.{part}" for part in MERGERS[family]}
+    assert set(model.targeted_module_names) == expected
+    check_trainable(model, **{"train_vision": False, "train_merger": False, **flags})
+    assert count_trainable(model)["other"] == 0
+
+
+@pytest.fixture(scope="module")
+def adapter(base, demo_data, tmp_path_factory):
+    """Four packed NF4 steps that adapt language model, tower and merger."""
+    out = tmp_path_factory.mktemp("run") / "adapter"
+    train_sft.main(train_args(base, demo_data, out, **SETTINGS))
+    return out
+
+
+def test_a_resumed_run_leaves_the_same_adapter_file(base, demo_data, adapter, tmp_path):
+    shutil.copytree(adapter / "checkpoint-2", tmp_path / "checkpoint-2")
+    train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS))
+    files = [folder / "adapter_model.safetensors" for folder in (adapter, adapter / "checkpoint-2", tmp_path)]
+    whole, half, resumed = (file.read_bytes() for file in files)
+    assert resumed == whole != half
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_recomputed_activations_leave_the_same_adapter(base, demo_data, adapter, tmp_path):
+    train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS, gradient_checkpointing="true"))
+    expected, found = weights(adapter), weights(tmp_path)
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
+
+
+@pytest.mark.reliability
+def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, tmp_path):
+    settings = {**SETTINGS, "learning_rate": 1e-3}
+    for name in ("true", "false"):
+        train_sft.main(train_args(base, demo_data, tmp_path / name, **settings, compile_layers=name))
+    expected, found = weights(tmp_path / "false"), weights(tmp_path / "true")
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())
+
+
+def test_the_merged_model_has_the_adapters_logits(adapter, tmp_path, capsys):
+    merge_adapter.main(["--adapter", str(adapter), "--out", str(tmp_path / "model"), "--dtype", "float16"])
+    out = capsys.readouterr().out
+    found, effect = map(float, re.search(r"logits +([\d.]+)% from .* base's by ([\d.]+)%", out).groups())
+    assert found < 1 < 10 < effect
+
+
+def test_an_adapter_answers_about_images(adapter, demo_data, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    predict.main(["--adapter", str(adapter), "--dataset", str(demo_data), "--out", str(out), "--max-new-tokens", "8"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 4 and all(isinstance(row["prediction"], str) for row in rows)
+
+
+def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
+    settings = {"quantization": "nf4", "dtype": "float32"}
+    model = load_answering_model(None, base=str(base), **settings)
+    alone = [score_answers(model, processor, [one], [ANSWERS]) for one in PROMPTS]
+    together = score_answers(model, processor, PROMPTS, [ANSWERS] * len(PROMPTS))
+    assert torch.allclose(torch.cat(alone), together, atol=1e-4)
+    assert answer(model, processor, PROMPTS, 6) == [answer(model, processor, [one], 6)[0] for one in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen2", "llava", "qwen2_5_omni"])
+def test_a_model_of_another_family_is_refused_before_its_weights(kind, tmp_path, demo_data, capsys):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    rule = f"'{tmp_path}': expected a model of Qwen2-VL, Qwen2.5-VL, dense Qwen3-VL; its model_type is {kind}"
+    for check in (check_family, lambda name: load_model(name, quantization=None, dtype="float32")):
+        with pytest.raises(ValueError, match=re.escape(rule)):
+            check(str(tmp_path))
+    assert run(lambda: train_sft.main(train_args(tmp_path, demo_data, tmp_path / "out"))) == 1
+    assert capsys.readouterr().err.strip() == f"error: {rule}"
+
+
+def test_a_processor_of_another_family_is_refused(processor, tmp_path):
+    LlavaProcessor(CLIPImageProcessor(), processor.tokenizer, patch_size=14).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dense Qwen3-VL; its processor is a LlavaProcessor"):
+        load_processor(str(tmp_path))
+
+
+def test_a_template_that_opens_answers_otherwise_is_refused(processor):
+    """As Qwen3-VL's thinking models do: they would be asked in another way than they were trained."""
+    opening = "{% if add_generation_prompt %}<think>\n{% endif %}"
+    processor.chat_template += opening
+    with pytest.raises(ValueError, match=r"found '<\|im_start\|>assistant\\n<think>\\n'"):
+        VisionSFTCollator(processor)
