@@ -47,6 +47,7 @@ class SafeSFTTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self.data_collator = NamedBatches(self.data_collator)
         self.add_callback(FiniteCallback(self))
+        self.add_callback(EpochCallback)
 
     def get_train_dataloader(self) -> DataLoader:
         return shield_workers(super().get_train_dataloader())
@@ -139,6 +140,15 @@ class FiniteCallback(TrainerCallback):
         path = output_dir / f"not_finite_step_{step}_process_{self.trainer.args.process_index}.json"
         path.write_text(json.dumps({"step": step, "samples": rows, "gradients": bad}, indent=1), encoding="utf-8")
         return path
+
+
+class EpochCallback(TrainerCallback):
+    """Sets the epoch of the samples' order. In a resumed epoch of several processes accelerate does not reach it, and
+    the run would go on in the first epoch's order."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        train_dataloader.set_epoch(state.global_step // steps)
 
 
 class PackedSFTTrainer(SafeSFTTrainer):
