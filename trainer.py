@@ -122,8 +122,9 @@ class FiniteCallback(TrainerCallback):
         ids, self.trainer.step_ids = self.trainer.step_ids, []
         scaler = self.trainer.accelerator.scaler
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        if torch.isfinite(norm) or (scaler is not None and scaler.is_enabled()):  # a scaler skips such steps itself
+        norm = self._norm(gradients)
+        scaled = args.fp16 if self.trainer.is_deepspeed_enabled else scaler is not None and scaler.is_enabled()
+        if torch.isfinite(norm) or scaled:  # a scaler skips such steps itself
             return
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         path = self._write(Path(args.output_dir), state.global_step + 1, ids, bad)
@@ -132,6 +133,13 @@ class FiniteCallback(TrainerCallback):
             f"step {state.global_step + 1}: the gradients are not finite, and nothing of it was kept; its samples "
             f"({some}) are in {path}; look at them, or go on from the last checkpoint with a lower learning_rate"
         )
+
+    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        """DeepSpeed keeps the gradients to itself, and has already passed over a step that is not finite."""
+        if not self.trainer.is_deepspeed_enabled:
+            return torch.nn.utils.get_total_norm(gradients.values())
+        norm = torch.as_tensor(self.trainer.deepspeed.get_global_grad_norm())
+        return torch.where(norm < 0, torch.nan, norm)  # -1 is its word for it where it does not say inf
 
     def _write(self, output_dir: Path, step: int, ids: list[str], bad: list[str]) -> Path:
         """Leave the step's samples, without their images, in a file of this process."""
