@@ -32,6 +32,8 @@ def seal(path: Path, run: dict) -> None:
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
         files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
         _flush(file)
+    for folder in filter(Path.is_dir, path.rglob("*")):
+        _flush(folder)
     content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
     content["sha256"] = _digest_of(content)
     unfinished = path / f"{MANIFEST}.unfinished"
@@ -124,14 +126,14 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     return None, passed_over
 
 
-def differences(before: dict, now: dict) -> Iterator[tuple[str, str]]:
-    """Yield the name of each entry that two nested dictionaries do not share, and a few words that say how."""
+def differences(before: dict, now: dict) -> Iterator[tuple[str, object, object]]:
+    """Yield the name of each entry that two nested dictionaries do not share, and its two values."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from differences(old, new)
         elif old != new:
-            yield key, f"{key} was {old!r} and is {new!r} now"
+            yield key, old, new
 
 
 def check_same_run(path: Path, run: dict, *, fixed: tuple[str, ...], allow_change: bool) -> list[str]:
@@ -147,15 +149,16 @@ def check_same_run(path: Path, run: dict, *, fixed: tuple[str, ...], allow_chang
         ValueError: an entry differs that may not; the message names all that do.
     """
     found = list(differences(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["run"], run))
-    words = "; ".join(text for _, text in found)
-    if any(name in fixed for name, _ in found):
+    changes = [f"{name} was {old!r} and is {new!r} now" for name, old, new in found]
+    words = "; ".join(changes)
+    if any(name in fixed for name, _, _ in found):
         raise ValueError(f"checkpoint {path}: {words}; its weights do not fit: choose another output_dir")
     if found and not allow_change:
         raise ValueError(
             f"checkpoint {path}: {words}; take that back, or go on with --allow_config_change true, "
             "or choose another output_dir"
         )
-    return [text for _, text in found]
+    return changes
 
 
 def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:

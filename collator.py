@@ -16,6 +16,12 @@ from data_prep.records import IMAGE_MARKER, to_chat
 IGNORED = -100  # PyTorch's ignore_index
 END_TOKEN = "<|im_end|>"
 ANSWER_HEADER = "<|im_start|>assistant\n"
+# An image that teaches nothing: no answer follows, so it has no labels and its gradients are zeros.
+BLANK = {
+    "id": "blank image",
+    "images": [Image.new("RGB", (28, 28))],
+    "messages": [{"role": "user", "content": IMAGE_MARKER}],
+}
 
 
 def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int) -> torch.Tensor:
@@ -174,17 +180,22 @@ class VisionSFTCollator:
             and a cut through the answer leaves nothing to learn.
         packed: put the samples behind each other into one row instead of padding them to rows of one length. The model
             must keep them apart: `attention.use_varlen`, or SDPA, which reads their borders off the positions.
+        blanks: give a batch without images a row, or a sample of its row, with a blank image and no labels. Then every
+            batch takes the whole model: processes wait for each other's gradients of the vision tower.
 
     Raises:
         ValueError: a sample's markers, length or answers are wrong; the message names its id. Or the chat template
             asks for answers that open in another way than those that are learnt.
     """
 
-    def __init__(self, processor: ProcessorMixin, *, max_length: int | None = None, packed: bool = False):
+    def __init__(
+        self, processor: ProcessorMixin, *, max_length: int | None = None, packed: bool = False, blanks: bool = False
+    ):
         check_template(processor)
         self.processor = processor
         self.max_length = max_length
         self.packed = packed
+        self.blanks = blanks
         tokenizer = processor.tokenizer
         self.header_ids = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
         self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
@@ -192,11 +203,14 @@ class VisionSFTCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """Return a right-padded batch: what `encode` gives and `labels` (B, T). Packed: see `_pack`."""
+        answered = len(examples)
+        if self.blanks and not any(example.get("images") for example in examples):
+            examples = [*examples, BLANK]
         texts = [self._render(example) for example in examples]
         batch = encode(self.processor, examples, texts, padding_side="right")
         self._check_lengths(batch, examples)
         batch["labels"] = build_labels(batch["input_ids"], header_ids=self.header_ids, end_id=self.end_id)
-        self._check_answers(batch["labels"], examples)
+        self._check_answers(batch["labels"][:answered], examples[:answered])
         return self._pack(batch, examples) if self.packed else batch
 
     def _pack(self, batch: dict, examples: list[dict]) -> dict:

@@ -104,7 +104,6 @@ EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation rep
 # Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
 WITHOUT_EFFECT = {
     "load_in_8bit": "the base model is in NF4 (load_in_4bit) or not quantised",
-    "bnb_4bit_quant_storage": "weights are stored as bitsandbytes does by default",
     "lora_target_parameters": "use lora_target_modules",
     "lora_modules_to_save": "only LoRA weights are trained",
     "lora_task_type": "the adapter is for a causal language model",
@@ -121,6 +120,9 @@ WITHOUT_EFFECT = {
     "eval_packing": "validation samples are packed when training samples are",
     "padding_free": "use packing: packs hold no padding",
     "logging_nan_inf_filter": "a run stops at the first gradients that are not finite",
+    "fsdp": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
+    "fsdp_config": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
+    "deepspeed": "accelerate's configuration decides: configs/accelerate/zero2.yaml",
     "torch_compile": "use compile_layers",
     "torch_compile_backend": "use compile_layers",
     "torch_compile_mode": "use compile_layers",
@@ -203,6 +205,7 @@ def _check_settings(data: DataArguments, training: TrainingSettings, model: Mode
         raise ValueError("use_peft: must be true; LoRA adapters are what is trained here")
     if model.load_in_4bit and model.bnb_4bit_quant_type != "nf4":
         raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
+    _check_storage(model)
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
     for settings in (data, training, model):
@@ -216,6 +219,15 @@ def _check_settings(data: DataArguments, training: TrainingSettings, model: Mode
     _check_packing(data, training, model)
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         raise ValueError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or write none")
+
+
+def _check_storage(model: ModelConfig) -> None:
+    """4-bit weights are kept in bytes, or in the dtype of the others, which FSDP2 needs to spread them."""
+    storage, dtype = model.bnb_4bit_quant_storage, "bfloat16" if model.dtype == "auto" else model.dtype
+    if storage is not None and not model.load_in_4bit:
+        raise ValueError("bnb_4bit_quant_storage: would have no effect without load_in_4bit: true")
+    if storage not in (None, "uint8", dtype):
+        raise ValueError(f"bnb_4bit_quant_storage: expected uint8 or the dtype {dtype}, found {storage!r}")
 
 
 def _check_packing(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:

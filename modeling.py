@@ -118,6 +118,7 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     keep_dtype: bool = False,
+    quant_storage: str = "uint8",
 ) -> PreTrainedModel:
     """Load the base model on this process's device.
 
@@ -129,6 +130,7 @@ def load_model(
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
         revision: Hub branch, tag or commit.
         keep_dtype: take `dtype` on a CPU too: for weights that will be saved.
+        quant_storage: dtype that NF4's bits are kept in, "uint8" or `dtype`: FSDP2 shards what is of a float dtype.
 
     Raises:
         ValueError: no model there or another family's, an unknown quantization, or layers came out in another
@@ -139,7 +141,8 @@ def load_model(
     check_family(model_name_or_path, revision=revision)
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
-    config = quantization_config(dtype, double_quant=double_quant) if quantization else None
+    storage = torch.uint8 if quant_storage == "uint8" else dtype
+    config = quantization_config(dtype, double_quant=double_quant, storage=storage) if quantization else None
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
@@ -173,13 +176,16 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return dtype
 
 
-def quantization_config(dtype: torch.dtype, *, double_quant: bool = True) -> BitsAndBytesConfig:
+def quantization_config(
+    dtype: torch.dtype, *, double_quant: bool = True, storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig:
     """Return NF4 for the language model's linear layers; vision tower, merger and LM head stay in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=KEPT_IN_16_BIT,
     )
 

@@ -24,11 +24,20 @@ from trl import ModelConfig, SFTTrainer
 
 from callbacks import CurvesCallback, ProgressLine, PushCallback
 from card import add_facts, describe_base, describe_data, library_versions, progress, write_card
-from checkpoints import check_same_run, choose_checkpoint
+from checkpoints import MANIFEST, check_same_run, choose_checkpoint
 from collator import VisionSFTCollator
 from config import DataArguments, TrainingSettings, parse_config
 from data_prep import fingerprint, join_folds, load_splits
 from data_prep.balance import draw
+from distributed import (
+    WHOLE,
+    asked_sharding,
+    check_same_everywhere,
+    check_sharded,
+    check_sharding,
+    check_shared_folder,
+    leave_together,
+)
 from hub import RUN_FACTS, BackgroundPush, open_repository, push_adapter
 from memory import fits, largest_batch
 from modeling import (
@@ -74,14 +83,15 @@ WITHOUT_INFLUENCE = (
     "eval_", "per_device_eval_", "prediction_loss_", "batch_eval_", "bf16_full_", "fp16_full_", "do_", "include_",
     "dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "local_rank", "ddp_",
     "gradient_checkpointing", "activation_checkpointing", "accelerator_config", "dataset_path", "image_dir",
-    "model_name_or_path",
+    "model_name_or_path", "bnb_4bit_quant_storage",
 )  # fmt: skip
 # What the shape of the weights depends on.
-FIXED = ("lora_r", "lora_target_modules", "use_dora", "freeze_vision_encoder", "train_merger", "name")
+FIXED = ("lora_r", "lora_target_modules", "use_dora", "freeze_vision_encoder", "train_merger", "name", "sharding")
 
 
 def main(argv: list[str] | None = None) -> int | None:
     data_args, training_args, model_args = parse_config(sys.argv[1:] if argv is None else argv)
+    check_processes(training_args, model_args)
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     prepare_output(training_args)
     checkpoint = choose_start(training_args)
@@ -99,6 +109,7 @@ def main(argv: list[str] | None = None) -> int | None:
     splits["train"] = draw_by_weight(splits["train"], training_args.seed)
     lengths = check_data(splits, processor, training_args)
     shared = describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
+    check_same_everywhere(shared)
     check_start(checkpoint, shared, training_args)
     pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
     training_args.packing = False  # TRL's own, which takes no images
@@ -114,11 +125,13 @@ def main(argv: list[str] | None = None) -> int | None:
     stop = StopCallback()
     trainer.add_callback(stop)
     background = push_every_save(trainer, repo_id)
-    say(*describe_run(trainer, lengths["train"]))
+    say(*describe_run(trainer, lengths["train"]), *describe_resuming(trainer, checkpoint, shared))
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        leave_together()
         return end_early(stop, trainer.state.global_step)
     trainer.save_model()
+    leave_together()
     finish_card(trainer)
     say(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
     if background is not None:
@@ -133,8 +146,15 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
+def check_processes(training_args: TrainingSettings, model_args: ModelConfig) -> None:
+    """Refuse what accelerate's configuration asks for and would go wrong, before anything slow starts."""
+    storage = (model_args.bnb_4bit_quant_storage or "uint8") if model_args.load_in_4bit else None
+    mixed = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else None
+    check_sharding(asked_sharding(training_args.deepspeed_plugin), storage=storage, mixed=mixed)
+
+
 def prepare_output(training_args: TrainingSettings) -> None:
-    """Make the output folder and see that it can be written to, before anything slow starts."""
+    """Make the output folder and see that all processes can write to it, before anything slow starts."""
     output_dir = Path(training_args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -143,6 +163,7 @@ def prepare_output(training_args: TrainingSettings) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir: cannot write to {output_dir}: {error.strerror}") from error
+    check_shared_folder(output_dir)
 
 
 def choose_start(training_args: TrainingSettings) -> str | None:
@@ -168,6 +189,8 @@ def describe_for_resuming(
         "versions": library_versions(),
         "processes": training_args.world_size,
     }
+    if (sharding := asked_sharding(training_args.deepspeed_plugin)) != WHOLE:
+        shared["sharding"] = sharding  # its checkpoints have a form of their own
     return json.loads(json.dumps(shared, default=str))
 
 
@@ -244,7 +267,8 @@ def loading_settings(model_args: ModelConfig) -> dict:
 
 def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     """Load the base model and put LoRA on it, on what was asked for and on nothing else."""
-    model = load_model(model_args.model_name_or_path, **loading_settings(model_args))
+    storage = model_args.bnb_4bit_quant_storage or "uint8"  # changes no result, and no other command shards
+    model = load_model(model_args.model_name_or_path, **loading_settings(model_args), quant_storage=storage)
     targets = model_args.lora_target_modules
     targets = [targets] if isinstance(targets, str) else targets  # ModelConfig unpacks a list of one
     check_targets(model, targets)
@@ -286,6 +310,13 @@ def decide_checkpointing(
     training_args.gradient_checkpointing = training_args.activation_checkpointing = on
 
 
+def needs_blanks(model: PeftModel, lengths: SampleLengths) -> bool:
+    """Tell whether batches without images must be given a blank one: a trained vision tower that one process does not
+    call would have no gradients there, which the others wait for."""
+    counts = count_trainable(model)
+    return 0 in lengths.image and counts["vision tower"] + counts["merger"] > 0
+
+
 def build_trainer(
     model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: TrainingSettings,
     lengths: dict[str, SampleLengths], *, pack_tokens: int | None, run: dict,
@@ -293,6 +324,9 @@ def build_trainer(
     """Wire the model, the data and our collator into TRL's trainer; with `pack_tokens`, into the one that packs."""
     training_args.remove_unused_columns = False  # the collator names a sample by its id
     packed = pack_tokens is not None
+    blanks = needs_blanks(model, lengths["train"])
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # every batch takes all weights that train
     make, packing = SafeSFTTrainer, {}
     if packed:
         make = PackedSFTTrainer
@@ -300,7 +334,7 @@ def build_trainer(
     trainer = make(
         model=model,
         args=training_args,
-        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length, packed=packed),
+        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length, packed=packed, blanks=blanks),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"] if training_args.eval_strategy != "no" else None,
         processing_class=processor,
@@ -308,6 +342,7 @@ def build_trainer(
         run=run,
         **packing,
     )
+    check_sharded(trainer.accelerator, asked_sharding(training_args.deepspeed_plugin))
     # The family says that its own loss takes no token count, and the trainer then averages micro-batches as if
     # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
     trainer.model_accepts_loss_kwargs = True
@@ -344,6 +379,33 @@ def describe_run(trainer: SFTTrainer, lengths: SampleLengths) -> list[str]:
         "device": f"{args.device}, weights in {dtype}, mixed precision {mixed_precision(trainer)}",
     }
     return [f"{name:<10} {value}" for name, value in rows.items()]
+
+
+def describe_resuming(trainer: SFTTrainer, checkpoint: str | None, run: dict) -> list[str]:
+    """Return a line when a run goes on with other steps than before: at the same one, of another number or size.
+
+    Raises:
+        ValueError: it would already be past its end.
+    """
+    if checkpoint is None:
+        return []
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    before = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))["run"]
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    step, batch, batch_before = state["global_step"], batch_of(run), batch_of(before)
+    if step > steps:
+        rule = "with fewer gradient_accumulation_steps a run of as many epochs has more"
+        raise ValueError(f"checkpoint {checkpoint}: it is at step {step}, and the run has {steps} steps now; {rule}")
+    if (steps, batch) == (state["max_steps"], batch_before):
+        return []
+    found = f"{state['max_steps']:,} with batches of {batch_before}"
+    return [f"going on   at step {step:,} of {steps:,} with batches of {batch}; before, of {found}"]
+
+
+def batch_of(run: dict) -> int:
+    """Return how many rows a step takes in all processes."""
+    sizes = (run["settings"][name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return math.prod(sizes) * run["processes"]
 
 
 def mixed_precision(trainer: SFTTrainer) -> str:

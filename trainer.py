@@ -49,6 +49,7 @@ class SafeSFTTrainer(SFTTrainer):
         super().__init__(**kwargs)
         self.data_collator = NamedBatches(self.data_collator)
         self.add_callback(FiniteCallback(self))
+        self.add_callback(EpochCallback)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
         if resume_from_checkpoint is not None:
@@ -136,8 +137,9 @@ class FiniteCallback(TrainerCallback):
         ids, self.trainer.step_ids = self.trainer.step_ids, []
         scaler = self.trainer.accelerator.scaler
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(gradients.values())
-        if torch.isfinite(norm) or (scaler is not None and scaler.is_enabled()):  # a scaler skips such steps itself
+        norm = self._norm(gradients)
+        scaled = args.fp16 if self.trainer.is_deepspeed_enabled else scaler is not None and scaler.is_enabled()
+        if torch.isfinite(norm) or scaled:  # a scaler skips such steps itself
             return
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         path = self._write(Path(args.output_dir), state.global_step + 1, ids, bad)
@@ -147,6 +149,13 @@ class FiniteCallback(TrainerCallback):
             f"({some}) are in {path}; look at them, or go on from the last checkpoint with a lower learning_rate"
         )
 
+    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        """DeepSpeed keeps the gradients to itself, and has already passed over a step that is not finite."""
+        if not self.trainer.is_deepspeed_enabled:
+            return torch.nn.utils.get_total_norm(gradients.values())
+        norm = torch.as_tensor(self.trainer.deepspeed.get_global_grad_norm())
+        return torch.where(norm < 0, torch.nan, norm)  # -1 is its word for it where it does not say inf
+
     def _write(self, output_dir: Path, step: int, ids: list[str], bad: list[str]) -> Path:
         """Leave the step's samples, without their images, in a file of this process."""
         dataset = self.trainer.train_dataset.select_columns(["id", "messages", "image_sizes"])
@@ -154,6 +163,15 @@ class FiniteCallback(TrainerCallback):
         path = output_dir / f"not_finite_step_{step}_process_{self.trainer.args.process_index}.json"
         path.write_text(json.dumps({"step": step, "samples": rows, "gradients": bad}, indent=1), encoding="utf-8")
         return path
+
+
+class EpochCallback(TrainerCallback):
+    """Sets the epoch of the samples' order. In a resumed epoch of several processes accelerate does not reach it, and
+    the run would go on in the first epoch's order."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        train_dataloader.set_epoch(state.global_step // steps)
 
 
 class PackedSFTTrainer(SafeSFTTrainer):

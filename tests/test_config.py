@@ -79,6 +79,12 @@ def test_options_override_the_recipe(parse):
         ("eval_strategy: stepps\n", "stepps is not a valid IntervalStrategy"),
         ("use_peft: false\n", "not YAML: the key 'use_peft' stands twice"),
         ("load_in_4bit: true\nbnb_4bit_quant_type: fp4\n", "bnb_4bit_quant_type: expected 'nf4', found 'fp4'"),
+        ("bnb_4bit_quant_storage: uint8\n", "bnb_4bit_quant_storage: would have no effect without load_in_4bit: true"),
+        (
+            "load_in_4bit: true\ndtype: bfloat16\nbnb_4bit_quant_storage: float32\n",
+            "bnb_4bit_quant_storage: expected uint8 or the dtype bfloat16, found 'float32'",
+        ),
+        ("fsdp: full_shard\n", "fsdp: would have no effect; accelerate's configuration decides"),
         ("lora_target_modules: [q_proj, 5]\n", "lora_target_modules: did not expect the list ['q_proj', 5]"),
         ("seed:\n", "recipe.yaml: seed: expected one value, found None"),
         ("seed: {a: 1}\n", "recipe.yaml: seed: expected one value, found {'a': 1}"),

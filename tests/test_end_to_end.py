@@ -1,6 +1,5 @@
 """The commands that a user types, as real processes: started, killed, resumed, and asked."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import train_args
 from safetensors.torch import load_file
@@ -74,19 +72,3 @@ def test_an_error_is_one_line_and_the_launcher_can_be_told_to_add_nothing(tiny_b
     assert launched.returncode == 1
     assert line in launched.stderr.splitlines()
     assert "Traceback" not in launched.stderr
-
-
-def test_two_processes_pack_and_learn_as_one(tiny_base, demo_data, tmp_path):
-    packing = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
-    settings = {**packing, "per_device_train_batch_size": 1, "max_steps": 12, "save_steps": 12, "eval_steps": 6}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    one = train_args(tiny_base, demo_data, tmp_path / "one", **settings, gradient_accumulation_steps=2)
-    two = train_args(tiny_base, demo_data, tmp_path / "two", **settings, gradient_accumulation_steps=1)
-    for command in ([sys.executable, "train_sft.py", *one], [*torchrun, "train_sft.py", *two]):
-        done = call(*command)
-        assert done.returncode == 0, done.stderr
-    curves = []
-    for out in ("one", "two"):
-        rows = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-        curves.append([row[key] for row in rows for key in ("loss", "eval_loss", "num_tokens") if key in row])
-    assert len(curves[0]) > 24 and curves[0] == pytest.approx(curves[1], abs=1e-4)

@@ -22,6 +22,7 @@ SETTINGS = {"max_steps": 60, "save_steps": 50, "eval_strategy": "no", "lora_drop
 LAUNCHERS = {
     "python": [sys.executable],
     "accelerate with one process": [str(BIN / "accelerate"), "launch", "--num_processes", "1"],
+    "accelerate with two processes": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"],
     "torchrun with two processes": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
 }
 
@@ -86,6 +87,8 @@ def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, dem
         assert process.returncode == EXIT_CODE, text
         assert "SIGTERM: stopping after this step" in text
         assert f"stopped by SIGTERM at step {last_step(out)}; the same command goes on from checkpoint-" in text
+    elif launcher == "accelerate with two processes":
+        assert process.returncode == 1, text  # the launcher's own, whatever its processes end with
     [saved] = out.glob("checkpoint-*")
     step = read_manifest(saved)["step"]
     assert seen <= step <= last_step(out) + 1 and step < SETTINGS["save_steps"], text

@@ -1,0 +1,44 @@
+#!/bin/bash
+# Train on several machines under Slurm, and go on by itself after a preemption or at the time limit.
+#   sbatch configs/slurm.sh --config configs/skin.yaml --output_dir /shared/outputs/skin
+# The output folder, the data and this folder must be on storage that all machines share.
+#SBATCH --job-name=train_sft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=08:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Two minutes before the end this script gets SIGTERM, and passes it on: the run saves after the step in progress.
+#SBATCH --signal=B:TERM@120
+set -uo pipefail
+
+STOPPED=75  # exit code of a run that was asked to stop and has saved; `accelerate launch` makes 1 of it
+GPUS="${SLURM_GPUS_ON_NODE:-1}"
+MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export GPUS MAIN
+
+asked=false
+trap 'asked=true; kill -TERM "$run"' TERM
+
+# One launcher on each machine; SLURM_NODEID is the machine's number. One that fails ends the others.
+srun --kill-on-bad-exit=1 bash -c '
+  exec accelerate launch --config_file configs/accelerate/multi_node.yaml --num_machines "$SLURM_NNODES" \
+    --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN" \
+    train_sft.py "$@"' train "$@" &
+run=$!
+
+wait "$run"
+code=$?
+while kill -0 "$run" 2> /dev/null; do  # a signal ends `wait`, and not the run
+  wait "$run"
+  code=$?
+done
+
+# The recipe's resume_from_checkpoint: auto goes on from the newest whole checkpoint. A run that fails by itself is left.
+if [ "$code" -eq "$STOPPED" ] || { "$asked" && [ "$code" -ne 0 ]; }; then
+  echo "stopped, exit code $code: queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

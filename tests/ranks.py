@@ -1,0 +1,101 @@
+"""A process that has loaded the libraries and forks runs of several ranks: a second each instead of ten.
+
+It reads requests from stdin, one JSON a line, and answers each with the exit codes of the ranks. accelerate shards no
+model over CPUs; a request that pretends tells it, once the ranks can talk, that they are GPUs.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from cli import run
+
+import torch.distributed.fsdp  # noqa: F401  loaded once, for all
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+import distributed
+import train_sft
+from benchmarks.reliability import child
+from trainer import SafeSFTTrainer
+
+LASTS = 120  # s; what takes longer hangs
+
+
+def pretend(kind: str) -> None:
+    """Have accelerate take the ranks for GPUs once the model is about to be built: "MULTI_GPU", or "DEEPSPEED"."""
+    build = train_sft.build_model
+
+    def build_after(*args):
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+        PartialState._shared_state.update(distributed_type=DistributedType[kind], _cpu=False)
+        return build(*args)
+
+    train_sft.build_model = build_after
+
+
+def spoil(step: int) -> None:
+    """Make the loss of rank 1 NaN at a step."""
+    compute = SafeSFTTrainer.compute_loss
+
+    def compute_spoilt(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == step and self.args.process_index == 1 else loss
+
+    SafeSFTTrainer.compute_loss = compute_spoilt
+
+
+def start(request: dict, rank: int, port: int) -> int:
+    def before() -> None:
+        ranks = len(request["ranks"])
+        if ranks > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            os.environ.update({key: str(value) for key, value in place.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(request["env"])
+        distributed.SEEN_WITHIN = 0.5
+        if request["pretend"]:
+            pretend(request["pretend"])
+        if request["spoil"] is not None:
+            spoil(request["spoil"])
+
+    return child(lambda: train_sft.main(request["ranks"][rank]), Path(f"{request['log']}.{rank}"), before)
+
+
+def wait_for(processes: list[int]) -> list[int | None]:
+    """Return the exit codes; None for a rank that had to be killed, as it came to no end."""
+    codes, deadline = dict.fromkeys(processes), time.monotonic() + LASTS
+    while None in codes.values():
+        for process in [process for process, code in codes.items() if code is None]:
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                return [codes[process] for process in processes]
+        time.sleep(0.02)
+    return list(codes.values())
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        port = free_port()
+        codes = wait_for([start(request, rank, port) for rank in range(len(request["ranks"]))])
+        print(json.dumps(codes), flush=True)
+
+
+def free_port() -> int:
+    """Return a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    run(serve)
