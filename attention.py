@@ -66,11 +66,11 @@ def varlen_attention(
     if dropout:
         raise ValueError(f"attention_dropout: expected 0 with attn_implementation: {VARLEN}, found {dropout}")
     causal = module.is_causal if is_causal is None else is_causal
-    attend = _on_gpu if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) else _by_length
+    attend = on_gpu if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) else _by_length
     return attend(query, key, value, offsets, longest, scaling, causal), None
 
 
-def _on_gpu(query, key, value, offsets, longest: int, scaling, causal: bool) -> torch.Tensor:
+def on_gpu(query, key, value, offsets, longest: int, scaling, causal: bool) -> torch.Tensor:
     """Run PyTorch's variable-length kernel (flash attention or cuDNN)."""
     if not TAKES_GQA and key.size(1) < query.size(1):
         key, value = (side.repeat_interleave(query.size(1) // key.size(1), dim=1) for side in (key, value))

@@ -40,7 +40,7 @@ class DataArguments:
 
 @dataclass
 class TrainingSettings(SFTConfig):
-    """TRL's settings, with three defaults of our own and two settings more."""
+    """TRL's settings, with three defaults of our own and three settings more."""
 
     gradient_checkpointing: str = field(
         default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
@@ -52,6 +52,9 @@ class TrainingSettings(SFTConfig):
     )
     compile_layers: bool = field(
         default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print the plan, try a few batches on a tiny model, and end"}
     )
 
     def __post_init__(self):
@@ -263,3 +266,18 @@ def _check_setting(setting: dataclasses.Field, found) -> None:
         raise ValueError(f"{name}: expected a number above 0, found {found}")
     if name == "lora_dropout" and found >= 1:
         raise ValueError(f"lora_dropout: expected a share below 1, found {found}")
+
+
+def lora_settings(data: DataArguments, model: ModelConfig) -> dict:
+    """Return the keywords of `modeling.build_lora_config`."""
+    targets = model.lora_target_modules
+    return {
+        "r": model.lora_r,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": model.lora_dropout,
+        "use_rslora": model.use_rslora,
+        "use_dora": model.use_dora,
+        "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
+        "train_vision": not data.freeze_vision_encoder,
+        "train_merger": data.train_merger,
+    }

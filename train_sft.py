@@ -5,6 +5,7 @@ accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/s
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import PeftModel, get_peft_model
+from torch.utils.data import BatchSampler
 from transformers import ProcessorMixin, ProgressCallback, set_seed
 from trl import ModelConfig, SFTTrainer
 
@@ -26,7 +28,7 @@ from callbacks import CurvesCallback, ProgressLine, PushCallback
 from card import add_facts, describe_base, describe_data, library_versions, progress, write_card
 from checkpoints import MANIFEST, check_same_run, choose_checkpoint
 from collator import VisionSFTCollator
-from config import DataArguments, TrainingSettings, parse_config
+from config import DataArguments, TrainingSettings, lora_settings, parse_config
 from data_prep import fingerprint, join_folds, load_splits
 from data_prep.balance import draw
 from distributed import (
@@ -51,7 +53,10 @@ from modeling import (
     load_processor,
     pin_trainable_to_float32,
 )
-from packing import SampleLengths, check_lengths, measure_lengths
+from packing import PackSampler, SampleLengths, check_lengths, measure_lengths
+from plan_run import print_plan
+from rehearsal import rehearse
+from shapes import read_config
 from stopping import StopCallback, end_early
 from trainer import SETTINGS_WITH_TOKENS, PackedSFTTrainer, SafeSFTTrainer
 
@@ -78,13 +83,14 @@ TOLD_OF_TRAINING = (
 # Settings that a run may change when it goes on: they decide what is told, kept and measured, and not what is learnt.
 WITHOUT_INFLUENCE = (
     "output_dir", "run_name", "project", "trackio_", "report_to", "logging_", "log_", "disable_tqdm", "debug",
-    "skip_memory_",
+    "skip_memory_", "dry_run",
     "save_", "resume_", "restore_", "allow_config_change", "load_best_", "metric_for_", "greater_is_", "push_", "hub_",
     "eval_", "per_device_eval_", "prediction_loss_", "batch_eval_", "bf16_full_", "fp16_full_", "do_", "include_",
     "dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "local_rank", "ddp_",
     "gradient_checkpointing", "activation_checkpointing", "accelerator_config", "dataset_path", "image_dir",
     "model_name_or_path", "bnb_4bit_quant_storage",
 )  # fmt: skip
+TRIED = 3  # batches of a dry run
 # What the shape of the weights depends on.
 FIXED = ("lora_r", "lora_target_modules", "use_dora", "freeze_vision_encoder", "train_merger", "name", "sharding")
 
@@ -93,16 +99,13 @@ def main(argv: list[str] | None = None) -> int | None:
     data_args, training_args, model_args = parse_config(sys.argv[1:] if argv is None else argv)
     check_processes(training_args, model_args)
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
+    if training_args.dry_run:
+        return dry_run(data_args, training_args, model_args)
     prepare_output(training_args)
     checkpoint = choose_start(training_args)
     check_family(model_args.model_name_or_path, revision=model_args.model_revision)
     repo_id = claim_repository(training_args)
-    processor = load_processor(
-        model_args.model_name_or_path,
-        min_pixels=data_args.min_pixels,
-        max_pixels=data_args.max_pixels,
-        revision=model_args.model_revision,
-    )
+    processor = open_processor(data_args, model_args)
     base = describe_base(model_args.model_name_or_path, model_args.model_revision)
     splits = load_data(data_args, training_args)
     data_facts = describe_data(splits, data_args.dataset_path)
@@ -138,6 +141,24 @@ def main(argv: list[str] | None = None) -> int | None:
         background.wait()
         say(f"pushed to {push_adapter(Path(training_args.output_dir), repo_id, **push_options(training_args))}")
     return None
+
+
+def dry_run(data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig) -> None:
+    """Print the plan, take three batches through the collator and one of them through a tiny model; write nothing."""
+    processor = open_processor(data_args, model_args)
+    splits = load_data(data_args, training_args)
+    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
+    lengths = check_data(splits, processor, training_args)["train"]
+    print_plan(data_args, training_args, model_args, splits, processor)
+    packs = data_args.pack_tokens if training_args.packing else None
+    collate = VisionSFTCollator(processor, max_length=training_args.max_length, packed=packs is not None)
+    rows = training_args.per_device_train_batch_size
+    indices = PackSampler(lengths.total, packs) if packs else BatchSampler(range(len(lengths.total)), rows, False)
+    batches = [collate([splits["train"][n] for n in some]) for some in itertools.islice(indices, TRIED)]
+    config, _ = read_config(model_args.model_name_or_path, model_args.model_revision)
+    settings = lora_settings(data_args, model_args)
+    loss = rehearse(config, batches[0], settings, varlen=packs is not None, device=training_args.device)
+    say(f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}")
 
 
 def say(*lines: str) -> None:
@@ -219,6 +240,11 @@ def push_options(training_args: TrainingSettings) -> dict:
     return {"private": training_args.hub_private_repo is not False, "revision": training_args.hub_revision}
 
 
+def open_processor(data_args: DataArguments, model_args: ModelConfig) -> ProcessorMixin:
+    limits = {"min_pixels": data_args.min_pixels, "max_pixels": data_args.max_pixels}
+    return load_processor(model_args.model_name_or_path, **limits, revision=model_args.model_revision)
+
+
 def load_data(data_args: DataArguments, training_args: TrainingSettings) -> DatasetDict:
     """Load the splits and check that those needed are there."""
     splits = load_splits(data_args.dataset_path, data_args.image_dir, show_progress=PartialState().is_main_process)
@@ -269,22 +295,10 @@ def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
     """Load the base model and put LoRA on it, on what was asked for and on nothing else."""
     storage = model_args.bnb_4bit_quant_storage or "uint8"  # changes no result, and no other command shards
     model = load_model(model_args.model_name_or_path, **loading_settings(model_args), quant_storage=storage)
-    targets = model_args.lora_target_modules
-    targets = [targets] if isinstance(targets, str) else targets  # ModelConfig unpacks a list of one
-    check_targets(model, targets)
-    parts = {"train_vision": not data_args.freeze_vision_encoder, "train_merger": data_args.train_merger}
-    lora_config = build_lora_config(
-        model,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        target_modules=targets,
-        **parts,
-    )
-    model = get_peft_model(model, lora_config)
-    check_trainable(model, **parts)
+    lora = lora_settings(data_args, model_args)
+    check_targets(model, lora["target_modules"])
+    model = get_peft_model(model, build_lora_config(model, **lora))
+    check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
     return model
 
 

@@ -1,0 +1,189 @@
+"""What a run will take: tokens, steps, memory and time, from shapes and lengths alone."""
+
+import math
+import statistics
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset, DatasetDict
+from qwen_vl_utils import smart_resize
+
+from packing import PackSampler, SampleLengths
+from tracing import Activations
+
+GB = 1e9
+MEMORIES = (12, 16, 24, 40, 48, 80)  # GB, of common GPUs
+LONGEST = 128 * 1024  # tokens of a batch, beyond what anybody packs
+# What PyTorch's allocator holds beside what lives, as a share of the activations: with it, the plan meets what was
+# reserved on an H100 (benchmarks/README.md). CUDA's own context is outside what PyTorch counts.
+SLACK, CONTEXT = 0.25, 600_000_000
+# TRL's fused LM head (trl.kernels.chunked_logprob) multiplies so many tokens and words at once, each way.
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+# Dense bf16 with float32 sums, FLOP/s: data sheets of L4, A100 and H100 SXM, and NVIDIA's Ada white paper (RTX 4090).
+GPUS = {"L4": 121e12, "RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
+# Measured on an H100 with packs of 8,192 tokens: 189 TFLOP/s, and 300 compiled (benchmarks/README.md).
+SHARE_OF_PEAK = {False: 189 / 989, True: 300 / 989}
+HIGH_RATE, HIGH_RATE_SMALL, FEW_SAMPLES = 2e-4, 1e-4, 8  # for LoRA on a pretrained model
+CHARACTERS_A_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # to estimate with, without a tokenizer
+
+
+@dataclass
+class MemoryPlan:
+    """What one setting holds on the GPU.
+
+    Attributes:
+        name: of the setting.
+        fixed: bytes that do not depend on the batch, by part.
+        traced: activations of a batch of `tokens`; they grow with the tokens, and so do those of other batches.
+        tokens: see `traced`.
+        text_share: of the tokens, none more of which can be answers.
+        hidden: width of the language model.
+        width: bytes of a number in the layers.
+    """
+
+    name: str
+    fixed: dict[str, int]
+    traced: Activations
+    tokens: int
+    text_share: float
+    hidden: int
+    width: int
+
+    def parts(self, tokens: int) -> dict[str, float]:
+        """Return the bytes for a batch of `tokens` by part, at its fullest moment."""
+        scale, answers = tokens / self.tokens, tokens * self.text_share
+        tower, saved, peak = (scale * x for x in (self.traced.tower, self.traced.saved, self.traced.peak))
+        buffers = 2 * min(answers, HEAD_TOKENS) * HEAD_WORDS * self.width
+        logits = buffers + answers * self.hidden * (4 + 2 * self.width)
+        at_head = saved + logits > peak  # else the fullest moment is in the layers' backward pass
+        held = {
+            "activations, vision tower": tower,
+            "activations, language layers": (saved if at_head else peak) - tower,
+            "logits of the answers, in pieces": logits if at_head else 0,
+        }
+        return {**self.fixed, **held, "allocator's slack": SLACK * sum(held.values()), "CUDA's context": CONTEXT}
+
+    def total(self, tokens: int) -> float:
+        return sum(self.parts(tokens).values())
+
+    def largest(self, memory: float) -> int:
+        """Return the largest batch that fits `memory`, bytes; tokens, a multiple of 256, and not above `LONGEST`."""
+        sizes = range(256, LONGEST + 1, 256)
+        return 256 * bisect_right(sizes, memory, key=self.total)
+
+
+def trained_bytes(count: int, optim: str, *, mixed: bool) -> dict[str, int]:
+    """Return the bytes of `count` trained weights in float32 and what training keeps of each.
+
+    Args:
+        count: trained weights.
+        optim: of the recipe.
+        mixed: whether autocast makes 16-bit copies.
+    """
+    a_weight = 4 + 4 + (2 if mixed else 0)
+    return {"LoRA and its gradients": count * a_weight, "optimizer": round(count * optimizer_bytes(optim))}
+
+
+def optimizer_bytes(optim: str) -> float:
+    """Return the bytes that an optimizer keeps for a weight: Adam's two averages, unless its name says otherwise."""
+    if "adafactor" in optim:
+        return 0  # a row and a column for each matrix
+    averages = 0 if optim in ("sgd", "adagrad") else 1 if "lion" in optim else 2
+    return averages * (1 + 4 / 256 if "8bit" in optim else 4)  # 8-bit averages have a scale for each block of 256
+
+
+def estimate_lengths(split: Dataset, *, cell: int, min_pixels: int, max_pixels: int) -> SampleLengths:
+    """Count image tokens from the images' sizes, and guess the text's from its characters.
+
+    Args:
+        split: in the schema of `data_prep`.
+        cell: px, side of the square that one token covers.
+        min_pixels: smallest area after resizing, px^2.
+        max_pixels: largest area after resizing, px^2.
+    """
+    total, image = [], []
+    for messages, sizes in zip(split["messages"], split["image_sizes"], strict=True):
+        resized = [smart_resize(h, w, factor=cell, min_pixels=min_pixels, max_pixels=max_pixels) for w, h in sizes]
+        image.append(sum(height * width // cell**2 for height, width in resized))
+        text = sum(len(turn["content"]) for turn in messages) // CHARACTERS_A_TOKEN
+        total.append(image[-1] + text + SYSTEM_TOKENS + TURN_TOKENS * len(messages) + IMAGE_ENDS * len(sizes))
+    return SampleLengths(total=total, image=image)
+
+
+def describe_lengths(lengths: SampleLengths) -> str:
+    total, image = sorted(lengths.total), sum(lengths.image) / sum(lengths.total)
+    mean, median, high = statistics.mean(total), statistics.median(total), total[math.ceil(0.95 * len(total)) - 1]
+    spread = f"{mean:,.0f} a sample, median {median:,.0f}, 95 % up to {high:,}, longest {total[-1]:,}"
+    return f"{spread}; {100 * image:.0f} % image"
+
+
+def steps_an_epoch(
+    lengths: Sequence[int], *, pack_tokens: int | None, batch: int, accumulate: int, seed: int, epochs: int
+) -> int:
+    """Return the optimizer steps of an epoch: of packs as training makes them, or of `batch` samples."""
+    if pack_tokens is not None:
+        return len(PackSampler(lengths, pack_tokens, seed=seed, multiple=accumulate, epochs=epochs)) // accumulate
+    return math.ceil(math.ceil(len(lengths) / batch) / accumulate)
+
+
+def work(lengths: SampleLengths, *, language: int, tower: int, patches: int, passes: int, tower_passes: int) -> float:
+    """Return the FLOP of an epoch as `benchmarks.gpu_7b` counts them: 2 a weight, token and pass.
+
+    Args:
+        lengths: of the samples.
+        language: weights that a token passes.
+        tower: weights that a patch of an image passes.
+        patches: for each image token.
+        passes: 3 with recomputation (forward, again, backward of activations), else 2.
+        tower_passes: 1 when it is frozen.
+    """
+    return 2 * (passes * language * sum(lengths.total) + tower_passes * patches * tower * sum(lengths.image))
+
+
+def find_warnings(
+    splits: DatasetDict | None, *, learning_rate: float, samples_a_step: float | None, warmup: int, steps: int | None
+) -> list[str]:
+    """Return what in a recipe looks like a mistake, one line each."""
+    found = []
+    few = samples_a_step is not None and samples_a_step < FEW_SAMPLES
+    if learning_rate > (limit := HIGH_RATE_SMALL if few else HIGH_RATE):
+        whose = f"steps of {samples_a_step:.0f} samples" if few else "LoRA on a pretrained model"
+        found.append(f"learning_rate {learning_rate:g} is high for {whose}: above {limit:g}")
+    if warmup < 3:
+        found.append(f"warmup_steps: {warmup} are few; Adam's averages need some steps before the full rate")
+    if steps is not None and warmup >= steps:
+        found.append(f"warmup_steps: {warmup} are the whole run of {steps} steps; its rate never reaches the peak")
+    return found + _missing_labels(splits or {})
+
+
+def _missing_labels(splits: DatasetDict | dict) -> list[str]:
+    labels = {name: {label for label in split["label"] if label} for name, split in splits.items()}
+    every = set().union(*labels.values())
+    missing = {name: sorted(every - own) for name, own in labels.items() if every - own}
+    return [f"{name} has no sample of {', '.join(absent)}" for name, absent in missing.items()]
+
+
+def ladder_table(plans: list[MemoryPlan], chosen: MemoryPlan, *, longest: int) -> list[str]:
+    """Return a line for each setting: GB of its own and GB for 1,000 tokens, and the largest batch by GPU memory.
+
+    Args:
+        plans: one a line.
+        chosen: the one that gets a star.
+        longest: tokens that a batch must hold, so that each sample fits one.
+    """
+    sizes = "".join(f"{f'{memory} GB':>9}" for memory in MEMORIES)
+    lines = [f"{'largest batch, tokens':<33}{'fixed':>6}{'/1,000':>7}{sizes}"]
+    for plan in plans:
+        fixed, slope = sum(plan.fixed.values()) + CONTEXT, (plan.total(8192) - plan.total(4096)) / 4.096
+        fits = [plan.largest(memory * GB) for memory in MEMORIES]
+        cells = "".join(f"{tokens:>9,}" if tokens >= longest else f"{'-':>9}" for tokens in fits)
+        lines.append(f"{'*' if plan is chosen else ' '} {plan.name:<31}{fixed / GB:>6.1f}{slope / GB:>7.2f}{cells}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return "a minute or two" if seconds > 60 else "under a minute"
