@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -309,6 +310,16 @@ def compile_layers(model: torch.nn.Module) -> None:
         if isinstance(layer, GradientCheckpointingLayer):
             for part in layer.children():
                 part.compile(dynamic=True)
+
+
+def end_gradients_at_tower(model: torch.nn.Module) -> RemovableHandle:
+    """Let no gradient flow into what comes before the vision tower's first block, where nothing trains.
+
+    Gradient checkpointing makes the inputs of tower and language model ask for gradients, and the frozen tower would
+    then be run once more and taken through the backward pass for nothing. LoRA within the blocks trains as before.
+    """
+    blocks = next(module for name, module in model.named_modules() if name.endswith(VISION_BLOCKS.removesuffix(".")))
+    return blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].detach(), *inputs[1:]))
 
 
 def pin_trainable_to_float32(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from attention import on_gpu
-from modeling import VISION
+from modeling import VISION, end_gradients_at_tower
 
 _BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 TRACED = "traced_flash"  # transformers hands the tower's windows over at once to what has "flash" in its name
@@ -54,6 +54,7 @@ def trace_step(
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()  # as SFTTrainer does
+        end_gradients_at_tower(model)
     base = model.get_base_model()
     batch = make_batch(base.config, tokens, image_tokens, mode)
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]

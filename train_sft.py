@@ -49,6 +49,7 @@ from modeling import (
     check_trainable,
     compile_layers,
     count_trainable,
+    end_gradients_at_tower,
     load_model,
     load_processor,
     pin_trainable_to_float32,
@@ -361,6 +362,8 @@ def build_trainer(
     # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
     trainer.model_accepts_loss_kwargs = True
     pin_trainable_to_float32(trainer.model)
+    if not (training_args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        end_gradients_at_tower(trainer.model)  # the reentrant form would lose the gradients within the blocks
     if not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries
         trainer.add_callback(ProgressLine)

@@ -41,7 +41,7 @@ from attention import use_varlen
 from collator import VisionSFTCollator
 from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
-from modeling import build_lora_config, compile_layers, pin_trainable_to_float32
+from modeling import build_lora_config, compile_layers, end_gradients_at_tower, pin_trainable_to_float32
 from packing import measure_lengths
 from trainer import PackedSFTTrainer
 
@@ -223,6 +223,7 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     if setting.varlen:
         use_varlen(base)
     model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05))
+    ends = None if setting.stock else end_gradients_at_tower(base)
     clock = Clock(device)
     if not setting.checkpointing:
         base.gradient_checkpointing_disable()  # a trainer before may have left it on
@@ -244,6 +245,9 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
         return {"error": "out of memory"}
     finally:
         trainer = None
+        if ends is not None:
+            ends.remove()
+        base.disable_input_require_grads()  # for settings without checkpointing
         model.unload()
         gc.collect()
         torch.cuda.empty_cache()

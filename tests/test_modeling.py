@@ -5,12 +5,14 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 
+from collator import VisionSFTCollator
 from modeling import (
     build_lora_config,
     check_quantized,
     check_targets,
     check_trainable,
     count_trainable,
+    end_gradients_at_tower,
     load_model,
     load_processor,
     pin_trainable_to_float32,
@@ -132,6 +134,34 @@ def test_trainable_weights_are_pinned_to_float32(tiny_base):
             parameter.data = parameter.data.bfloat16()
     pin_trainable_to_float32(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    torch.manual_seed(1)  # dropout
+    model(**batch, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_vision": True, "train_merger": True}])
+def test_gradients_end_at_the_tower_and_those_of_lora_stay(tiny_base, processor, demo_splits, flags):
+    model = adapt(tiny_base, **flags)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # B is zero at first, and A would have no gradient
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    batch = VisionSFTCollator(processor)([demo_splits["train"][n] for n in range(3)])
+    reached, tower = [], model.get_base_model().model.visual
+    before = gradients(model.train(), batch)
+    assert before.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    end = end_gradients_at_tower(model)
+    tower.blocks[0].register_forward_pre_hook(lambda block, inputs: reached.append(inputs[0].requires_grad))
+    after = gradients(model, batch)
+    assert reached and not any(reached)
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+    end.remove()
 
 
 def test_pixel_limits_take_effect_and_are_saved(tiny_base, tmp_path):

@@ -159,13 +159,11 @@ def test_layers_in_nf4_keep_no_other_activations(checkpointing):
         assert planned.saved == pytest.approx(saved, rel=0.15)
 
 
-def plan_7b(*, checkpointing, tower_too=False):
+def plan_7b(*, checkpointing):
     """Return the plan of `benchmarks.gpu_7b`: r=8, dropout, 81 % image tokens."""
     config = tabled_config("Qwen2.5-VL-7B")
     fixed = weight_bytes(config, quantized=True, double_quant=True, dtype=torch.bfloat16)
     model = add_lora(build_without_weights(config, torch.bfloat16), {**LORA, "lora_dropout": 0.05})
-    if tower_too:
-        model.enable_input_require_grads()
     fixed |= trained_bytes(model.get_nb_trainable_parameters()[0], "adamw_torch", mixed=True)
     fixed["out of NF4"] = 2 * count_weights(config).largest
     sizes = {"tokens": 4096, "image_tokens": 3317}
@@ -174,10 +172,9 @@ def plan_7b(*, checkpointing, tower_too=False):
 
 
 def test_the_plan_meets_what_was_measured_on_an_h100():
-    """GB reserved, from benchmarks/README.md. The row without checkpointing comes after others in the benchmark's
-    process, whose hooks for checkpointing stay on: with them the frozen tower keeps its activations too."""
-    plan, without = plan_7b(checkpointing=True), plan_7b(checkpointing=False, tower_too=True)
-    for own, tokens, measured in ((plan, 8192, 16.7), (plan, 4096, 12.4), (without, 4096, 77.2)):
+    """GB reserved, from benchmarks/README.md."""
+    plan, without = plan_7b(checkpointing=True), plan_7b(checkpointing=False)
+    for own, tokens, measured in ((plan, 8192, 12.9), (without, 4096, 49.4)):
         found = (own.total(tokens) - CONTEXT) / 1e9
         print(f"{tokens} tokens: {found:.1f} planned / {measured} reserved = {found / measured:.3f}")
         assert found == pytest.approx(measured, rel=0.15)
@@ -245,14 +242,14 @@ def test_what_looks_like_a_mistake_is_said():
 
 
 def test_an_unreachable_model_is_planned_from_the_table(demo_data, capsys):
-    words = ["--config", "configs/skin.yaml", "--dataset_path", str(demo_data), "--gpu", "11"]
+    words = ["--config", "configs/skin.yaml", "--dataset_path", str(demo_data), "--gpu", "10"]
     assert plan_run.main(words) == 1
     page = capsys.readouterr().out
     assert "Qwen/Qwen2.5-VL-7B-Instruct: cannot be read here, its shapes are known" in page
     assert "no tokenizer here: image tokens are exact" in page
     assert "20,185,088 parameters: language model 20,185,088" in page
     assert "* NF4, checkpointing" in page
-    assert "too large  for 11 GB" in page
+    assert "too large  for 10 GB" in page
     assert "NF4, checkpointing fits, with batches of up to" in page
     assert max(map(len, page.splitlines())) <= 100
 
