@@ -5,7 +5,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from accelerate import PartialState
@@ -64,22 +67,25 @@ def die_with_launcher() -> None:
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Let the workers of a loader that accelerate has prepared outlive a signal for a while: one to the whole group of
     processes must not take away the batches that the last step still needs."""
-    before = loader.worker_init_fn
-
-    def outlive(number: int, frame) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        signal.alarm(LAST_STEP)
-
-    def start(worker: int) -> None:
-        for number in SIGNALS:
-            signal.signal(number, outlive)
-        if before is not None:
-            before(worker)
-
-    # It iterates over the loader within; the copy that skips batches on resume is made from the one without.
-    loader.worker_init_fn = loader.base_dataloader.worker_init_fn = start
+    if sys.platform == "linux" and loader.num_workers:
+        start = partial(_start_shielded, trainer=os.getpid(), before=loader.worker_init_fn)
+        # It iterates over the loader within; the copy that skips batches on resume is made from the one without.
+        loader.worker_init_fn = loader.base_dataloader.worker_init_fn = start
     return loader
+
+
+def _start_shielded(worker: int, *, trainer: int, before: Callable[[int], None] | None) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the thread that waits for them
+    Thread(target=_outlive, args=(trainer,), daemon=True).start()
+    if before is not None:
+        before(worker)
+
+
+def _outlive(trainer: int) -> None:
+    """End this worker at once when its trainer asks for it, as it does when it ends, and later when others do."""
+    while signal.sigwaitinfo(SIGNALS).si_pid != trainer:
+        signal.alarm(LAST_STEP)
+    os._exit(0)
 
 
 def end_early(stop: StopCallback, step: int) -> int:

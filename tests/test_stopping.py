@@ -1,5 +1,6 @@
 """Runs that are asked to stop: real processes, really signalled, in the ways that people launch them."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import train_args
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from checkpoints import read_manifest
-from stopping import EXIT_CODE, StopCallback
+from stopping import EXIT_CODE, StopCallback, shield_workers
 
 BIN = Path(sys.executable).parent
 ADAPTER = "adapter_model.safetensors"
@@ -102,6 +105,28 @@ def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, dem
     assert whole.wait() == 0
     left, right = (load_file(folder / ADAPTER) for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def wait_for_end(process, seconds):
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{process}/cmdline").exists() and Path(f"/proc/{process}/cmdline").read_bytes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_a_worker_outlives_the_signals_of_others_and_not_its_trainers():
+    """A trainer that ends with batches still on their way terminates its workers, and waits for them."""
+    loader = Accelerator(cpu=True).prepare(DataLoader(range(64), batch_size=2, num_workers=1))
+    batches = iter(shield_workers(loader))
+    assert next(batches).tolist() == [0, 1]
+    [worker] = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert not wait_for_end(worker.pid, 1)
+    assert [next(batches).tolist() for _ in range(20)][-1] == [40, 41]
+    worker.terminate()
+    assert wait_for_end(worker.pid, 5)
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
