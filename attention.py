@@ -1,6 +1,7 @@
 """One attention for segments of any length: windows in the vision tower, packed samples in the language model."""
 
 import inspect
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -66,8 +67,14 @@ def varlen_attention(
     if dropout:
         raise ValueError(f"attention_dropout: expected 0 with attn_implementation: {VARLEN}, found {dropout}")
     causal = module.is_causal if is_causal is None else is_causal
-    attend = on_gpu if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) else _by_length
+    attend = on_gpu if query.dtype in (torch.float16, torch.bfloat16) and _has_kernel(query.device) else _by_length
     return attend(query, key, value, offsets, longest, scaling, causal), None
+
+
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Tell whether PyTorch's kernel runs there: it needs an Ampere GPU or a later one, so that a T4 has none."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def on_gpu(query, key, value, offsets, longest: int, scaling, causal: bool) -> torch.Tensor:
