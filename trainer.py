@@ -55,6 +55,8 @@ class SafeSFTTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             before = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
             self.steps_before = before.global_step
+            counts = [row["num_tokens"] for row in before.log_history if "num_tokens" in row]
+            self._total_train_tokens = int(counts[-1]) if counts else 0  # TRL would count from 0 again
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def set_initial_training_values(self, args, dataloader) -> tuple:

@@ -32,7 +32,7 @@ from data_prep import prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
 
-COMPARED = ("step", "loss", "grad_norm", "learning_rate")
+COMPARED = ("step", "loss", "grad_norm", "learning_rate", "num_tokens")
 PACKED = {
     "packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen",
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
@@ -120,7 +120,7 @@ class Lab:
         if file == WEIGHTS:
             return path.read_bytes()
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        # not TRL's count of tokens, which starts anew on resume, and not the summary, which holds times
+        # not the summary, which holds times
         return [[row[key] for key in COMPARED] for row in rows if "loss" in row]
 
 

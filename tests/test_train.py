@@ -39,7 +39,7 @@ def metrics(out):
 
 
 def curve(out):
-    return [(row["step"], row.get("loss"), row.get("eval_loss")) for row in metrics(out)]
+    return [tuple(row.get(key) for key in ("step", "loss", "eval_loss", "num_tokens")) for row in metrics(out)]
 
 
 def assert_same_weights(left, right):
