@@ -17,6 +17,7 @@ from cli import run
 
 import torch
 from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import PeftModel, get_peft_model
@@ -59,6 +60,7 @@ from plan_run import print_plan
 from rehearsal import rehearse
 from shapes import read_config
 from stopping import StopCallback, end_early
+from tracking import TRACKERS, TrackCallback, code_commit, open_trackers
 from trainer import SETTINGS_WITH_TOKENS, PackedSFTTrainer, SafeSFTTrainer
 
 # What the model card tells of a recipe: no path, no name of a machine or a person.
@@ -115,6 +117,7 @@ def main(argv: list[str] | None = None) -> int | None:
     shared = describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
     check_same_everywhere(shared)
     check_start(checkpoint, shared, training_args)
+    trackers = start_tracking(data_args, training_args, model_args, base, data_facts, goes_on=checkpoint is not None)
     pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
     training_args.packing = False  # TRL's own, which takes no images
     set_seed(training_args.seed)  # LoRA starts from random numbers
@@ -128,6 +131,7 @@ def main(argv: list[str] | None = None) -> int | None:
     trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared)
     stop = StopCallback()
     trainer.add_callback(stop)
+    trainer.add_callback(TrackCallback(trackers))
     background = push_every_save(trainer, repo_id)
     say(*describe_run(trainer, lengths["train"]), *describe_resuming(trainer, checkpoint, shared))
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -223,6 +227,25 @@ def check_start(checkpoint: str | None, shared: dict, training_args: TrainingSet
     allowed = training_args.allow_config_change
     for change in check_same_run(Path(checkpoint), shared, fixed=FIXED, allow_change=allowed):
         say(f"changed: {change}")
+
+
+def start_tracking(
+    data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, base: dict, data_facts: dict,
+    *, goes_on: bool,
+) -> list[GeneralTracker]:  # fmt: skip
+    """Tell the trackers of the run, in place of the trainer's own callbacks, which would tell them its paths."""
+    names = [name for name in training_args.report_to if name in TRACKERS]
+    training_args.report_to = [name for name in training_args.report_to if name not in TRACKERS]
+    config = {
+        **told_settings(data_args, training_args, model_args),
+        **{"base": base["name"], "base_commit": base["commit"], "data_fingerprint": data_facts["fingerprint"]},
+        **{f"{name}_samples": split["samples"] for name, split in data_facts["splits"].items()},
+        **{f"{name}_version": version for name, version in library_versions().items()},
+        "code_commit": code_commit(),
+    }
+    output_dir, run_name = Path(training_args.output_dir), training_args.run_name
+    about = {"project": training_args.project, "run_name": run_name, "output_dir": output_dir, "config": config}
+    return open_trackers(names, **about, goes_on=goes_on)
 
 
 def claim_repository(training_args: TrainingSettings) -> str | None:

@@ -1,0 +1,97 @@
+"""What an experiment tracker is told of a run: its curves, settings, data and code; no path, no name of a machine."""
+
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from transformers import TrainerCallback
+from transformers.integrations import rewrite_logs
+
+from card import add_facts, read_facts
+
+TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
+# What wandb would find out by itself: code, git remote, command line, folders, user and host.
+UNASKED = {
+    **{"disable_code": True, "disable_git": True, "save_code": False, "console": "off", "silent": True},
+    **{"x_disable_meta": True, "x_disable_machine_info": True, "host": "not told", "program": "train_sft.py"},
+}
+
+
+class TrackCallback(TrainerCallback):
+    """Sends each log to the trackers that `open_trackers` returned, and ends them with the training."""
+
+    def __init__(self, trackers: Sequence[GeneralTracker]):
+        self.trackers = trackers
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for tracker in self.trackers:
+            tracker.log(rewrite_logs(logs), step=state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def open_trackers(
+    names: Sequence[str], *, project: str, run_name: str | None, output_dir: Path, goes_on: bool, config: dict
+) -> list[GeneralTracker]:
+    """Start the trackers in the main process and tell them of the run; in other processes there are none.
+
+    The transformers' own callbacks tell them all settings, and with them the paths of this machine.
+
+    Args:
+        names: of `TRACKERS`.
+        project: that the run belongs to.
+        run_name: what people call it; the output folder's name when None.
+        output_dir: where trackers keep their files.
+        goes_on: whether it is the run that the folder holds already, and not a new one.
+        config: the run's facts; flat, JSON.
+
+    Raises:
+        ValueError: one cannot be started, for example without a login.
+    """
+    if not names or not PartialState().is_main_process:
+        return []
+    run_id = (goes_on and read_facts(output_dir).get("run_id")) or uuid.uuid4().hex[:8]
+    add_facts(output_dir, run_id=run_id)
+    run_name = f"{run_name or output_dir.resolve().name}-{run_id}"
+    config = {
+        key: x if isinstance(x, str | int | float | None) else ", ".join(map(str, x)) for key, x in config.items()
+    }
+    return [_open(name, project, run_name, run_id, output_dir, config) for name in names]
+
+
+def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path, config: dict) -> GeneralTracker:
+    options = {
+        "tensorboard": {"run_name": run_name, "logging_dir": output_dir / "runs"},
+        "trackio": {"run_name": project, "name": run_name, "resume": "allow", "private": True},
+        "wandb": {
+            "run_name": project, "name": run_name, "id": run_id, "resume": "allow", "dir": output_dir,
+            "settings": UNASKED,
+        },
+    }  # fmt: skip
+    try:
+        tracker = TRACKERS[name](**options[name])
+        tracker.start()
+        tracker.store_init_configuration(config)
+    except Exception as error:  # each tracker has errors of its own
+        raise ValueError(f"report_to: {name} cannot be started: {' '.join(str(error).split())}") from error
+    return tracker
+
+
+def code_commit(root: Path = Path(__file__).parent) -> str | None:
+    """Return the commit that is checked out in a git folder, None when it is none."""
+    git = root / ".git"
+    with suppress(OSError):
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        branch = head.removeprefix("ref: ")
+        if branch == head:
+            return head
+        if (git / branch).is_file():
+            return (git / branch).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
+    return None
