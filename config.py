@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig, TrlParser
 
 from attention import VARLEN
+from tracking import TRACKERS
 
 DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
 
@@ -137,6 +138,9 @@ WITHOUT_EFFECT = {
     "do_predict": "predict.py answers the test split",
     "hub_strategy": "the adapter is pushed at every save and at the end",
     "hub_always_push": "the adapter is pushed at every save and at the end",
+    "trackio_space_id": "set TRACKIO_SPACE_ID, which trackio reads; the Space is private",
+    "trackio_bucket_id": "set TRACKIO_BUCKET_ID, which trackio reads",
+    "trackio_static_space_id": "a run's dashboard stays as it is; `trackio sync` copies it",
     "hub_token": "a token in a recipe ends up in files; log in with `hf auth login` or set HF_TOKEN",
 }
 
@@ -157,9 +161,8 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, TrainingSettings, Mode
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
-    settings = read_yaml(recipe, "--config")
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    _check_recipe(recipe, settings, hints)
+    settings = _read_recipe(recipe, hints)
     parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
@@ -168,6 +171,19 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, TrainingSettings, Mode
         parser.error(_unknown(unknown[0].split("=")[0], hints, "unexpected argument"))
     _check_settings(*parsed)
     return tuple(parsed)
+
+
+def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> dict:
+    """Return a recipe's checked settings, those of the recipe that it `extends`, in the same folder, among them."""
+    settings = read_yaml(recipe, "--config")
+    before = {}
+    if "extends" in settings:
+        name = settings.pop("extends")
+        if extended:
+            raise ValueError(f"{recipe}: extends: a recipe that is extended may not extend another")
+        before = _read_recipe(recipe.parent / str(name), hints, extended=True)
+    _check_recipe(recipe, settings, hints)
+    return {**before, **settings}
 
 
 def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:
@@ -220,8 +236,15 @@ def _check_settings(data: DataArguments, training: TrainingSettings, model: Mode
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
     _check_packing(data, training, model)
-    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
-        raise ValueError(f"report_to: {', '.join(sorted(missing))} is not installed; `pip install` it, or write none")
+    _check_trackers(training.report_to)
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        if name not in (*TRACKERS, "kubeflow"):  # which a cluster turns on by itself, and is told of progress alone
+            raise ValueError(f"report_to: expected {', '.join(TRACKERS)} or none, found {name!r}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} is not installed; `pip install {name}`, or write none")
 
 
 def _check_storage(model: ModelConfig) -> None:

@@ -72,6 +72,15 @@ def open_repository(
     return repo_id
 
 
+def is_reachable() -> bool:
+    """Tell whether the Hub answers: by one try, where loading from it makes six in half a minute, for each file."""
+    try:
+        HfApi().repo_exists("Qwen/Qwen2.5-VL-7B-Instruct")
+    except Exception:  # see `one_line`
+        return False
+    return True
+
+
 def _claim(repo_id: str, private: bool, repo_type: str) -> tuple[str, bool]:
     """Return the full id of a repository that is there now, and whether it is private."""
     api = HfApi()

@@ -45,6 +45,7 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     revision: str | None = None,
+    local_files_only: bool = False,
 ) -> ProcessorMixin:
     """Load the processor and set the pixel limits that collating, saving and inference will all use.
 
@@ -53,12 +54,15 @@ def load_processor(
         min_pixels: smallest image area after resizing, px^2; the model's own when None.
         max_pixels: largest image area after resizing, px^2; the model's own when None.
         revision: Hub branch, tag or commit.
+        local_files_only: do not ask the Hub for what is not here yet.
 
     Raises:
         ValueError: no processor there or another family's, or the limits contradict each other or are too small.
     """
     try:
-        processor = AutoProcessor.from_pretrained(model_name_or_path, revision=revision)
+        processor = AutoProcessor.from_pretrained(
+            model_name_or_path, revision=revision, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("processor", model_name_or_path, error)) from error
     if not isinstance(processor, PROCESSORS):

@@ -8,6 +8,7 @@ Takes every option of train_sft.py; --gpu is the memory of yours, GB. Exit code 
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from cli import OneLineParser, run
@@ -20,6 +21,7 @@ from trl import ModelConfig
 from config import DataArguments, TrainingSettings, lora_settings, parse_config
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
+from hub import is_reachable
 from memory import SPARE
 from modeling import count_trainable, load_processor
 from packing import SampleLengths, measure_lengths
@@ -38,7 +40,7 @@ from planning import (
     work,
 )
 from shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
-from tracing import trace_step
+from tracing import trace_model
 
 IMAGE_SHARE = 0.8  # of the tokens, where there is no data to count in
 SETTINGS = {  # of the ladder: quantised, recomputing
@@ -65,12 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_config([*recipe, "--use_cpu", "true", "--fp16", "false"])
     disable_progress_bars()
     data_args, training_args, model_args = settings
-    splits = find_data(data_args, training_args.seed)
-    return print_plan(*settings, splits, find_processor(data_args, model_args), gpu=args.gpu)
+    on_hub = [name for name in (data_args.dataset_path, model_args.model_name_or_path) if not Path(name).exists()]
+    offline = bool(on_hub) and not is_reachable()
+    splits = find_data(data_args, training_args.seed, offline=offline)
+    processor = find_processor(data_args, model_args, offline=offline)
+    return print_plan(*settings, splits, processor, gpu=args.gpu, offline=offline)
 
 
-def find_data(data_args: DataArguments, seed: int) -> DatasetDict | None:
+def find_data(data_args: DataArguments, seed: int, *, offline: bool) -> DatasetDict | None:
     """Return the splits as an epoch sees them, None when there is no such data."""
+    if offline and not Path(data_args.dataset_path).exists():
+        return None
     try:
         splits = load_splits(data_args.dataset_path, data_args.image_dir)
     except FileNotFoundError:
@@ -83,21 +90,21 @@ def find_data(data_args: DataArguments, seed: int) -> DatasetDict | None:
     return splits
 
 
-def find_processor(data_args: DataArguments, model_args: ModelConfig) -> ProcessorMixin | None:
+def find_processor(data_args: DataArguments, model_args: ModelConfig, *, offline: bool) -> ProcessorMixin | None:
     """Return the model's processor, None when it cannot be reached."""
-    limits = {"min_pixels": data_args.min_pixels, "max_pixels": data_args.max_pixels}
+    options = {"min_pixels": data_args.min_pixels, "max_pixels": data_args.max_pixels, "local_files_only": offline}
     try:
-        return load_processor(model_args.model_name_or_path, **limits, revision=model_args.model_revision)
+        return load_processor(model_args.model_name_or_path, **options, revision=model_args.model_revision)
     except ValueError:
         return None
 
 
 def print_plan(
     data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, splits: DatasetDict | None,
-    processor: ProcessorMixin | None, *, gpu: float | None = None,
+    processor: ProcessorMixin | None, *, gpu: float | None = None, offline: bool = False,
 ) -> int:  # fmt: skip
     """Print the page and return 1 when the run does not fit `gpu`, GB, and else 0."""
-    config = print_model(model_args)
+    config = print_model(model_args, offline=offline)
     lengths, share = None, IMAGE_SHARE
     if splits is None:
         print(f"data       none at {data_args.dataset_path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
@@ -119,8 +126,9 @@ def print_plan(
     return judge(list(plans.values()), chosen, batch, longest, gpu)
 
 
-def print_model(model_args: ModelConfig) -> PreTrainedConfig:
-    config, was_read = read_config(model_args.model_name_or_path, model_args.model_revision)
+def print_model(model_args: ModelConfig, *, offline: bool) -> PreTrainedConfig:
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    config, was_read = read_config(name, revision, local_files_only=offline)
     note = "" if was_read else ": cannot be read here, its shapes are known"
     print(f"model      {model_args.model_name_or_path}{note}")
     return config
@@ -177,8 +185,8 @@ def plan_memory(
     trained = trained_bytes(sum(counts.values()), training_args.optim, mixed=dtype != torch.float32)
     traced, fixed = {}, {}
     for recomputing in (False, True):
-        step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": recomputing, "dtype": dtype}
-        traced[recomputing] = trace_step(add_lora(build_without_weights(config, dtype), lora), **step)
+        step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": recomputing}
+        traced[recomputing] = trace_model(config, lora, dtype=dtype, **step)
     for quantized in (True, False):
         fixed[quantized] = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype) | trained
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize

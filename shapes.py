@@ -46,18 +46,21 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 NAMES += ("num_key_value_heads", "vocab_size")
 
 
-def read_config(model_name_or_path: str, revision: str | None = None) -> tuple[PreTrainedConfig, bool]:
+def read_config(
+    model_name_or_path: str, revision: str | None = None, *, local_files_only: bool = False
+) -> tuple[PreTrainedConfig, bool]:
     """Return a model's configuration, and whether it was read; a known model that cannot be reached is in the table.
 
     Args:
         model_name_or_path: Hub id or local folder.
         revision: Hub branch, tag or commit.
+        local_files_only: do not ask the Hub for what is not here yet.
 
     Raises:
         ValueError: it cannot be read and is not in the table either, or is of another family.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision)
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         known = re.fullmatch(r"(?:Qwen/)?(Qwen[\d.]+-VL-\d+B)(?:-Instruct)?", model_name_or_path)
         if known is None or known[1] not in TABLE:
@@ -87,6 +90,15 @@ def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
     return model.requires_grad_(False).train()
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """Return the configuration of a model with fewer language layers."""
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers = layers
+    if "layer_types" in config.text_config.to_dict():  # not in Qwen3-VL's
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return config
 
 
 def add_lora(model: PreTrainedModel, settings: dict) -> PeftModel:

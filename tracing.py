@@ -1,18 +1,19 @@
 """What a training step holds in memory, found by running it on tensors that have shapes and no content."""
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from attention import on_gpu
 from modeling import VISION, end_gradients_at_tower
+from shapes import add_lora, build_without_weights, with_layers
 
 _BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 TRACED = "traced_flash"  # transformers hands the tower's windows over at once to what has "flash" in its name
@@ -24,13 +25,34 @@ class Activations:
 
     Attributes:
         tower: held by the vision tower when the language layers start.
+        tower_peak: held at the fullest moment before that.
         saved: held between forward and backward, the tower's part included.
-        peak: held at the fullest moment of both, the LM head left out.
+        peak: held at the fullest moment of all, the LM head left out.
     """
 
     tower: int
+    tower_peak: int
     saved: int
     peak: int
+
+
+def trace_model(config: PreTrainedConfig, lora: dict, *, dtype: torch.dtype, **step) -> Activations:
+    """Trace a model by a few of its language layers: all are alike, and each holds what the one before it holds.
+
+    Args:
+        config: the model's.
+        lora: keywords of `build_lora_config`.
+        dtype: that the layers compute in.
+        step: the other arguments of `trace_step`.
+    """
+    layers = config.text_config.num_hidden_layers
+    few = 2 + len(config.vision_config.to_dict().get("deepstack_visual_indexes", ()))  # which go into the first layers
+    if layers <= few:
+        return trace_step(add_lora(build_without_weights(config, dtype), lora), dtype=dtype, **step)
+    cut = [add_lora(build_without_weights(with_layers(config, n), dtype), lora) for n in (few - 1, few)]
+    less, more = (trace_step(model, dtype=dtype, **step) for model in cut)
+    rest = (layers - few) * (more.saved - less.saved)
+    return replace(more, saved=more.saved + rest, peak=max(more.peak + rest, more.tower_peak))
 
 
 def trace_step(
@@ -58,13 +80,17 @@ def trace_step(
     base = model.get_base_model()
     batch = make_batch(base.config, tokens, image_tokens, mode)
     held = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    after_tower = []
-    base.get_submodule(VISION.removesuffix(".")).register_forward_hook(lambda *_: after_tower.append(live.bytes))
-    with LiveBytes(held) as live:
+    tower, live = [0, 0], LiveBytes(held)
+
+    def end_of_tower(*_) -> None:
+        tower[:], live.peak = (live.bytes, live.peak), live.bytes
+
+    base.get_submodule(VISION.removesuffix(".")).register_forward_hook(end_of_tower)
+    with live:
         hidden = base.model(**batch, use_cache=False).last_hidden_state
         saved = live.bytes
         hidden.backward(torch.empty_like(hidden))
-    return Activations(tower=sum(after_tower), saved=saved, peak=live.peak)
+    return Activations(*tower, saved=saved, peak=max(live.peak, tower[1]))
 
 
 def _prepare(model: PeftModel, dtype: torch.dtype) -> None:

@@ -98,7 +98,8 @@ def test_options_override_the_recipe(parse):
         ("lora_dropout: 1.0\n", "lora_dropout: expected a share below 1, found 1.0"),
         ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps: expected at least 1"),
         ("metric_for_best_model: acc\n", "metric_for_best_model: expected one of loss, mean_token_accuracy"),
-        ("report_to: tensorboard\n", "report_to: tensorboard is not installed"),
+        ("report_to: mlflow\n", "report_to: expected tensorboard, trackio, wandb or none, found 'mlflow'"),
+        ("trackio_space_id: me/x\n", "trackio_space_id: would have no effect; set TRACKIO_SPACE_ID"),
         ("padding_free: true\n", "padding_free: would have no effect"),
         ("hub_token: secret\n", "hub_token: would have no effect; a token in a recipe ends up in files"),
         ("#raw\n[1, 2]\n", "expected lines of the form 'key: value'"),
@@ -133,6 +134,19 @@ def test_a_wrong_option_ends_with_code_2_and_one_line(parse, capsys, options, me
     assert stop.value.code == 2
     stderr = capsys.readouterr().err
     assert message in stderr and stderr.count("\n") == 1
+
+
+def test_a_recipe_that_extends_another_has_the_last_word(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE + "seed: 1\nlora_r: 4\n")
+    (tmp_path / "recipe.yaml").write_text("extends: base.yaml\nseed: 2\n")
+    _, training, model = parse_config(["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "6"])
+    assert (training.seed, model.lora_r) == (2, 6)
+    (tmp_path / "third.yaml").write_text("extends: recipe.yaml\n")
+    with pytest.raises(ValueError, match="extends: a recipe that is extended may not extend another"):
+        parse_config(["--config", str(tmp_path / "third.yaml")])
+    (tmp_path / "base.yaml").write_text(BASE + "sed: 1\n")
+    with pytest.raises(ValueError, match=r"base\.yaml: unknown key 'sed'; did you mean 'seed'"):
+        parse_config(["--config", str(tmp_path / "recipe.yaml")])
 
 
 def test_a_missing_recipe_is_named():
