@@ -24,7 +24,7 @@ demo: install
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Runs that are really killed, many times, the slow tests, and ten minutes of fuzzing.
 reliability: install

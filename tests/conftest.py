@@ -5,6 +5,7 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and two tests run at a time
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of lengths that an earlier version may have counted otherwise
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
