@@ -75,8 +75,9 @@ def open_repository(
 def is_reachable() -> bool:
     """Tell whether the Hub answers: by one try, where loading from it makes six in half a minute, for each file."""
     try:
-        HfApi().repo_exists("Qwen/Qwen2.5-VL-7B-Instruct")
-    except Exception:  # see `one_line`
+        with one_line("the Hub cannot be reached"):
+            HfApi().repo_exists("Qwen/Qwen2.5-VL-7B-Instruct")
+    except ValueError:
         return False
     return True
 

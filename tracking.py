@@ -77,7 +77,7 @@ def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path,
         tracker = TRACKERS[name](**options[name])
         tracker.start()
         tracker.store_init_configuration(config)
-    except Exception as error:  # each tracker has errors of its own
+    except Exception as error:  # of types that only an installed tracker could name
         raise ValueError(f"report_to: {name} cannot be started: {' '.join(str(error).split())}") from error
     return tracker
 

@@ -117,9 +117,9 @@ def main(argv: list[str] | None = None) -> int | None:
     shared = describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
     check_same_everywhere(shared)
     check_start(checkpoint, shared, training_args)
-    trackers = start_tracking(data_args, training_args, model_args, base, data_facts, goes_on=checkpoint is not None)
     pack_tokens = data_args.pack_tokens = data_args.pack_tokens if training_args.packing else None
     training_args.packing = False  # TRL's own, which takes no images
+    trackers = start_tracking(data_args, training_args, model_args, base, data_facts, goes_on=checkpoint is not None)
     set_seed(training_args.seed)  # LoRA starts from random numbers
     model = build_model(data_args, model_args)
     write_run_facts(model_args, base, Path(training_args.output_dir))
