@@ -6,33 +6,25 @@ accelerate launch --num_processes 4 eval_sft.py --config eval.yaml
 """
 
 import argparse
-import hashlib
 import json
-import random
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli import OneLineParser, positive_int, read_yaml, run, words_of
+from common.cli import OneLineParser, positive_int, run
 
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars
-from tqdm import tqdm
+from datasets import disable_progress_bars
 
-from answering import answer, load_answering_model, loading_settings, read_adapter_config, score_answers
-from card import FACTS as FACTS_FILE
-from card import RUNS, WEIGHTS, adapter_digest, write_card
-from data_prep import load_splits
-from data_prep.records import IMAGE_MARKER
-from evaluation import COLUMNS, Journal, evaluate
-from evaluation_report import write_evaluation
-from hub import open_repository, push_adapter
-from labels import PLACE, answer_templates, asks_for_label, build_label_map
-from modeling import load_processor
-
-FACTS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")
+from common.files import FACTS as FACTS_FILE
+from common.hub_client import open_repository
+from common.yaml_files import words_of
+from evaluation.questions import load_runs
+from evaluation.report import write_evaluation
+from evaluation.runner import ask_all, open_journal
+from evaluation.summary import COLUMNS, evaluate
+from models.adapters import read_adapter_config
+from publishing.hub import push_adapter
+from publishing.model_card import RUNS, write_card
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -108,169 +100,6 @@ def finish_card(args: argparse.Namespace, repo_id: str | None) -> None:
         print(f"{'model card':<26}{write_card(folder)}")
     if repo_id is not None:
         print(f"{'pushed to':<26}{push_adapter(folder, repo_id)}")
-
-
-@dataclass
-class Questions:
-    """What one run asks: facts and messages of each sample, and where its images come from.
-
-    Attributes:
-        rows: `FACTS`, `question` and `reference` of each sample.
-        messages: each sample's turns up to the question.
-        images: data set with the `images` of each sample, read when needed.
-        order: which row of `images` belongs to which sample.
-        candidates: for each sample the answers to score, by label; none for samples that do not ask for the label.
-        adapter: whether the adapter is on.
-        generate: whether answers are written, besides scored.
-    """
-
-    rows: list[dict]
-    messages: list[list[dict]]
-    images: Dataset
-    order: list[int]
-    candidates: list[dict[str, str]] = field(default_factory=list)
-    adapter: bool = True
-    generate: bool = True
-
-    def example(self, index: int) -> dict:
-        images = self.images[self.order[index]]["images"]
-        return {"id": self.rows[index]["id"], "images": images, "messages": self.messages[index]}
-
-
-def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
-    """Return what is asked of whom, and the label map.
-
-    The runs are "adapter", "validation" (scored alone, for the temperature), and the two of `--baseline`.
-    """
-    splits = load_splits(args.dataset, args.image_dir)
-    if args.split not in splits:
-        raise ValueError(f"--split: {args.dataset} has no split {args.split!r}, only {sorted(splits)}")
-    asked = read_questions(splits[args.split])
-    if not asked.rows:
-        raise ValueError(f"--split: split {args.split!r} of {args.dataset} is empty")
-    runs = {"adapter": asked}
-    names = {label for split in splits.values() for label in split["label"] if label is not None}
-    label_map = build_label_map(names, read_synonyms(args.labels)) if names else {}
-    if names and not args.no_probabilities:
-        templates = set_candidates(asked, label_map)
-        if "validation" in splits and args.split != "validation" and len(label_map) > 1:
-            runs["validation"] = read_questions(splits["validation"], generate=False)
-            set_candidates(runs["validation"], label_map, templates)
-    if args.baseline:
-        plain = {"rows": asked.rows, "messages": asked.messages, "images": asked.images}
-        runs["base"] = Questions(**plain, order=asked.order, candidates=asked.candidates, adapter=False)
-        runs["shuffled"] = Questions(**plain, order=deal_images(asked))
-    return runs, label_map
-
-
-def read_synonyms(path: Path | None) -> dict | None:
-    return None if path is None else read_yaml(path, "--labels")
-
-
-def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
-    """Return each sample's last question and the answer that the data give."""
-    rows, messages = [], []
-    for sample in split.remove_columns("images"):
-        *turns, reference = sample["messages"]
-        question = turns[-1]["content"].replace(IMAGE_MARKER, "").strip()
-        facts = {key: sample[key] for key in FACTS}
-        rows.append({**facts, "question": question, "reference": reference["content"]})
-        messages.append(turns)
-    images = split.select_columns(["images", "image_sizes"])
-    return Questions(rows, messages, images, order=list(range(len(rows))), generate=generate)
-
-
-def set_candidates(asked: Questions, label_map: dict, templates: dict[str, str] | None = None) -> dict[str, str]:
-    """Give each sample that asks for its label the answers that would name each label; return their wordings."""
-    diagnosed = [asks_for_label(row, label_map) for row in asked.rows]
-    templates = templates or answer_templates(
-        [row for row, asks in zip(asked.rows, diagnosed, strict=True) if asks], label_map
-    )
-    for row, asks in zip(asked.rows, diagnosed, strict=True):
-        template = templates.get(row["question"], templates[""])
-        asked.candidates.append({label: template.replace(PLACE, label) for label in label_map} if asks else {})
-    return templates
-
-
-def deal_images(asked: Questions, *, seed: int = 0) -> list[int]:
-    """Return an order in which no sample keeps its images, and each gets as many as it had."""
-    alike = {}
-    for index, sizes in enumerate(asked.images["image_sizes"]):
-        alike.setdefault(len(sizes), []).append(index)
-    order = list(asked.order)
-    for indices in alike.values():
-        dealt = random.Random(seed).sample(indices, len(indices))
-        for giver, taker in zip(dealt, [*dealt[1:], dealt[0]], strict=True):
-            order[taker] = giver
-    return order
-
-
-def open_journal(args: argparse.Namespace, out: Path, runs: dict, state: PartialState) -> Journal:
-    """Open the answers so far, once it is sure that they were made with the same settings on the same questions."""
-    if args.overwrite and state.is_main_process:
-        Journal.clear(out)
-    state.wait_for_everyone()
-    asked = runs["adapter"]
-    content = json.dumps([asked.rows, asked.messages, asked.candidates, asked.images["image_sizes"][:]])
-    names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels", "no_probabilities")
-    folder = Path(args.adapter)
-    settings = {
-        **{name: getattr(args, name) for name in names},
-        **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
-        "base": args.base and Path(args.base).name,
-        "questions": hashlib.sha256(content.encode()).hexdigest(),
-        "adapter": adapter_digest(folder) if (folder / WEIGHTS).is_file() else args.adapter,
-    }
-    if state.is_main_process:
-        journal = Journal(out, settings, 0)
-    state.wait_for_everyone()
-    return journal if state.is_main_process else Journal(out, settings, state.process_index)
-
-
-def ask_all(args: argparse.Namespace, runs: dict[str, Questions], journal: Journal, state: PartialState) -> None:
-    """Answer every batch that the journal lacks, this process its share of them."""
-    batches = [
-        (name, range(start, min(start + args.batch_size, len(questions.rows))))
-        for name, questions in runs.items()
-        for start in range(0, len(questions.rows), args.batch_size)
-    ]
-    missing = [(name, indices) for name, indices in batches if not journal.has(name, indices)]
-    if missing:
-        processor = load_processor(args.adapter, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        model = load_answering_model(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
-        own = missing[state.process_index :: state.num_processes]
-        shown = {"total": len(own), "unit": "batch", "disable": not state.is_main_process}
-        for rows in tqdm(_answers(model, processor, runs, own, args.max_new_tokens), **shown):
-            journal.add(rows)
-    state.wait_for_everyone()
-
-
-def _answers(model, processor, runs: dict[str, Questions], batches: list, max_new_tokens: int) -> Iterator[list[dict]]:
-    """Yield the rows of each batch: what is known of the sample, the answer, the scores of its label's answers."""
-    for name, indices in batches:
-        asked = runs[name]
-        examples = [asked.example(index) for index in indices]
-        rows = [{"run": name, "index": index, **asked.rows[index]} for index in indices]
-        for row in rows:
-            if (giver := asked.order[row["index"]]) != row["index"]:
-                row["image_of"] = asked.rows[giver]["id"]
-        with nullcontext() if asked.adapter else model.disable_adapter():
-            if asked.generate:
-                for row, text in zip(rows, answer(model, processor, examples, max_new_tokens), strict=True):
-                    row["prediction"] = text
-            if asked.candidates:
-                _score(model, processor, examples, [asked.candidates[index] for index in indices], rows)
-        yield rows
-
-
-def _score(model, processor, examples: list[dict], candidates: list[dict[str, str]], rows: list[dict]) -> None:
-    """Add `scores`, the log-likelihood of each label's answer, to the rows of samples that have such answers."""
-    chosen = [n for n, own in enumerate(candidates) if len(own) > 1]
-    if chosen:
-        answers = [list(candidates[n].values()) for n in chosen]
-        logs = score_answers(model, processor, [examples[n] for n in chosen], answers)
-        for n, own in zip(chosen, logs.tolist(), strict=True):
-            rows[n]["scores"] = dict(zip(candidates[n], own, strict=True))
 
 
 def verdict(summary: dict, out: Path) -> str:

@@ -17,10 +17,10 @@ from datetime import date
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from attention import use_varlen
 from benchmarks.gpu_7b import draw_samples
 from collator import VisionSFTCollator
 from demo.tiny_model import build_config, build_processor
+from models.attention import use_varlen
 
 
 def build(processor) -> torch.nn.Module:

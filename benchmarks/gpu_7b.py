@@ -23,7 +23,7 @@ from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import torch
 import transformers
@@ -37,13 +37,14 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, T
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from attention import use_varlen
 from collator import VisionSFTCollator
 from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
-from modeling import build_lora_config, compile_layers, end_gradients_at_tower, pin_trainable_to_float32
-from packing import measure_lengths
-from trainer import PackedSFTTrainer
+from models.attention import use_varlen
+from models.loading import compile_layers
+from models.lora import build_lora_config, end_gradients_at_tower
+from training.packing import measure_lengths
+from training.trainer import PackedSFTTrainer, pin_trainable_to_float32
 
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json
 TEXT_7B = {

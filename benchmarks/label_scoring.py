@@ -16,10 +16,11 @@ from datetime import date
 
 import torch
 
-from answering import encode_prompts, load_answering_model, score_answers
 from collator import END_TOKEN, encode, render
 from data_prep import load_splits
-from modeling import load_processor
+from evaluation.generation import encode_prompts, score_answers
+from models.adapters import load_answering_model
+from models.loading import load_processor
 
 
 @torch.inference_mode()

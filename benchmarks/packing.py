@@ -11,7 +11,7 @@ import random
 import time
 from datetime import date
 
-from packing import PackSampler, fill
+from training.packing import PackSampler, fill
 
 COUNT = 1_000_000
 

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import train_sft
-from card import WEIGHTS
-from checkpoints import MANIFEST, list_checkpoints, read_manifest
+from common.files import WEIGHTS
 from data_prep import prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
+from training.checkpoints import MANIFEST, list_checkpoints, read_manifest
 
 COMPARED = ("step", "loss", "grad_norm", "learning_rate", "num_tokens")
 PACKED = {

@@ -39,12 +39,12 @@ from transformers import PrinterCallback, Qwen2_5_VLForConditionalGeneration
 from trl.chat_template_utils import get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from attention import use_varlen
 from benchmarks.gpu_7b import Clock, Setting, draw_samples, make_trainer
 from collator import VisionSFTCollator, build_labels, render
 from demo.tiny_model import build_config, build_processor
-from modeling import build_lora_config
-from packing import measure_lengths, pack_lengths
+from models.attention import use_varlen
+from models.lora import build_lora_config
+from training.packing import measure_lengths, pack_lengths
 
 BATCH = 8
 WORDS = (4.1, 1.0)  # an answer's, log-normal; exp(4.1) is 60, and each word is a token

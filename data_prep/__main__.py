@@ -9,10 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cli import OneLineParser, load_yaml, positive_int, run
+from common.cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, Image, List, disable_progress_bars
 
+from common.yaml_files import load_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, Prepared, prepare

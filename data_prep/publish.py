@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Image, List, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from hub import open_repository
+from common.hub_client import open_repository
 
 CARD = """---
 {metadata}

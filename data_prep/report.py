@@ -1,7 +1,5 @@
 """One page about a prepared data set: counts, charts, token costs, findings with thumbnails, samples."""
 
-import base64
-import io
 import json
 import random
 from collections import Counter
@@ -12,10 +10,10 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
-from .check import ERRORS, KINDS, WARNINGS, Finding
-from .images import PATCH_CELL, count_image_tokens, load_image
+from common.html import TEMPLATES, jpeg, png, shorten
+from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
+from data_prep.images import PATCH_CELL, count_image_tokens, load_image
 
-TEMPLATES = Path(__file__).parent.parent / "templates"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 LADDER = (256, 384, 512, 768, 1024, 1280)  # tokens an image at most
 MIN_PIXELS = 64 * PATCH_CELL**2
@@ -165,13 +163,6 @@ def _figure(title: str, rows: int = 8):
     return figure, axes
 
 
-def png(figure: Figure, alt: str) -> dict:
-    """Return a figure as the page's template takes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}
-
-
 def _label_chart(facts: dict) -> dict:
     """Draw each split's share of each label, the twenty most frequent ones."""
     rows = _label_rows(facts)[:20][::-1]
@@ -185,10 +176,6 @@ def _label_chart(facts: dict) -> dict:
     axes.set_xlabel("% of the split")
     axes.legend(frameon=False, fontsize=9)
     return png(figure, "label shares by split")
-
-
-def shorten(text: str, length: int = 28) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _bar_chart(counts: dict, title: str, unit: str) -> dict:
@@ -221,15 +208,6 @@ class Thumbnails:
             images = self.splits[split][row]["images"]
             self.made[sample_id] = jpeg(load_image(images[0]), 144) if images else None
         return self.made[sample_id]
-
-
-def jpeg(image: PILImage.Image, side: int) -> str:
-    """Return a picture of at most `side` px a side, without metadata, in base64."""
-    image = image.copy()
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    PILImage.frombytes("RGB", image.size, image.tobytes()).save(buffer, "JPEG", quality=82)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _finding_groups(findings: list[Finding], thumbs: Thumbnails) -> list[dict]:

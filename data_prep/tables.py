@@ -6,9 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from cli import load_yaml
-
 import pandas as pd
+
+from common.yaml_files import load_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")

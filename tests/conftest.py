@@ -16,7 +16,7 @@ import train_sft
 from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
-from modeling import load_processor
+from models.loading import load_processor
 
 TEXTS = [
     "What condition is shown? Is the skin light or dark?",

@@ -12,16 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import torch.distributed.fsdp  # noqa: F401  loaded once, for all
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-import distributed
 import train_sft
 from benchmarks.reliability import child
-from trainer import SafeSFTTrainer
+from training import distributed
+from training.trainer import SafeSFTTrainer
 
 LASTS = 120  # s; what takes longer hangs
 

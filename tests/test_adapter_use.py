@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
-from answering import answer, encode_prompts
 from collator import collate_prompts
-from modeling import build_lora_config, load_model
+from evaluation.generation import answer, encode_prompts
+from models.loading import load_model
+from models.lora import build_lora_config
 
 QUESTION = "What condition is shown?"
 # How vLLM names the module that an adapter's tensor belongs to: `hf_to_vllm_mapper` of its class for Qwen2.5-VL, in

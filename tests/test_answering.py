@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from answering import load_answering_model, prompt_positions, score_answers
 from collator import END_TOKEN, render
+from evaluation.generation import prompt_positions, score_answers
+from models.adapters import load_answering_model
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_each_example_may_have_answers_of_its_own(model, processor, examples):
 
 
 def test_positions_are_the_models_own(model, processor, examples):
-    from answering import encode_prompts
+    from evaluation.generation import encode_prompts
 
     inputs = encode_prompts(model, processor, examples[:2])
     positions = prompt_positions(model, inputs)

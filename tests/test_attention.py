@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText
 
-from attention import use_varlen, varlen_attention
 from collator import VisionSFTCollator
+from models.attention import use_varlen, varlen_attention
 
 
 class Layer(torch.nn.Module):

@@ -18,7 +18,7 @@ from collator import VisionSFTCollator, collate_prompts, fit_size, load_pixels
 from data_prep.convert import prepare
 from data_prep.images import ImageFacts, inspect_image, load_image
 from data_prep.sources import Source
-from predict import decode
+from evaluation.examples import decode
 
 WHITE, BLACK, RED, GREY = (255, 255, 255), (0, 0, 0), (255, 0, 0), (128, 128, 128)
 NOISE = Image.effect_noise((120, 90), 60).convert("RGB")

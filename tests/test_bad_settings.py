@@ -4,10 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from cli import read_yaml
-
 import pytest
 
+from common.yaml_files import read_yaml
 from data_prep.__main__ import main as data_prep
 from data_prep.tables import load_recipe
 

@@ -12,9 +12,9 @@ from planted import PlantedSet
 
 from data_prep.__main__ import main as data_prep
 from demo.draw import draw_image
-from evaluation import evaluate
-from evaluation_report import write_evaluation
-from labels import build_label_map
+from evaluation.label_matching import build_label_map
+from evaluation.report import write_evaluation
+from evaluation.summary import evaluate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

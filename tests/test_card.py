@@ -13,20 +13,10 @@ import yaml
 from datasets import Dataset
 from hub_server import HubServer
 
-import card
-from card import (
-    add_facts,
-    cell,
-    describe_base,
-    describe_data,
-    figure,
-    label_counts,
-    make_card,
-    progress,
-    read_base,
-    write_card,
-)
 from data_prep import fingerprint
+from publishing import run_facts
+from publishing.model_card import cell, figure, label_counts, make_card, write_card
+from publishing.run_facts import add_facts, describe_base, describe_data, progress, read_base
 
 SHARE = {"value": 0.933333, "low": 0.866667, "high": 0.966667}
 LOW = {"value": 0.25, "low": 0.15, "high": 0.36}
@@ -191,7 +181,8 @@ def test_a_base_on_the_hub_brings_commit_and_licence_and_without_a_network_neith
     server = HubServer().start()
     files = {"config.json": b"{}", "README.md": b"---\nlicense: apache-2.0\n---\n"}
     server.repos["qwen/base"] = {"private": False, "branches": {"main": files}, "commits": []}
-    describe = "import json, card; print(json.dumps(card.describe_base('qwen/base', 'main')))"
+    describe = "import json; from publishing.run_facts import describe_base\n"
+    describe += "print(json.dumps(describe_base('qwen/base', 'main')))"
 
     def call(code, **environment):
         env = {**os.environ, **server.environment(tmp_path / "home", **environment)}
@@ -353,4 +344,4 @@ def test_a_folder_without_an_adapter_or_with_broken_facts_is_named(tmp_path, fol
 
 
 def test_the_libraries_named_are_installed():
-    assert set(card.library_versions()) == set(card.LIBRARIES)
+    assert set(run_facts.library_versions()) == set(run_facts.LIBRARIES)

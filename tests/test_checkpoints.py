@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from checkpoints import MANIFEST, check_same_run, choose_checkpoint, list_checkpoints, read_manifest, rotate, seal
+from training.checkpoints import MANIFEST, choose_checkpoint, list_checkpoints, read_manifest, rotate, seal
+from training.resume import check_same_run
 
 RUN = {"settings": {"learning_rate": 0.1, "lora_r": 8}, "versions": {"torch": "2.15"}, "processes": 1}
 FILES = {"adapter_model.safetensors": b"weights" * 40, "optimizer.pt": b"averages" * 40, "trainer_state.json": b"{}"}

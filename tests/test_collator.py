@@ -9,10 +9,10 @@ from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText
 from trl.chat_template_utils import get_training_chat_template
 
-from attention import use_varlen
 from collator import VisionSFTCollator, build_labels, collate_prompts, encode, fit_size, load_pixels, render
 from data_prep.records import to_chat
-from modeling import load_processor
+from models.attention import use_varlen
+from models.loading import load_processor
 
 RED, GREEN = Image.new("RGB", (112, 112), "red"), Image.new("RGB", (112, 56), "green")
 

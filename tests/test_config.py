@@ -2,11 +2,10 @@
 
 import re
 
-from cli import read_yaml
-
 import pytest
 
-from config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config
+from common.yaml_files import read_yaml
+from training.config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config
 
 BASE = """
 dataset_path: data

@@ -16,10 +16,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from conftest import train_args
 from safetensors.torch import load_file
 
-from checkpoints import read_manifest
 from collator import VisionSFTCollator
 from data_prep import load_splits, prepare_dataset
-from distributed import check_sharding
+from training.checkpoints import read_manifest
+from training.distributed import check_sharding
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = "adapter_model.safetensors"

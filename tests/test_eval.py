@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from cli import run
+from common.cli import run
 
 import pytest
 from conftest import train_args
@@ -15,7 +15,7 @@ from datasets import load_from_disk
 
 import eval_sft
 import train_sft
-from evaluation import Journal
+from evaluation.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(evaluated, adapter, demo_
 
 
 def test_a_finished_evaluation_loads_no_model_again(evaluated, adapter, demo_data, monkeypatch):
-    monkeypatch.setattr(eval_sft, "load_answering_model", None)
+    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
     before = (evaluated / "metrics.json").read_bytes()
     eval_sft.main(options(adapter, demo_data, evaluated, "--baseline", "--min-group", 4))
     assert (evaluated / "metrics.json").read_bytes() == before

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 
-from cli import run
+from common.cli import run
 
 import numpy as np
 import pytest
@@ -20,12 +20,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProce
 import merge_adapter
 import predict
 import train_sft
-from answering import answer, load_answering_model, score_answers
-from attention import use_varlen
 from collator import VisionSFTCollator, encode, load_pixels, render
 from demo.tiny_model import FAMILIES, save_tiny_model
-from modeling import build_lora_config, check_family, check_trainable, count_trainable, load_model, load_processor
-from packing import measure_lengths
+from evaluation.generation import answer, score_answers
+from models.adapters import load_answering_model
+from models.attention import use_varlen
+from models.loading import check_family, load_model, load_processor
+from models.lora import build_lora_config, check_trainable, count_trainable
+from training.packing import measure_lengths
 
 CELLS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # px that one token covers a side
 LAYERS = 3  # one behind the two that Qwen3-VL's tower adds to

@@ -9,8 +9,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from cli import read_yaml
-
 import hypothesis
 import pytest
 import torch
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from collator import build_labels
+from common.yaml_files import read_yaml
 from data_prep import reading
 from data_prep.images import clean_copy, inspect_image, load_image
 from data_prep.records import FACTS, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat

@@ -14,9 +14,10 @@ import pytest
 from conftest import train_args
 from hub_server import TOKEN, HubServer
 
-import hub
 import predict
-from hub import collect, main
+from publishing import hub
+from publishing.hub import collect
+from push_adapter import main
 
 REPO = "tester/skin"
 PUSH = {"push_to_hub": "true", "hub_model_id": REPO, "eval_strategy": "no"}
@@ -36,9 +37,9 @@ UPLOADED = {
 IMPATIENT = """
 import sys
 from importlib import import_module
-from cli import run
-import hub
-hub.WAITS = (0.01,) * 4
+from common.cli import run
+from common import hub_client
+hub_client.WAITS = (0.01,) * 4
 sys.exit(run(import_module(sys.argv.pop(1)).main))
 """
 
@@ -65,7 +66,7 @@ def call(server, home, *command, **environment):
 
 
 def push(server, tmp_path, *args, **environment):
-    return call(server, tmp_path / "home", "-c", IMPATIENT, "hub", *args, **environment)
+    return call(server, tmp_path / "home", "-c", IMPATIENT, "push_adapter", *args, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def test_the_network_may_fail_in_the_middle_and_the_printed_command_pushes_later
     own_server.stop_after = None
     own_server.start()
     python, *command = shlex.split(said[3])
-    assert (python, command) == ("python", ["-m", "hub", str(out), REPO])
+    assert (python, command) == ("python", ["push_adapter.py", str(out), REPO])
     later = call(own_server, tmp_path / "home", *command)
     assert later.returncode == 0, later.stderr
     assert set(own_server.files(REPO)) == UPLOADED
@@ -274,7 +275,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained,
     assert own_server.repos[REPO]["private"] is False
     own_server.refuse = "/preupload/"
     done = push(own_server, tmp_path, trained.out, REPO, "--public", "--revision", "v 2")
-    assert done.stderr.endswith(f"to push it later: python -m hub {trained.out} {REPO} --revision 'v 2' --public\n")
+    assert done.stderr.endswith(
+        f"to push it later: python push_adapter.py {trained.out} {REPO} --revision 'v 2' --public\n"
+    )
     done = push(own_server, tmp_path, trained.out, REPO)
     assert done.returncode == 1
     assert done.stderr == (
@@ -285,7 +288,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained,
 
 def test_a_public_data_set_is_not_taken_for_a_private_one(own_server, tmp_path):
     own_server.repos["tester/set"] = {"private": False, "branches": {"main": {}}, "commits": []}
-    claim = "import hub; hub.open_repository('tester/set', repo_type='dataset')"
+    claim = "from common.hub_client import open_repository; open_repository('tester/set', repo_type='dataset')"
     done = call(own_server, tmp_path / "home", "-c", claim)
     assert "ValueError: tester/set is public on the Hub and should be private; " in done.stderr
     assert own_server.count("GET", "/api/datasets/tester/set") == 2 and own_server.unknown == []

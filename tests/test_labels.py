@@ -2,7 +2,15 @@
 
 import pytest
 
-from labels import NONE, SEVERAL, answer_templates, asks_for_label, build_label_map, named_labels, read_label
+from evaluation.label_matching import (
+    NONE,
+    SEVERAL,
+    answer_templates,
+    asks_for_label,
+    build_label_map,
+    named_labels,
+    read_label,
+)
 
 LABELS = ["nevus", "melanocytic nevus", "basal cell carcinoma", "melanoma"]
 

@@ -4,8 +4,9 @@ import torch
 from peft import get_peft_model
 
 from collator import VisionSFTCollator
-from memory import forward_and_backward, largest_batch
-from modeling import build_lora_config, load_model
+from models.loading import load_model
+from models.lora import build_lora_config
+from training.memory_probe import forward_and_backward, largest_batch
 
 
 def test_the_largest_batch_holds_the_longest_samples():

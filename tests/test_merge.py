@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
-from answering import answer, encode_prompts
 from demo.tiny_model import save_tiny_model
-from modeling import build_lora_config, load_model, load_processor
+from evaluation.generation import answer, encode_prompts
+from models.loading import load_model, load_processor
+from models.lora import build_lora_config
 
 BIN = Path(sys.executable).parent
 FIRST_QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"

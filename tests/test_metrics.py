@@ -5,8 +5,9 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from labels import NONE, SEVERAL
-from metrics import (
+from evaluation.calibration import Scores, abstention, auroc, fit_temperature, probability_scores
+from evaluation.label_matching import NONE, SEVERAL
+from evaluation.metrics import (
     FIGURES,
     band,
     compare,
@@ -20,7 +21,6 @@ from metrics import (
     text_scores,
     with_intervals,
 )
-from probabilities import Scores, abstention, auroc, fit_temperature, probability_scores
 
 LABELS = ["acne", "eczema", "nevus"]
 

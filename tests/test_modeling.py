@@ -6,18 +6,9 @@ from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 
 from collator import VisionSFTCollator
-from modeling import (
-    build_lora_config,
-    check_quantized,
-    check_targets,
-    check_trainable,
-    count_trainable,
-    end_gradients_at_tower,
-    load_model,
-    load_processor,
-    pin_trainable_to_float32,
-    resolve_dtype,
-)
+from models.loading import check_quantized, load_model, load_processor, resolve_dtype
+from models.lora import build_lora_config, check_targets, check_trainable, count_trainable, end_gradients_at_tower
+from training.trainer import pin_trainable_to_float32
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 

@@ -6,9 +6,9 @@ import time
 import pytest
 from datasets import Dataset
 
-import packing
 from collator import VisionSFTCollator
-from packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
+from training import packing
+from training.packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
 
 
 def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):

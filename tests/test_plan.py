@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import pytest
 import torch
@@ -20,30 +20,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 import plan_run
 import train_sft
 from benchmarks.gpu_7b import quantise
-from config import parse_config
-from modeling import build_lora_config, end_gradients_at_tower, load_model
-from packing import SampleLengths
-from planning import (
-    CONTEXT,
-    MemoryPlan,
-    describe_lengths,
-    find_warnings,
-    optimizer_bytes,
-    steps_an_epoch,
-    trained_bytes,
-)
-from rehearsal import twin_config
-from shapes import (
-    TABLE,
-    add_lora,
-    build_without_weights,
-    count_weights,
-    read_config,
-    tabled_config,
-    weight_bytes,
-    with_layers,
-)
-from tracing import make_batch, trace_model, trace_step
+from models.families import TABLE, tabled_config
+from models.loading import load_model
+from models.lora import build_lora_config, end_gradients_at_tower
+from planning import page
+from planning.activations import make_batch, trace_model, trace_step
+from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, find_warnings, steps_an_epoch, trained_bytes
+from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes, with_layers
+from planning.smoke_test import twin_config
+from training.config import parse_config
+from training.memory_probe import optimizer_bytes
+from training.packing import SampleLengths
 
 RECIPES = sorted(Path("configs").glob("skin*.yaml"))
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -211,7 +198,7 @@ def test_the_plan_meets_what_was_measured_on_an_h100():
 @cache
 def plan_recipes_model(name, settings):
     parsed = parse_config([*settings, "--model_name_or_path", name, "--use_cpu", "true"])
-    return plan_run.plan_memory(read_config(name, local_files_only=True)[0], *parsed, 0.8, 4096)
+    return page.plan_memory(read_config(name, local_files_only=True)[0], *parsed, 0.8, 4096)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -220,7 +207,7 @@ def test_each_recipe_fits_the_gpu_that_it_states(path):
     stated = int(re.search(r"on one GPU with (\d+) GB", path.read_text().splitlines()[0])[1])
     plans = plan_recipes_model(model.model_name_or_path, ("--config", "configs/skin.yaml"))
     batch = data.pack_tokens
-    plan = plan_run.choose(plans, training.gradient_checkpointing, model.load_in_4bit, batch, stated)
+    plan = page.choose(plans, training.gradient_checkpointing, model.load_in_4bit, batch, stated)
     print(f"{path.stem}: {plan.total(batch) / 1e9:.1f} of {stated} GB, {plan.name}")
     assert plan.total(batch) / 1e9 <= 0.95 * stated  # the driver and the screen take some
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from cli import run
+from common.cli import run
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import predict
-from answering import load_answering_model
+from models.adapters import load_answering_model
 
 
 def ask(capsys, *options):

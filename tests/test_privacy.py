@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import eval_sft
-import hub
 import train_sft
-from answering import load_answering_model
-from checkpoints import MANIFEST, read_manifest, seal
-from modeling import load_model
+from models.adapters import load_answering_model
+from models.loading import load_model
+from publishing import hub
+from training.checkpoints import MANIFEST, read_manifest, seal
 
 ROOT = Path(train_sft.__file__).parent
 TOKEN, FOLDER, PATIENT = "hf_plantedtokenplantedtoken", "ward7_secret", "mueller_hans"
@@ -166,11 +166,15 @@ FORBIDDEN_METHODS = {
     *("os.system", "os.popen", "os.startfile", "yaml.unsafe_load", "yaml.full_load", "torch.hub.load"),
     *("importlib.import_module", "pandas.read_pickle", "pd.read_pickle", "torch.jit.load"),
 }
-ALLOWED = {("data_prep/download.py", "urllib.request"), ("card.py", "importlib.metadata")}
+ALLOWED = {("data_prep/download.py", "urllib.request"), ("publishing/run_facts.py", "importlib.metadata")}
+NO_PRODUCT = {"tests", "benchmarks", "outputs", "data"}
 
 
 def product_files():
-    return [*ROOT.glob("*.py"), *(ROOT / "data_prep").rglob("*.py"), *(ROOT / "demo").rglob("*.py")]
+    """Return every Python file but those of the tests, the benchmarks and an environment."""
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and folder.name not in NO_PRODUCT]
+    found = [path for folder in folders if not folder.name.startswith(".") for path in folder.rglob("*.py")]
+    return [*ROOT.glob("*.py"), *found]
 
 
 def imported(node):
@@ -209,7 +213,7 @@ def call_complaints(call):
 
 def test_no_module_runs_foreign_code_or_opens_a_way_out_of_its_own():
     names = {str(path.relative_to(ROOT)): path for path in product_files()}
-    assert {"train_sft.py", "data_prep/download.py", "hub.py"} < set(names)
+    assert {"train_sft.py", "data_prep/download.py", "publishing/hub.py"} < set(names)
     found = {name: list(complaints(ast.parse(path.read_text()), name)) for name, path in names.items()}
     assert {name: own for name, own in found.items() if own} == {}
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from transformers import TrainerState
 
-from callbacks import CurvesCallback, write_metrics
-from report import plot_training, smooth
+from common.plots import plot_training, smooth
+from training.callbacks import CurvesCallback, write_metrics
 
 
 def test_smooth_starts_at_the_first_value_and_keeps_a_constant():

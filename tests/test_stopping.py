@@ -16,8 +16,8 @@ from conftest import train_args
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from checkpoints import read_manifest
-from stopping import EXIT_CODE, StopCallback, shield_workers
+from training.checkpoints import read_manifest
+from training.signals import EXIT_CODE, StopCallback, shield_workers
 
 BIN = Path(sys.executable).parent
 ADAPTER = "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import train_sft
 from data_prep import fingerprint, load_splits
-from tracking import code_commit
+from training.trackers import code_commit
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # it looks when it is imported, and never again
 SETTINGS = {"project": "skin", "run_name": "small", "lora_dropout": 0.1}

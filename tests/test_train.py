@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from cli import run
+from common.cli import run
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import hub
 import train_sft
-from card import describe_base
-from config import parse_config
+from common import hub_client
 from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
-from modeling import compile_layers, load_processor
+from models.loading import compile_layers, load_processor
+from publishing.run_facts import describe_base
+from training.config import parse_config
 
 ADAPTER = "adapter_model.safetensors"
 SAMPLES = {"train": 32, "validation": 4, "test": 4}
@@ -253,7 +253,7 @@ def test_the_start_table_says_what_the_run_will_do(tiny_base, demo_data, tmp_pat
 
 
 def test_a_push_without_a_token_ends_before_training(tiny_base, demo_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(hub_client, "get_token", lambda: None)
     args = train_args(tiny_base, demo_data, tmp_path / "skin", push_to_hub="true")
     assert run(lambda: train_sft.main(args)) == 1
     [line] = capsys.readouterr().err.splitlines()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datasets import Dataset, DatasetDict
 from qwen_vl_utils import smart_resize
 
-from packing import PackSampler, SampleLengths
-from tracing import Activations
+from planning.activations import Activations
+from training.memory_probe import optimizer_bytes
+from training.packing import PackSampler, SampleLengths
 
 GB = 1e9
 MEMORIES = (12, 16, 24, 40, 48, 80)  # GB, of common GPUs
@@ -83,14 +84,6 @@ def trained_bytes(count: int, optim: str, *, mixed: bool) -> dict[str, int]:
     """
     a_weight = 4 + 4 + (2 if mixed else 0)
     return {"LoRA and its gradients": count * a_weight, "optimizer": round(count * optimizer_bytes(optim))}
-
-
-def optimizer_bytes(optim: str) -> float:
-    """Return the bytes that an optimizer keeps for a weight: Adam's two averages, unless its name says otherwise."""
-    if "adafactor" in optim:
-        return 0  # a row and a column for each matrix
-    averages = 0 if optim in ("sgd", "adagrad") else 1 if "lion" in optim else 2
-    return averages * (1 + 4 / 256 if "8bit" in optim else 4)  # 8-bit averages have a scale for each block of 256
 
 
 def estimate_lengths(split: Dataset, *, cell: int, min_pixels: int, max_pixels: int) -> SampleLengths:

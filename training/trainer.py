@@ -16,10 +16,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from attention import REGISTERED
-from checkpoints import list_checkpoints, rotate, seal
-from packing import PackSampler
-from stopping import shield_workers
+from models.attention import REGISTERED
+from training.checkpoints import list_checkpoints, rotate, seal
+from training.packing import PackSampler
+from training.signals import shield_workers
+
+
+def pin_trainable_to_float32(model: torch.nn.Module) -> None:
+    """Keep LoRA weights in float32: `SFTTrainer` casts them to bfloat16, which loses small updates and is not undone
+    on resume, so that the resumed run would differ from the one that was not stopped."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
 
 SETTINGS_WITH_TOKENS = "training_args.bin"
 NOT_KEPT = (SETTINGS_WITH_TOKENS, "README.md")  # PEFT's card names a local base by its path

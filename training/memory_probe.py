@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from packing import pack_lengths
+from training.packing import pack_lengths
 
 SPARE = 0.1  # share of the memory that stays free: batches differ, and memory falls into pieces
+FLOAT32 = 4  # bytes of the copy that training keeps of each trained weight
 SEARCHED = 4096  # samples that the fullest pack is looked for among
 
 
@@ -21,24 +22,26 @@ def largest_batch(lengths: Sequence[int], *, batch_size: int, pack_tokens: int |
     return [longest[n] for n in fullest]
 
 
-def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None) -> tuple[bool, str]:
+def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, optim: str) -> tuple[bool, str]:
     """Try a forward and a backward pass without recomputation.
 
     Args:
         model: on one GPU, with LoRA; its weights and gradients stay as they are.
         batch: what the collator returns.
         dtype: of autocast; None without it.
+        optim: the optimizer that will train it, by its name in a recipe.
 
     Returns:
         Whether it leaves enough memory for a training step, and a few words that say how much it took.
     """
     device = next(model.parameters()).device
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     clear_gradients(model)
     before, (free, _) = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         forward_and_backward(model, batch, dtype)
-        taken = torch.cuda.max_memory_reserved(device) - before + optimizer_bytes(model)
+        taken = torch.cuda.max_memory_reserved(device) - before + trained * (FLOAT32 + optimizer_bytes(optim))
     except torch.cuda.OutOfMemoryError:
         taken = None
     finally:
@@ -61,9 +64,12 @@ def forward_and_backward(model: torch.nn.Module, batch: dict, dtype: torch.dtype
     model.train(was_training)
 
 
-def optimizer_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of Adam's two averages in float32, and of the float32 copies that training keeps of weights."""
-    return sum(3 * 4 * p.numel() for p in model.parameters() if p.requires_grad)
+def optimizer_bytes(optim: str) -> float:
+    """Return the bytes that an optimizer keeps for a weight: Adam's two averages, unless its name says otherwise."""
+    if "adafactor" in optim:
+        return 0  # a row and a column for each matrix
+    averages = 0 if optim in ("sgd", "adagrad") else 1 if "lion" in optim else 2
+    return averages * (1 + 4 / 256 if "8bit" in optim else 4)  # 8-bit averages have a scale for each block of 256
 
 
 def clear_gradients(model: torch.nn.Module) -> None:

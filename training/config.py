@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from cli import OneLineParser, read_yaml
+from common.cli import OneLineParser
 
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from attention import VARLEN
-from tracking import TRACKERS
+from common.yaml_files import read_yaml
+from models.attention import VARLEN
+from training.trackers import TRACKERS
 
-DEFAULT_RECIPE = Path(__file__).parent / "configs" / "skin.yaml"
+DEFAULT_RECIPE = Path(__file__).parents[1] / "configs" / "skin.yaml"
 
 
 @dataclass

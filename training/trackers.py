@@ -10,7 +10,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
-from card import add_facts, read_facts
+from publishing.run_facts import add_facts, read_facts
 
 TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
 # What wandb would find out by itself: code, git remote, command line, folders, user and host.
@@ -82,7 +82,7 @@ def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path,
     return tracker
 
 
-def code_commit(root: Path = Path(__file__).parent) -> str | None:
+def code_commit(root: Path = Path(__file__).parents[1]) -> str | None:
     """Return the commit that is checked out in a git folder, None when it is none."""
     git = root / ".git"
     with suppress(OSError):

@@ -8,42 +8,15 @@ from typing import NamedTuple
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, Qwen2VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-from modeling import (
-    FAMILY,
-    LANGUAGE_LAYERS,
-    VISION,
-    build_lora_config,
-    check_quantized,
-    check_targets,
-    quantization_config,
-)
+from models.families import FAMILY, LANGUAGE_LAYERS, TABLE, VISION, tabled_config
+from models.loading import check_quantized, quantization_config
+from models.lora import build_lora_config, check_targets
 
 BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
 CODES = 16 * 4, 256 * 4  # bytes of the tables of NF4's 16 values and of the 256 that scales are rounded to
-KINDS = {name.removeprefix("dense "): kind for kind, name in FAMILY.items()}
-
-# From each model's public config.json: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-# num_key_value_heads, vocab_size, tie_word_embeddings; and what is its own in the vision tower.
-_SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
-_LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
-TABLE = {
-    "Qwen2-VL-2B": ((1536, 8960, 28, 12, 2, 151936, True), {}),
-    "Qwen2-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), {}),
-    "Qwen2-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), {}),
-    "Qwen2.5-VL-3B": ((2048, 11008, 36, 16, 2, 151936, True), {"intermediate_size": 3420}),
-    "Qwen2.5-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), {"intermediate_size": 3420}),
-    "Qwen2.5-VL-32B": ((5120, 27648, 64, 40, 8, 152064, False), {"intermediate_size": 3456}),
-    "Qwen2.5-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), {"intermediate_size": 3456}),
-    "Qwen3-VL-2B": ((2048, 6144, 28, 16, 8, 151936, True), _SMALL_TOWER),
-    "Qwen3-VL-4B": ((2560, 9728, 36, 32, 8, 151936, True), _SMALL_TOWER),
-    "Qwen3-VL-8B": ((4096, 12288, 36, 32, 8, 151936, False), _LARGE_TOWER),
-    "Qwen3-VL-32B": ((5120, 25600, 64, 64, 8, 151936, False), _LARGE_TOWER),
-}
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NAMES += ("num_key_value_heads", "vocab_size")
 
 
 def read_config(
@@ -71,18 +44,6 @@ def read_config(
         rule = f"expected a model of {', '.join(FAMILY.values())}, found model_type {config.model_type!r}"
         raise ValueError(f"model_name_or_path: {model_name_or_path!r}: {rule}")
     return config, True
-
-
-def tabled_config(name: str) -> PreTrainedConfig:
-    """Return the configuration of a model of `TABLE`, as far as shapes depend on it."""
-    (*sizes, tied), tower = TABLE[name]
-    text, tower = dict(zip(NAMES, sizes, strict=True)), dict(tower)
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    kind = KINDS[name.rsplit("-", 1)[0]]
-    tower["hidden_size" if kind is Qwen2VLConfig else "out_hidden_size"] = text["hidden_size"]
-    if kind is KINDS["Qwen2.5-VL"]:
-        tower["hidden_size"] = 1280
-    return kind(text_config=text, vision_config=tower, tie_word_embeddings=tied)
 
 
 def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

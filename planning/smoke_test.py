@@ -1,27 +1,28 @@
 """A step in small: real batches through a model of the same class with few narrow layers and random weights."""
 
 import copy
+import itertools
 
 import torch
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy
+from torch.utils.data import BatchSampler
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from trl import ModelConfig
 
-from attention import use_varlen
-from collator import IGNORED
-from modeling import build_lora_config
+from collator import IGNORED, VisionSFTCollator
+from common.console import say
+from models.attention import use_varlen
+from models.families import TOWERS
+from models.lora import build_lora_config
+from planning.page import print_plan
+from planning.shapes import read_config
+from training.config import DataArguments, TrainingSettings, lora_settings
+from training.data import check_data, draw_by_weight, load_data, open_processor
+from training.packing import PackSampler
 
 LAYERS = 2
-# What the vision towers of the family call their sizes.
-TOWERS = {
-    "qwen2_vl": lambda text, head: {"embed_dim": head, "hidden_size": text},
-    "qwen2_5_vl": lambda text, head: {
-        "hidden_size": head, "intermediate_size": head, "out_hidden_size": text, "fullatt_block_indexes": [1],
-    },
-    "qwen3_vl": lambda text, head: {
-        "hidden_size": head, "intermediate_size": head, "out_hidden_size": text, "deepstack_visual_indexes": [0],
-    },
-}  # fmt: skip
+
 VISION_HEAD = 64  # numbers; divisible by 4, as rows and columns take a half each
 
 
@@ -76,3 +77,24 @@ def _loss(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     kept = (following != IGNORED).any(dim=0).nonzero().flatten()
     logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
     return cross_entropy(logits.flatten(0, 1), following[:, kept].flatten(), ignore_index=IGNORED)
+
+
+TRIED = 3  # batches of a dry run
+
+
+def dry_run(data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig) -> None:
+    """Print the plan, take three batches through the collator and one of them through a tiny model; write nothing."""
+    processor = open_processor(data_args, model_args)
+    splits = load_data(data_args, training_args)
+    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
+    lengths = check_data(splits, processor, training_args)["train"]
+    print_plan(data_args, training_args, model_args, splits, processor)
+    packs = data_args.pack_tokens if training_args.packing else None
+    collate = VisionSFTCollator(processor, max_length=training_args.max_length, packed=packs is not None)
+    rows = training_args.per_device_train_batch_size
+    indices = PackSampler(lengths.total, packs) if packs else BatchSampler(range(len(lengths.total)), rows, False)
+    batches = [collate([splits["train"][n] for n in some]) for some in itertools.islice(indices, TRIED)]
+    config, _ = read_config(model_args.model_name_or_path, model_args.model_revision)
+    settings = lora_settings(data_args, model_args)
+    loss = rehearse(config, batches[0], settings, varlen=packs is not None, device=training_args.device)
+    say(f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}")

@@ -6,11 +6,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from card import RUNS
+from common.html import TEMPLATES, jpeg, png, shorten
+from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
-from data_prep.report import TEMPLATES, jpeg, png, shorten
-from labels import read_label
-from report import BLUE, GREEN, GREY, ORANGE
+from evaluation.label_matching import read_label
+from publishing.model_card import RUNS
 
 FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 SHARES = {"no_label": "names no label", "several_labels": "names several"}

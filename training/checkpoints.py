@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-ADAPTER = "adapter_model.safetensors"
+from common.files import WEIGHTS, _flush, digest_of_file
+
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -76,23 +75,8 @@ def _check_file(path: Path, name: str, sealed: dict) -> None:
         raise ValueError(f"checkpoint {path}: {name} has changed since it was saved")
 
 
-def digest_of_file(path: Path) -> str:
-    """Return a file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest_of(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, written to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
@@ -109,7 +93,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     if resume is None and found:
         rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
         raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
-    if resume in (None, "auto") and not found and (output_dir / ADAPTER).exists():
+    if resume in (None, "auto") and not found and (output_dir / WEIGHTS).exists():
         raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
     if resume is None:
         return None, []
@@ -124,41 +108,6 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
-
-
-def differences(before: dict, now: dict) -> Iterator[tuple[str, object, object]]:
-    """Yield the name of each entry that two nested dictionaries do not share, and its two values."""
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new)
-        elif old != new:
-            yield key, old, new
-
-
-def check_same_run(path: Path, run: dict, *, fixed: tuple[str, ...], allow_change: bool) -> list[str]:
-    """Compare a checkpoint's run with the one about to start, and return what differs in words.
-
-    Args:
-        path: the checkpoint.
-        run: as given to `seal`.
-        fixed: names of entries without which the checkpoint's weights would not fit the model.
-        allow_change: let other entries differ.
-
-    Raises:
-        ValueError: an entry differs that may not; the message names all that do.
-    """
-    found = list(differences(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["run"], run))
-    changes = [f"{name} was {old!r} and is {new!r} now" for name, old, new in found]
-    words = "; ".join(changes)
-    if any(name in fixed for name, _, _ in found):
-        raise ValueError(f"checkpoint {path}: {words}; its weights do not fit: choose another output_dir")
-    if found and not allow_change:
-        raise ValueError(
-            f"checkpoint {path}: {words}; take that back, or go on with --allow_config_change true, "
-            "or choose another output_dir"
-        )
-    return changes
 
 
 def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:

@@ -7,7 +7,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from metrics import interval, resample, rounded
+from evaluation.metrics import interval, resample, rounded
 
 BINS = 10  # of confidence, for the calibration error
 SPECIFICITY = 0.9  # at which sensitivity is told

@@ -9,7 +9,7 @@ from scipy import sparse
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_fscore_support
 
-from labels import NONE, SEVERAL
+from evaluation.label_matching import NONE, SEVERAL
 
 RESAMPLES = 1000
 AGE_BANDS = ((20, "under 20"), (40, "20 to 39"), (60, "40 to 59"), (80, "60 to 79"), (np.inf, "80 and over"))

@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerState
 
-from hub import BackgroundPush
-from report import plot_training
+from common.plots import plot_training
+from publishing.hub import BackgroundPush
 
 
 class ProgressLine(ProgressCallback):

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
-from attention import on_gpu
-from modeling import VISION, end_gradients_at_tower
-from shapes import add_lora, build_without_weights, with_layers
+from models.attention import on_gpu
+from models.families import VISION
+from models.lora import end_gradients_at_tower
+from planning.shapes import add_lora, build_without_weights, with_layers
 
 _BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
 TRACED = "traced_flash"  # transformers hands the tower's windows over at once to what has "flash" in its name

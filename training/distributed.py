@@ -12,8 +12,9 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
+from trl import ModelConfig
 
-from checkpoints import differences
+from training.config import TrainingSettings
 
 WHOLE = "none"
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
@@ -88,22 +89,14 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def check_same_everywhere(run: dict) -> None:
-    """Raise ValueError, in every process, when one would train on other data, settings or versions than the main one.
-
-    Args:
-        run: what has to be the same; JSON.
-    """
-    runs = gather_object([run])
-    for process, other in enumerate(runs):
-        for name, here, there in differences(runs[0], other):
-            raise ValueError(
-                f"process {process}: {name} is {there!r}, and {here!r} in process 0; "
-                "all machines need the same data, settings and libraries"
-            )
-
-
 def leave_together() -> None:
     """Wait for all processes before one ends: what others still exchange with it would fail."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+
+
+def check_processes(training_args: TrainingSettings, model_args: ModelConfig) -> None:
+    """Refuse what accelerate's configuration asks for and would go wrong, before anything slow starts."""
+    storage = (model_args.bnb_4bit_quant_storage or "uint8") if model_args.load_in_4bit else None
+    mixed = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else None
+    check_sharding(asked_sharding(training_args.deepspeed_plugin), storage=storage, mixed=mixed)

@@ -1,0 +1,65 @@
+"""How every command of this project ends: quietly, or with one clear line."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+# TRL reports each start of a trainer to its makers; what is trained on patients' images is nobody else's business.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Says at import, on some CPUs, that an optional kernel is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which takes options whole, with dashes or underscores."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([_with_dashes(word) for word in words], namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def _with_dashes(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number above 0 (the `type` of an option)."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and return the exit code: 0, its own, 1 after an error that a user can mend, 130 after Ctrl-C.
+
+    Such errors are `ValueError` and `OSError`; they print as one line. `--debug` shows the traceback, and any other
+    error is a bug and shows it anyway.
+    """
+    # Versions are pinned, so what the libraries will rename one day is of no use to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's text; of one that a DataLoader's worker raised, with its traceback, only the last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text

@@ -1,0 +1,9 @@
+"""Printing from several processes."""
+
+from accelerate import PartialState
+
+
+def say(*lines: str) -> None:
+    """Print once, however many processes there are."""
+    if PartialState().is_main_process:
+        print(*lines, sep="\n", flush=True)

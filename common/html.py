@@ -1,0 +1,30 @@
+"""Parts of the HTML pages: templates, embedded images, shortened text."""
+
+import base64
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image as PILImage
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+
+def png(figure: Figure, alt: str) -> dict:
+    """Return a figure as the page's template takes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}
+
+
+def shorten(text: str, length: int = 28) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def jpeg(image: PILImage.Image, side: int) -> str:
+    """Return a picture of at most `side` px a side, without metadata, in base64."""
+    image = image.copy()
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    PILImage.frombytes("RGB", image.size, image.tobytes()).save(buffer, "JPEG", quality=82)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,156 @@
+"""What is known about a run: base model, data, settings and progress, in `facts.json`; no path and no file name."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, hf_hub_download
+
+from common.files import FACTS, METRICS, SETTINGS, WEIGHTS, digest_of_file
+from data_prep import fingerprint
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+NO_LABEL, UNKNOWN = "(no label)", "unknown"
+
+
+def describe_data(splits: Mapping, dataset_path: str) -> dict:
+    """Return the data's fingerprint and counts, by split and label.
+
+    Args:
+        splits: `Dataset`s of the project's schema by name, "train" among them.
+        dataset_path: what the recipe names; kept only when it is a Hub id, as a local path is nobody's business.
+    """
+    return {
+        "dataset": dataset_path if on_hub(dataset_path) else None,
+        "fingerprint": fingerprint(splits["train"]),
+        "splits": {name: _count(split) for name, split in splits.items()},
+    }
+
+
+def _count(split) -> dict:
+    return {
+        "samples": len(split),
+        "images": sum(len(sizes) for sizes in split["image_sizes"]),
+        "labels": dict(Counter(label or NO_LABEL for label in split["label"]).most_common()),
+        "skin_types": dict(sorted(Counter(kind or UNKNOWN for kind in split["skin_type"]).items())),
+    }
+
+
+def on_hub(name: str) -> bool:
+    """Tell whether a name that was given for a model or a data set is a Hub id, and not a file or folder here."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def describe_base(name: str, revision: str | None) -> dict:
+    """Return the base model's public name, revision, commit and licence, as far as they are known.
+
+    Args:
+        name: Hub id, or local folder, of which only the last part is kept.
+        revision: Hub branch, tag or commit.
+
+    The commit is that of the files that were loaded; the licence comes from the model's own card. Without a network,
+    and for a folder without a card, it is not known.
+    """
+    if not on_hub(name):
+        folder = Path(name).resolve()
+        licence = _read_licence(folder / "README.md")
+        return {"name": folder.name, "on_hub": False, "revision": None, "commit": None, "licence": licence}
+    commit, licence = None, {}
+    with suppress(OSError, ValueError):
+        commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+        licence = _read_licence(Path(hf_hub_download(name, "README.md", revision=commit)))
+    return {"name": name, "on_hub": True, "revision": revision, "commit": commit, "licence": licence}
+
+
+def _read_licence(card: Path) -> dict:
+    """Return the fields `license`, `license_name` and `license_link` of a model card; none of a file without them."""
+    with suppress(OSError, ValueError, TypeError, yaml.YAMLError):
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
+        found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+        return {key: str(value) for key, value in found.items() if value}
+    return {}
+
+
+def library_versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def progress(state: dict, date: datetime, *, finished: bool = False, kept_best: bool = False) -> dict:
+    """Return how far a run has come.
+
+    Args:
+        state: the content of a `trainer_state.json`.
+        date: when that was.
+        finished: whether training has ended.
+        kept_best: whether the adapter is that of the best evaluation, and not of the last step.
+    """
+    losses = [row["loss"] for row in state["log_history"] if "loss" in row]
+    evaluated = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
+    return {
+        "date": date.date().isoformat(),
+        "finished": finished,
+        "step": state["global_step"],
+        "steps": state["max_steps"],
+        "adapter_step": state["best_global_step"] if kept_best else state["global_step"],
+        "epochs": round(state["epoch"] or 0, 2),
+        "loss": losses[-1] if losses else None,
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "lowest_eval_loss": min(evaluated, default=None),
+    }
+
+
+def add_facts(output_dir: Path, **facts) -> None:
+    """Write facts into the run's `facts.json`, in place of those of the same name."""
+    unfinished = (output_dir / FACTS).with_suffix(".unfinished")
+    content = {**(_read_json(output_dir / FACTS) or {}), **facts}
+    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(output_dir / FACTS)
+
+
+def read_facts(output_dir: Path, adapter_dir: Path | None = None) -> dict:
+    """Return the run's facts; of a checkpoint (`adapter_dir`), how far training had come when it was saved."""
+    facts = _read_json(output_dir / FACTS) or {}
+    path = (adapter_dir or output_dir) / "trainer_state.json"
+    if adapter_dir is not None and (state := _read_json(path)):
+        facts["training"] = progress(state, datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    return facts
+
+
+def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
+    """Return what is known about the adapter's base model; its name is never a local path."""
+    if "base" in (facts := read_facts(output_dir)):
+        return facts["base"]
+    path = (adapter_dir or output_dir) / "adapter_config.json"
+    name = (_read_json(path) or {}).get("base_model_name_or_path")
+    if name is None:
+        raise ValueError(f"{path}: no such file, or it names no base model; train an adapter first")
+    public = name if on_hub(name) else Path(name).resolve().name
+    return {"name": public, "on_hub": on_hub(name), "revision": None, "commit": None, "licence": {}}
+
+
+def read_metrics(output_dir: Path) -> dict | None:
+    """Return the evaluation of the adapter in the folder; None when there is none, or it is of an earlier adapter."""
+    settings = _read_json(output_dir / SETTINGS)
+    if settings is not None and settings["adapter"] != adapter_digest(output_dir):
+        return None
+    return _read_json(output_dir / METRICS)
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's weights, which ties an evaluation to what it measured."""
+    return digest_of_file(folder / WEIGHTS)
+
+
+def _read_json(path: Path) -> dict | None:
+    """Return the JSON object in a file, None when there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
