@@ -29,8 +29,8 @@ test: install
 # Runs that are really killed, many times, the slow tests, and ten minutes of fuzzing.
 reliability: install
 	$(BIN)/python -m benchmarks.reliability
-	$(BIN)/python -m pytest -m reliability
-	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/test_fuzz.py
+	$(BIN)/python -m pytest -m slow
+	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
 
 style: install
 	$(BIN)/ruff check --fix .

@@ -16,12 +16,8 @@ import train_sft
 from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
+from helpers.runs import TEXTS, train_args
 from models.loading import load_processor
-
-TEXTS = [
-    "What condition is shown? Is the skin light or dark?",
-    "This is melanoma. It is psoriasis, vitiligo, urticaria.",
-]
 
 
 @pytest.fixture(scope="session")
@@ -75,24 +71,6 @@ def write_records(tmp_path):
     return write
 
 
-def train_args(base, data, out, **settings):
-    """Return the command line of a small CPU run; `settings` add to it or replace."""
-    defaults = {
-        "config": "configs/demo.yaml",
-        "model_name_or_path": base,
-        "dataset_path": data,
-        "output_dir": out,
-        "max_steps": 4,
-        "save_steps": 2,
-        "eval_steps": 2,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "lora_r": 4,
-        "disable_tqdm": "true",
-    }
-    return [word for key, value in {**defaults, **settings}.items() for word in (f"--{key}", str(value))]
-
-
 @pytest.fixture(scope="session")
 def adapter(tiny_base, demo_data, tmp_path_factory):
     """A run of 30 NF4 steps that has learnt to say something; who changes its files puts them back."""
@@ -100,3 +78,20 @@ def adapter(tiny_base, demo_data, tmp_path_factory):
     settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
     train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
     return out
+
+
+@pytest.fixture(scope="session")
+def mixed_data(demo_raw, tmp_path_factory):
+    """Forty samples, every second of them without an image."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = json.loads((demo_raw / "annotations.json").read_text())
+    for number in range(1, len(rows), 2):
+        rows[number] = {
+            "id": f"text-{number}",
+            "question": f"What is {number}?",
+            "answer": f"It is melanoma {number}.",
+        }
+    (folder / "mixed.json").write_text(json.dumps(rows))
+    splits = prepare_dataset(folder / "mixed.json", demo_raw / "images", show_progress=False)
+    splits.save_to_disk(str(folder / "data"))
+    return folder / "data"

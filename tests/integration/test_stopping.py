@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import train_args
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from helpers.runs import train_args
 from training.checkpoints import read_manifest
 from training.signals import EXIT_CODE, StopCallback, shield_workers
 

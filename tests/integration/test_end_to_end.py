@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import train_args
 from safetensors.torch import load_file
+
+from helpers.runs import train_args
 
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 

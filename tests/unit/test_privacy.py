@@ -10,21 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train_args
 from PIL import Image
 from safetensors.torch import load_file
 
 import eval_sft
 import train_sft
+from helpers.runs import train_args
+from helpers.secrets import COMMENT, FOLDER, PATIENT, PERSON, PLACE, SECRETS, TOKEN, USER
 from models.adapters import load_answering_model
 from models.loading import load_model
 from publishing import hub
 from training.checkpoints import MANIFEST, read_manifest, seal
 
 ROOT = Path(train_sft.__file__).parent
-TOKEN, FOLDER, PATIENT = "hf_plantedtokenplantedtoken", "ward7_secret", "mueller_hans"
-PERSON, PLACE, COMMENT, USER = "Hans Mueller, born 1961", "Planted Street 5", "seen by Dr. Planted", "user_planted"
-SECRETS = (TOKEN, FOLDER, PATIENT, PERSON, PLACE, COMMENT, USER)
 ARTIST, GPS_IFD, GPS_AREA = 0x013B, 0x8825, 0x001C  # EXIF tags
 CHARTS = {"eval/abstention.png", "eval/confusion.png", "eval/reliability.png", "eval/subgroups.png"}
 

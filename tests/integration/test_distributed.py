@@ -13,15 +13,15 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import train_args
 from safetensors.torch import load_file
 
 from collator import VisionSFTCollator
-from data_prep import load_splits, prepare_dataset
+from data_prep import load_splits
+from helpers.runs import rows_of, train_args
 from training.checkpoints import read_manifest
 from training.distributed import check_sharding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ADAPTER = "adapter_model.safetensors"
 TOWER = {"freeze_vision_encoder": "false", "train_merger": "true"}
 PACKED = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
@@ -36,7 +36,7 @@ def train(tiny_base, mixed_data, tmp_path_factory):
     """Run `train_sft.main` in several processes, each with its own settings, and return exit codes and outputs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "ranks.py"],
+        [sys.executable, ROOT / "tests" / "helpers" / "ranks.py"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     logs = tmp_path_factory.mktemp("logs")
@@ -55,33 +55,11 @@ def train(tiny_base, mixed_data, tmp_path_factory):
     server.wait()
 
 
-@pytest.fixture(scope="module")
-def mixed_data(demo_raw, tmp_path_factory):
-    """Forty samples, every second of them without an image."""
-    folder = tmp_path_factory.mktemp("mixed")
-    rows = json.loads((demo_raw / "annotations.json").read_text())
-    for number in range(1, len(rows), 2):
-        rows[number] = {
-            "id": f"text-{number}",
-            "question": f"What is {number}?",
-            "answer": f"It is melanoma {number}.",
-        }
-    (folder / "mixed.json").write_text(json.dumps(rows))
-    splits = prepare_dataset(folder / "mixed.json", demo_raw / "images", show_progress=False)
-    splits.save_to_disk(str(folder / "data"))
-    return folder / "data"
-
-
 def done(result):
     """Return the outputs of ranks that have all ended well."""
     codes, texts = result
     assert set(codes) == {0}, texts
     return texts
-
-
-def rows_of(out, *keys):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [[row[key] for key in keys] for row in rows if keys[0] in row]
 
 
 def assert_same_curves(left, right, *, steps, keys=("loss", "grad_norm")):
@@ -260,7 +238,7 @@ def test_the_configuration_of_several_machines_reaches_the_launcher():
     assert found == ("2", "4", 1, "10.0.0.1:29500")
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 def test_two_machines_train_together(tiny_base, mixed_data, tmp_path):
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(NODES)]
     words = ["--num_processes", "2", "--main_process_port", "29641", "--machine_rank"]
@@ -291,7 +269,7 @@ def test_the_trainer_fills_in_the_configuration_of_deepspeed(monkeypatch):
     assert (config.config["gradient_clipping"], config.config["bf16"]["enabled"]) == (0.5, True)
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeed_learns_as_one_process_and_stops_at_gradients_that_are_not_finite(train, tmp_path, monkeypatch):
     zero = {"env": zero_environment(monkeypatch), "pretend": "DEEPSPEED"}
@@ -304,21 +282,6 @@ def test_deepspeed_learns_as_one_process_and_stops_at_gradients_that_are_not_fin
     assert_same_curves(tmp_path / "two", tmp_path / "resumed", steps=12)
     codes, texts = train(tmp_path / "spoilt", settings, settings, spoil=8, **zero)
     assert codes == [1, 1] and all("step 9: the gradients are not finite" in text for text in texts)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes two GPUs or more")
-@pytest.mark.parametrize("config", [FSDP2, ROOT / "accelerate_config.yaml"], ids=lambda path: path.stem)
-def test_two_gpus_learn_as_one(tiny_base, mixed_data, tmp_path, config):
-    settings = {"use_cpu": "false", "bf16": "true", "dtype": "bfloat16", "bnb_4bit_quant_storage": "bfloat16"}
-    settings |= {"max_steps": 12, "save_steps": 12, "eval_strategy": "no", "per_device_train_batch_size": 1, **TOWER}
-    for name, options in (("one", ["--num_processes", "1"]), ("two", ["--config_file", config])):
-        own = {**settings, "gradient_accumulation_steps": 2 if name == "one" else 1}
-        command = [Path(sys.executable).with_name("accelerate"), "launch", *options, "train_sft.py"]
-        words = [*command, *train_args(tiny_base, mixed_data, tmp_path / name, **own)]
-        ended = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
-    curves = [torch.tensor(rows_of(tmp_path / name, "loss")) for name in ("one", "two")]
-    torch.testing.assert_close(*curves, atol=0.05, rtol=0)  # bfloat16
 
 
 SRUN = """#!/bin/bash

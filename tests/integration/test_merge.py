@@ -12,8 +12,6 @@ from common.cli import run
 
 import pytest
 import torch
-from conftest import TEXTS
-from hub_server import HubServer
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
 from demo.tiny_model import save_tiny_model
+from evaluation import merge_checks
 from evaluation.generation import answer, encode_prompts
+from helpers.hub_server import HubServer
+from helpers.runs import TEXTS
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
 
@@ -257,14 +258,14 @@ def test_other_answers_are_refused_even_when_the_logits_are_near():
     ours[:, 0], ours[:, 1] = 3.0, 2.0
     theirs = ours.clone()
     theirs[-1, 1] = 3.001
-    expected = merge_adapter.Expected({}, [ours], effect=9.0)
+    expected = merge_checks.Expected({}, [ours], effect=9.0)
     with pytest.raises(ValueError, match="drawn sample 0: the merged model begins its answer with another token"):
-        merge_adapter.check_logits(expected, [theirs], tolerance=0.5)
+        merge_checks.check_logits(expected, [theirs], tolerance=0.5)
     ours[:, 1] = 2.99  # as good as a tie
-    assert merge_adapter.check_logits(expected, [theirs], tolerance=0.5) < 0.5
-    weak = merge_adapter.Expected({}, [ours], effect=1e-9)
+    assert merge_checks.check_logits(expected, [theirs], tolerance=0.5) < 0.5
+    weak = merge_checks.Expected({}, [ours], effect=1e-9)
     with pytest.raises(ValueError, match=r"logits are .*, the base's 0\.00%: the adapter does nothing"):
-        merge_adapter.check_logits(weak, [theirs], tolerance=0.5)
+        merge_checks.check_logits(weak, [theirs], tolerance=0.5)
 
 
 def test_an_untrained_or_broken_adapter_is_refused(damaged, tmp_path, capsys):

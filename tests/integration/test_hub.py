@@ -11,10 +11,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from conftest import train_args
-from hub_server import TOKEN, HubServer
 
 import predict
+from helpers.hub_server import TOKEN, HubServer
+from helpers.runs import train_args
 from publishing import hub
 from publishing.hub import collect
 from push_adapter import main

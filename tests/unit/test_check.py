@@ -3,13 +3,13 @@
 from collections import defaultdict
 
 import pytest
-from planted import PlantedSet
 
 from data_prep.__main__ import main as data_prep
 from data_prep.check import ERRORS, Finding, check_texts, count_findings, has_errors
 from data_prep.convert import prepare
 from data_prep.sources import Source
 from data_prep.split import assign_splits
+from helpers.planted import PlantedSet
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from common.cli import run
 
 import pytest
 import torch
-from conftest import train_args
 from datasets import concatenate_datasets
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -21,6 +20,7 @@ from common import hub_client
 from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
+from helpers.runs import train_args
 from models.loading import compile_layers, load_processor
 from publishing.run_facts import describe_base
 from training.config import parse_config

@@ -1,6 +1,6 @@
 """What hypothesis makes up, thousands at a time: nothing but our own errors comes out, and what comes out is right.
 
-`FUZZ_EXAMPLES=20000 pytest tests/test_fuzz.py` tries more than the few of every run.
+`FUZZ_EXAMPLES=20000 pytest tests/unit/test_fuzz.py` tries more than the few of every run.
 """
 
 import io

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 
 import pytest
-from planted import PlantedSet
 
 from data_prep.__main__ import main as data_prep
 from demo.draw import draw_image
 from evaluation.label_matching import build_label_map
 from evaluation.report import write_evaluation
 from evaluation.summary import evaluate
+from helpers.planted import PlantedSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

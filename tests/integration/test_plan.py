@@ -11,7 +11,6 @@ from common.cli import run
 import pytest
 import torch
 from bitsandbytes.nn import Params4bit
-from conftest import train_args
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 import plan_run
 import train_sft
 from benchmarks.gpu_7b import quantise
+from helpers.runs import train_args
 from models.families import TABLE, tabled_config
 from models.loading import load_model
 from models.lora import build_lora_config, end_gradients_at_tower

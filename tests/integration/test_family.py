@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import TEXTS, train_args
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
@@ -23,6 +22,7 @@ import train_sft
 from collator import VisionSFTCollator, encode, load_pixels, render
 from demo.tiny_model import FAMILIES, save_tiny_model
 from evaluation.generation import answer, score_answers
+from helpers.runs import TEXTS, train_args
 from models.adapters import load_answering_model
 from models.attention import use_varlen
 from models.loading import check_family, load_model, load_processor
@@ -240,7 +240,7 @@ def test_recomputed_activations_leave_the_same_adapter(base, demo_data, adapter,
     assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, tmp_path):
     settings = {**SETTINGS, "learning_rate": 1e-3}
     for name in ("true", "false"):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import wandb
-from conftest import train_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_privacy import FOLDER, SECRETS, TOKEN, USER
 from wandb.proto.wandb_internal_pb2 import Record
 
 import train_sft
 from data_prep import fingerprint, load_splits
+from helpers.runs import train_args
+from helpers.secrets import FOLDER, SECRETS, TOKEN, USER
 from training.trackers import code_commit
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # it looks when it is imported, and never again

@@ -354,7 +354,7 @@ def large_file(path: Path, size: int) -> int:
 
 @pytest.mark.parametrize(
     ("size", "most"),
-    [(40_000_000, 80), pytest.param(2_000_000_000, 1_500, marks=pytest.mark.reliability)],
+    [(40_000_000, 80), pytest.param(2_000_000_000, 1_500, marks=pytest.mark.slow)],
     ids=["40 MB", "2 GB"],
 )
 def test_a_large_file_is_read_in_little_memory(tmp_path, size, most):

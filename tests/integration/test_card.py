@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 import pytest
 import yaml
 from datasets import Dataset
-from hub_server import HubServer
 
 from data_prep import fingerprint
+from helpers.hub_server import HubServer
 from publishing import run_facts
 from publishing.model_card import cell, figure, label_counts, make_card, write_card
 from publishing.run_facts import add_facts, describe_base, describe_data, progress, read_base

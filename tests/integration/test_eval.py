@@ -10,12 +10,12 @@ import time
 from common.cli import run
 
 import pytest
-from conftest import train_args
 from datasets import load_from_disk
 
 import eval_sft
 import train_sft
 from evaluation.journal import Journal
+from helpers.runs import train_args
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What a finished adapter answers, and how good that is."""

@@ -1,0 +1,1 @@
+"""What several tests use: command lines, servers, processes, planted faults."""
