@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 
-from common.files import FACTS, METRICS, SETTINGS, WEIGHTS, digest_of_file
+from common.files import FACTS, METRICS, SETTINGS, WEIGHTS, atomic_write, digest_of_file
 from data_prep import fingerprint
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -108,10 +108,8 @@ def progress(state: dict, date: datetime, *, finished: bool = False, kept_best: 
 
 def add_facts(output_dir: Path, **facts) -> None:
     """Write facts into the run's `facts.json`, in place of those of the same name."""
-    unfinished = (output_dir / FACTS).with_suffix(".unfinished")
     content = {**(_read_json(output_dir / FACTS) or {}), **facts}
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(output_dir / FACTS)
+    atomic_write(output_dir / FACTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_facts(output_dir: Path, adapter_dir: Path | None = None) -> dict:

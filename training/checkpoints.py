@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common.files import WEIGHTS, _flush, digest_of_file
+from common.files import WEIGHTS, atomic_write, digest_of_file, fsync
 
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,17 +30,13 @@ def seal(path: Path, run: dict) -> None:
     files = {}
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
         files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
-        _flush(file)
+        fsync(file)
     for folder in filter(Path.is_dir, path.rglob("*")):
-        _flush(folder)
+        fsync(folder)
     content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
     content["sha256"] = _digest_of(content)
-    unfinished = path / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(path / MANIFEST)
-    _flush(path)
-    _flush(path.parent)
+    atomic_write(path / MANIFEST, json.dumps(content, indent=1), durable=True)
+    fsync(path.parent)
 
 
 def read_manifest(path: Path) -> dict:
