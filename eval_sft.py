@@ -15,7 +15,7 @@ from common.cli import OneLineParser, positive_int, run
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
-from common.files import FACTS as FACTS_FILE
+from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
 from common.yaml_files import words_of
 from evaluation.questions import load_runs
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 def finish_card(args: argparse.Namespace, repo_id: str | None) -> None:
     """Write the figures into the model card of a run's folder, and push both if asked."""
     folder = Path(args.adapter)
-    if args.out is None and (folder / FACTS_FILE).is_file():
+    if args.out is None and (folder / TRAINING_FACTS).is_file():
         print(f"{'model card':<26}{write_card(folder)}")
     if repo_id is not None:
         print(f"{'pushed to':<26}{push_adapter(folder, repo_id)}")

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-RUN_FACTS = "run.json"  # how the base model is loaded
-FACTS = "facts.json"  # what training knows about itself: base, data, settings, progress; no path and no file name
-METRICS = "eval/metrics.json"
-SETTINGS = "eval/settings.json"  # of the evaluation; names the adapter that was measured
-PLOTS = tuple(f"eval/{name}.png" for name in ("abstention", "confusion", "reliability", "subgroups"))  # and no others
-WEIGHTS = "adapter_model.safetensors"
+# Files of an output folder.
+LOADING_SETTINGS = "run.json"  # how the base model is loaded
+TRAINING_FACTS = "facts.json"  # base, data, settings, progress; no path and no file name
+EVALUATION_METRICS = "eval/metrics.json"
+EVALUATION_SETTINGS = "eval/settings.json"  # names the adapter that was measured
+EVALUATION_PLOTS = ("eval/abstention.png", "eval/confusion.png", "eval/reliability.png", "eval/subgroups.png")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def digest_of_file(path: Path) -> str:

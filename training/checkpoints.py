@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common.files import WEIGHTS, atomic_write, digest_of_file, fsync
+from common.files import ADAPTER_WEIGHTS, atomic_write, digest_of_file, fsync
 
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -89,7 +89,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     if resume is None and found:
         rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
         raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
-    if resume in (None, "auto") and not found and (output_dir / WEIGHTS).exists():
+    if resume in (None, "auto") and not found and (output_dir / ADAPTER_WEIGHTS).exists():
         raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
     if resume is None:
         return None, []

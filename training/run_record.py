@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 from peft import PeftModel
 from trl import ModelConfig, SFTTrainer
 
-from common.files import RUN_FACTS
+from common.files import LOADING_SETTINGS
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, progress
@@ -110,7 +110,7 @@ def write_run_facts(model_args: ModelConfig, base: dict, output_dir: Path) -> No
     if PartialState().is_main_process:
         settings = loading_settings(model_args)
         text = json.dumps({**settings, "revision": base["commit"] or settings["revision"]}, indent=2)
-        (output_dir / RUN_FACTS).write_text(text + "\n", encoding="utf-8")
+        (output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def write_facts(
