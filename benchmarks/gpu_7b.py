@@ -43,7 +43,7 @@ from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.loading import compile_layers
 from models.lora import build_lora_config, end_gradients_at_tower
-from training.packing import measure_lengths
+from training.lengths import measure_lengths
 from training.trainer import PackedSFTTrainer, pin_trainable_to_float32
 
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json

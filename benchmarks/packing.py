@@ -11,7 +11,8 @@ import random
 import time
 from datetime import date
 
-from training.packing import PackSampler, fill
+from training.packing import fill
+from training.samplers import PackSampler
 
 COUNT = 1_000_000
 

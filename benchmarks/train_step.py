@@ -44,7 +44,8 @@ from collator import VisionSFTCollator, build_labels, render
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.lora import build_lora_config
-from training.packing import measure_lengths, pack_lengths
+from training.lengths import measure_lengths
+from training.packing import pack_lengths
 
 BATCH = 8
 WORDS = (4.1, 1.0)  # an answer's, log-normal; exp(4.1) is 60, and each word is a token

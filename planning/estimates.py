@@ -10,8 +10,9 @@ from datasets import Dataset, DatasetDict
 from qwen_vl_utils import smart_resize
 
 from planning.activations import Activations
+from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes
-from training.packing import PackSampler, SampleLengths
+from training.samplers import PackSampler
 
 GB = 1e9
 MEMORIES = (12, 16, 24, 40, 48, 80)  # GB, of common GPUs

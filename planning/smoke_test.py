@@ -19,7 +19,7 @@ from planning.page import print_plan
 from planning.shapes import read_config
 from training.config import DataArguments, TrainingSettings, lora_settings
 from training.data import check_data, draw_by_weight, load_data, open_processor
-from training.packing import PackSampler
+from training.samplers import PackSampler
 
 LAYERS = 2
 

@@ -14,8 +14,8 @@ from models.lora import build_lora_config, check_targets, check_trainable, count
 from training.callbacks import CurvesCallback, ProgressLine
 from training.config import DataArguments, TrainingSettings, lora_settings
 from training.distributed import asked_sharding, check_sharded
+from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
-from training.packing import SampleLengths
 from training.trainer import PackedSFTTrainer, SafeSFTTrainer, pin_trainable_to_float32
 
 

@@ -10,7 +10,7 @@ from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from models.loading import load_processor
 from training.config import DataArguments, TrainingSettings
-from training.packing import SampleLengths, check_lengths, measure_lengths
+from training.lengths import SampleLengths, check_lengths, measure_lengths
 
 
 def open_processor(data_args: DataArguments, model_args: ModelConfig) -> ProcessorMixin:

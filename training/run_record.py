@@ -19,7 +19,7 @@ from publishing.run_facts import add_facts, library_versions, progress
 from training.build import loading_settings, mixed_precision
 from training.config import DataArguments, TrainingSettings
 from training.distributed import check_shared_folder
-from training.packing import SampleLengths
+from training.lengths import SampleLengths
 from training.trackers import TRACKERS, code_commit, open_trackers
 from training.trainer import SETTINGS_WITH_TOKENS, PackedSFTTrainer
 

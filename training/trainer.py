@@ -18,7 +18,7 @@ from trl import SFTTrainer
 
 from models.attention import REGISTERED
 from training.checkpoints import list_checkpoints, rotate, seal
-from training.packing import PackSampler
+from training.samplers import PackSampler
 from training.signals import shield_workers
 
 

@@ -27,7 +27,7 @@ from models.adapters import load_answering_model
 from models.attention import use_varlen
 from models.loading import check_family, load_model, load_processor
 from models.lora import build_lora_config, check_trainable, count_trainable
-from training.packing import measure_lengths
+from training.lengths import measure_lengths
 
 CELLS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # px that one token covers a side
 LAYERS = 3  # one behind the two that Qwen3-VL's tower adds to

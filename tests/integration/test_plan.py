@@ -29,8 +29,8 @@ from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, find_warni
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes, with_layers
 from planning.smoke_test import twin_config
 from training.config import parse_config
+from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes
-from training.packing import SampleLengths
 
 RECIPES = sorted(Path("configs").glob("skin*.yaml"))
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}

@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset
 
 from collator import VisionSFTCollator
-from training import packing
-from training.packing import PackSampler, check_lengths, fill, measure_lengths, pack_lengths
+from training.lengths import check_lengths, measure_lengths
+from training.packing import fill, pack_lengths
+from training.samplers import PackSampler
 
 
 def test_measured_lengths_equal_the_collated_ones(processor, demo_splits):
@@ -27,7 +28,7 @@ def count_no_more(batch, processor):
 def test_lengths_are_counted_once_for_a_data_set_and_pixel_limits(processor, demo_splits, monkeypatch):
     train = demo_splits["train"]
     lengths = measure_lengths(train, processor)
-    monkeypatch.setattr(packing, "_count_tokens", count_no_more)
+    monkeypatch.setattr("training.lengths._count_tokens", count_no_more)
     assert measure_lengths(train, processor) == lengths
     processor.image_processor.size["longest_edge"] = 56 * 56
     with pytest.raises(ValueError, match="counted anew"):
