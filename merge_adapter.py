@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from common.files import atomic_path
-from common.hub_client import one_line, open_repository, patiently
+from common.hub_client import open_repository, readable_errors, with_retries
 from evaluation.merge_checks import TOLERANCE, Expected, check, digest_weights, distance, sample_logits
 from models.adapters import decode_greedily, read_adapter_config, read_run_facts
 from models.loading import load_model, load_processor
@@ -200,9 +200,9 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     """
     later = shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
     safe = f"; the merged model is safe in {folder}; to push it later: {later}"
-    with one_line(f"not pushed to {repo_id}", safe):
+    with readable_errors(f"not pushed to {repo_id}", safe):
         options = {"allow_patterns": UPLOADED, "commit_message": "Upload merged model"}
-        commit = patiently(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        commit = with_retries(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options))
     return commit.commit_url
 
 

@@ -11,7 +11,7 @@ from common.cli import run
 from datasets import disable_progress_bars
 from transformers import set_seed
 
-from common.console import say
+from common.console import print_rank0
 from models.loading import check_family, compile_layers
 from planning.smoke_test import dry_run
 from publishing.hub import push_adapter
@@ -55,14 +55,14 @@ def main(argv: list[str] | None = None) -> int | None:
     write_facts(data_args, training_args, model_args, model, base, data_facts)
     decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
     if training_args.compile_layers:
-        say("the layers are compiled during the first steps, which then take two or three minutes")
+        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
         compile_layers(model)
     trainer = build_trainer(model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared)
     stop = StopCallback()
     trainer.add_callback(stop)
     trainer.add_callback(TrackCallback(trackers))
     background = push_every_save(trainer, repo_id)
-    say(*describe_run(trainer, lengths["train"]), *describe_resuming(trainer, checkpoint, shared))
+    print_rank0(*describe_run(trainer, lengths["train"]), *describe_resuming(trainer, checkpoint, shared))
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         leave_together()
@@ -70,10 +70,14 @@ def main(argv: list[str] | None = None) -> int | None:
     trainer.save_model()
     leave_together()
     finish_card(trainer)
-    say(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {training_args.output_dir}")
+    print_rank0(
+        f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {training_args.output_dir}"
+    )
     if background is not None:
         background.wait()
-        say(f"pushed to {push_adapter(Path(training_args.output_dir), repo_id, **push_options(training_args))}")
+        print_rank0(
+            f"pushed to {push_adapter(Path(training_args.output_dir), repo_id, **push_options(training_args))}"
+        )
     return None
 
 

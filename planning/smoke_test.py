@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from trl import ModelConfig
 
 from collator import IGNORED, VisionSFTCollator
-from common.console import say
+from common.console import print_rank0
 from models.attention import use_varlen
 from models.families import TOWERS
 from models.lora import build_lora_config
@@ -97,4 +97,6 @@ def dry_run(data_args: DataArguments, training_args: TrainingSettings, model_arg
     config, _ = read_config(model_args.model_name_or_path, model_args.model_revision)
     settings = lora_settings(data_args, model_args)
     loss = rehearse(config, batches[0], settings, varlen=packs is not None, device=training_args.device)
-    say(f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}")
+    print_rank0(
+        f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}"
+    )

@@ -11,7 +11,7 @@ from huggingface_hub.utils import disable_progress_bars, logging
 from tqdm import tqdm
 
 from common.files import ADAPTER_WEIGHTS, EVALUATION_METRICS, EVALUATION_PLOTS, LOADING_SETTINGS, TRAINING_FACTS
-from common.hub_client import explain, one_line, patiently
+from common.hub_client import describe_error, readable_errors, with_retries
 from publishing.model_card import make_card
 from publishing.run_facts import read_base, read_facts, read_metrics
 
@@ -45,7 +45,7 @@ def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None,
     options = [*(["--revision", revision] if revision else []), *([] if private else ["--public"])]
     later = shlex.join(["python", "push_adapter.py", str(output_dir), repo_id, *options])
     safe = f"; the adapter is safe in {output_dir}; to push it later: {later}"
-    with one_line(f"not pushed to {repo_id}", safe):
+    with readable_errors(f"not pushed to {repo_id}", safe):
         files = collect(output_dir.parent, output_dir) if is_checkpoint else collect(output_dir)
         message = "Upload adapter, processor and model card"
         return upload(files, repo_id, revision=revision, message=message).commit_url
@@ -89,7 +89,7 @@ def upload(files: dict[str, bytes], repo_id: str, *, revision: str | None, messa
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=text) for name, text in sorted(files.items())]
         return HfApi().create_commit(repo_id, added, commit_message=message, revision=revision)
 
-    return patiently(commit)
+    return with_retries(commit)
 
 
 class BackgroundPush:
@@ -130,5 +130,5 @@ class BackgroundPush:
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
-        line = f"warning: {name} not pushed to {self.repo_id}: {explain(error)}; training goes on"
+        line = f"warning: {name} not pushed to {self.repo_id}: {describe_error(error)}; training goes on"
         tqdm.write(line, file=sys.stderr)

@@ -8,7 +8,7 @@ from transformers import ProcessorMixin, ProgressCallback
 from trl import ModelConfig, SFTTrainer
 
 from collator import VisionSFTCollator
-from common.console import say
+from common.console import print_rank0
 from models.loading import load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable, end_gradients_at_tower
 from training.callbacks import CurvesCallback, ProgressLine
@@ -60,7 +60,7 @@ def decide_checkpointing(
         )
         on, why = min(found)  # one process that lacks the memory decides for all
         on = not on
-    say(f"gradient checkpointing {'on' if on else 'off'}: {why}")
+    print_rank0(f"gradient checkpointing {'on' if on else 'off'}: {why}")
     # transformers reads both names
     training_args.gradient_checkpointing = training_args.activation_checkpointing = on
 

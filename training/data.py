@@ -5,7 +5,7 @@ from datasets import Dataset, DatasetDict
 from transformers import ProcessorMixin
 from trl import ModelConfig
 
-from common.console import say
+from common.console import print_rank0
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from models.loading import load_processor
@@ -35,7 +35,7 @@ def draw_by_weight(train: Dataset, seed: int) -> Dataset:
     if set(train["weight"]) == {1.0}:
         return train
     indices = draw(train["weight"], seed=seed)
-    say(f"drawn by weight: an epoch sees {len(set(indices)):,} different samples of {len(train):,}")
+    print_rank0(f"drawn by weight: an epoch sees {len(set(indices)):,} different samples of {len(train):,}")
     return train.select(indices)
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import ModelConfig, SFTTrainer
 
-from common.console import say
+from common.console import print_rank0
 from data_prep import fingerprint
 from publishing.run_facts import library_versions
 from training.checkpoints import MANIFEST, choose_checkpoint
@@ -88,9 +88,9 @@ def choose_start(training_args: TrainingSettings) -> str | None:
     """Return the checkpoint to go on from, None for a fresh start, and say which."""
     checkpoint, passed_over = choose_checkpoint(Path(training_args.output_dir), training_args.resume_from_checkpoint)
     for reason in passed_over:
-        say(f"passed over {reason}")
+        print_rank0(f"passed over {reason}")
     if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+        print_rank0(f"going on from {checkpoint}")
     return None if checkpoint is None else str(checkpoint)
 
 
@@ -118,7 +118,7 @@ def check_start(checkpoint: str | None, shared: dict, training_args: TrainingSet
         return
     allowed = training_args.allow_config_change
     for change in check_same_run(Path(checkpoint), shared, fixed=FIXED, allow_change=allowed):
-        say(f"changed: {change}")
+        print_rank0(f"changed: {change}")
 
 
 def describe_resuming(trainer: SFTTrainer, checkpoint: str | None, run: dict) -> list[str]:
