@@ -15,9 +15,9 @@ from common.cli import OneLineParser, positive_int, run
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
-from common.files import FACTS as FACTS_FILE
+from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
-from common.yaml_files import words_of
+from common.yaml_files import yaml_to_args
 from evaluation.questions import load_runs
 from evaluation.report import write_evaluation
 from evaluation.runner import ask_all, open_journal
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only.add_argument("--config", type=Path)
     config = only.parse_known_args(words)[0].config
-    return build_parser().parse_args([*(words_of(config) if config else []), *words])
+    return build_parser().parse_args([*(yaml_to_args(config) if config else []), *words])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
 def finish_card(args: argparse.Namespace, repo_id: str | None) -> None:
     """Write the figures into the model card of a run's folder, and push both if asked."""
     folder = Path(args.adapter)
-    if args.out is None and (folder / FACTS_FILE).is_file():
+    if args.out is None and (folder / TRAINING_FACTS).is_file():
         print(f"{'model card':<26}{write_card(folder)}")
     if repo_id is not None:
         print(f"{'pushed to':<26}{push_adapter(folder, repo_id)}")

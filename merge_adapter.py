@@ -8,10 +8,7 @@ import argparse
 import gc
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from common.cli import OneLineParser, run
@@ -22,7 +19,8 @@ from peft import PeftModel, load_peft_weights
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from common.hub_client import one_line, open_repository, patiently
+from common.files import atomic_path
+from common.hub_client import open_repository, readable_errors, with_retries
 from evaluation.merge_checks import TOLERANCE, Expected, check, digest_weights, distance, sample_logits
 from models.adapters import decode_greedily, read_adapter_config, read_run_facts
 from models.loading import load_model, load_processor
@@ -82,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     targeted = read_targeted_weights(args.adapter)
     processor = load_processor(args.adapter)
     repo_id = open_repository(args.push, private=not args.public) if args.push else None
-    with finished_or_nothing(args.out) as unfinished:
+    with atomic_path(args.out) as unfinished:
+        unfinished.mkdir(parents=True)
         model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
         expected = merge(model, args.adapter, processor, targeted)
         card = make_card(args.out.name, describe_base(base, revision), args.dtype)
@@ -144,19 +143,6 @@ def _weight_of(tensor: str) -> str:
     return f"{module}.bias" if kind == "B.bias" else f"{module}.weight"
 
 
-@contextmanager
-def finished_or_nothing(out: Path) -> Iterator[Path]:
-    """Yield a folder that gets its name when the block ends well, and is removed when it does not."""
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def merge(model: PreTrainedModel, adapter: str, processor: ProcessorMixin, targeted: set[str]) -> Expected:
     """Merge the adapter into `model` in place, and return what must be true of the result."""
     digests = digest_weights(model)
@@ -214,9 +200,9 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     """
     later = shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
     safe = f"; the merged model is safe in {folder}; to push it later: {later}"
-    with one_line(f"not pushed to {repo_id}", safe):
+    with readable_errors(f"not pushed to {repo_id}", safe):
         options = {"allow_patterns": UPLOADED, "commit_message": "Upload merged model"}
-        commit = patiently(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options))
+        commit = with_retries(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options))
     return commit.commit_url
 
 

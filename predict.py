@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from collator import fit_size
+from common.files import atomic_path
 from data_prep.records import IMAGE_MARKER
 from evaluation.examples import batches, decode, load_examples
 from evaluation.generation import answer, score_answers
@@ -144,14 +145,12 @@ def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream:
             skipped += tell(row, stream=stream, alone=total == 1)
         return skipped
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if "error" in row:
                 skipped += 1
                 tqdm.write(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
-    unfinished.replace(out)
     print(f"{total - skipped} answers in {out}" + (f", {skipped} skipped" if skipped else ""))
     return skipped
 

@@ -10,7 +10,7 @@ from common.cli import run
 from datasets import disable_progress_bars
 from transformers import set_seed
 
-from common.console import say
+from common.console import print_rank0
 from models.loading import check_family
 from planning.smoke_test import dry_run
 from publishing.run_facts import describe_base
@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> int | None:
     trainer.add_callback(stop)
     trainer.add_callback(TrackCallback(trackers))
     background = push_checkpoints(trainer, repo_id)
-    say(*describe_run(trainer, data.lengths["train"], settings.pack_tokens), *describe_resuming(trainer, checkpoint))
+    print_rank0(
+        *describe_run(trainer, data.lengths["train"], settings.pack_tokens), *describe_resuming(trainer, checkpoint)
+    )
 
     # Train
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int | None:
     trainer.save_model()
     barrier_and_shutdown()
     finish_card(trainer)
-    say(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {settings.output_dir}")
+    print_rank0(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {settings.output_dir}")
     push_final(background, settings)
     return None
 

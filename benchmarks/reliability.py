@@ -26,7 +26,7 @@ from pathlib import Path
 from common.cli import run
 
 import train_sft
-from common.files import WEIGHTS
+from common.files import ADAPTER_WEIGHTS
 from data_prep import prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
@@ -110,14 +110,15 @@ class Lab:
     def same(self, name: str, other: str) -> bool:
         """Tell whether two runs ended with the same adapter and the same curves."""
         return all(
-            self.content(name, file) == self.content(other, file) is not None for file in (WEIGHTS, "metrics.jsonl")
+            self.content(name, file) == self.content(other, file) is not None
+            for file in (ADAPTER_WEIGHTS, "metrics.jsonl")
         )
 
     def content(self, name: str, file: str) -> list | bytes | None:
         path = self.folder / name / file
         if not path.is_file():
             return None
-        if file == WEIGHTS:
+        if file == ADAPTER_WEIGHTS:
             return path.read_bytes()
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         # not the summary, which holds times

@@ -3,7 +3,7 @@
 from accelerate import PartialState
 
 
-def say(*lines: str) -> None:
+def print_rank0(*lines: str) -> None:
     """Print once, however many processes there are."""
     if PartialState().is_main_process:
         print(*lines, sep="\n", flush=True)

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
-def png(figure: Figure, alt: str) -> dict:
+def encode_figure(figure: Figure, alt: str) -> dict:
     """Return a figure as the page's template takes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -21,7 +21,7 @@ def shorten(text: str, length: int = 28) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def jpeg(image: PILImage.Image, side: int) -> str:
+def encode_image(image: PILImage.Image, side: int) -> str:
     """Return a picture of at most `side` px a side, without metadata, in base64."""
     image = image.copy()
     image.thumbnail((side, side))

@@ -35,22 +35,22 @@ def open_repository(
     """
     if get_token() is None:
         raise ValueError(f"no token to push to {repo_id} with: log in with `hf auth login`, or set HF_TOKEN")
-    with one_line(f"cannot push to {repo_id}"):
-        repo_id, found = patiently(lambda: _claim(repo_id, private, repo_type))
+    with readable_errors(f"cannot push to {repo_id}"):
+        repo_id, found = with_retries(lambda: _claim(repo_id, private, repo_type))
     if found != private:
         words = {True: "private", False: "public"}
         rule = "ask for what it is (hub_private_repo, --public), or change it there"
         raise ValueError(f"{repo_id} is {words[found]} on the Hub and should be {words[private]}; {rule}")
     if revision is not None:
-        with one_line(f"cannot push to {repo_id}, branch {revision}"):
-            patiently(lambda: HfApi().create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True))
+        with readable_errors(f"cannot push to {repo_id}, branch {revision}"):
+            with_retries(lambda: HfApi().create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True))
     return repo_id
 
 
 def is_reachable() -> bool:
     """Tell whether the Hub answers: by one try, where loading from it makes six in half a minute, for each file."""
     try:
-        with one_line("the Hub cannot be reached"):
+        with readable_errors("the Hub cannot be reached"):
             HfApi().repo_exists("Qwen/Qwen2.5-VL-7B-Instruct")
     except ValueError:
         return False
@@ -65,20 +65,20 @@ def _claim(repo_id: str, private: bool, repo_type: str) -> tuple[str, bool]:
     return repo_id, api.repo_info(repo_id, repo_type=repo_type).private
 
 
-def patiently(call: Callable):
+def with_retries(call: Callable):
     """Return what a call of the Hub's client returns; try again, and say so, while the Hub is busy or out of reach."""
     for wait in WAITS:
         try:
             return call()
-        except Exception as error:  # see `one_line`
-            if not may_pass(error):
+        except Exception as error:  # see `readable_errors`
+            if not is_transient(error):
                 raise
-            tqdm.write(f"{explain(error)}; trying again in {wait} s", file=sys.stderr)
+            tqdm.write(f"{describe_error(error)}; trying again in {wait} s", file=sys.stderr)
         time.sleep(wait)
     return call()
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Tell whether an error may be gone in a few seconds: the Hub is busy or out of reach, and has not said no."""
     error = _cause(error)
     if isinstance(error, HfHubHTTPError):
@@ -87,15 +87,15 @@ def may_pass(error: Exception) -> bool:
 
 
 @contextmanager
-def one_line(before: str, after: str = "") -> Iterator[None]:
+def readable_errors(before: str, after: str = "") -> Iterator[None]:
     """Turn whatever the Hub's client raises into a ValueError of one line."""
     try:
         yield
     except Exception as error:  # its libraries for HTTP and for large files raise types of their own
-        raise ValueError(f"{before}: {explain(error)}{after}") from error
+        raise ValueError(f"{before}: {describe_error(error)}{after}") from error
 
 
-def explain(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return in one line why the Hub could not be reached, or did not take what it was sent."""
     error = _cause(error)
     if isinstance(error, HfHubHTTPError):

@@ -1,8 +1,11 @@
 """Pictures from the numbers of a run."""
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from common.files import atomic_write
 
 # Okabe and Ito's palette, which stays apart in every common form of colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
@@ -24,7 +27,7 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     Args:
         log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn. The first is the
             mean over answer tokens, the last the trainer's mean over validation batches of their means.
-        path: PNG to write; replaced in one go, so that a killed run never leaves half a picture.
+        path: PNG to write; replaced atomically, so that a killed run never leaves half a picture.
     """
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -36,9 +39,9 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     for axes in (losses, rates):
         axes.grid(color="#EEEEEE")
         axes.spines[["top", "right"]].set_visible(False)
-    unfinished = path.with_suffix(".unfinished.png")
-    figure.savefig(unfinished)
-    unfinished.replace(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    atomic_write(path, buffer.getvalue())
 
 
 def _draw_losses(axes, log_history: list[dict]) -> None:

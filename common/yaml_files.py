@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 
-def words_of(path: Path) -> list[str]:
+def yaml_to_args(path: Path) -> list[str]:
     """Return a YAML file's settings as the command line that says the same."""
     words = []
     for key, value in read_yaml(path, "--config").items():

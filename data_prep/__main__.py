@@ -13,6 +13,7 @@ from common.cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, Image, List, disable_progress_bars
 
+from common.files import atomic_path, unfinished_path
 from common.yaml_files import load_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
@@ -208,7 +209,7 @@ def _check_writable(out: Path) -> None:
     """Find out before the images are decoded."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(out.name + ".unfinished")
+        probe = unfinished_path(out)
         shutil.rmtree(probe, ignore_errors=True)
         probe.mkdir()
         probe.rmdir()
@@ -217,21 +218,23 @@ def _check_writable(out: Path) -> None:
 
 
 def _save(prepared: Prepared, out: Path) -> None:
-    """Write beside `out` first, so that an interrupted run leaves no half of a data set under its name."""
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    """Write the data set folder, so that it is complete or, after an interruption, absent."""
     _check_space(prepared.splits, out.parent)
-    prepared.splits.save_to_disk(str(unfinished), max_shard_size="500MB")
-    findings = "".join(json.dumps(finding.to_dict(), ensure_ascii=False) + "\n" for finding in prepared.findings)
-    (unfinished / "findings.jsonl").write_text(findings, encoding="utf-8")
-    if prepared.errors:
-        with (unfinished / "rejected.jsonl").open("w", encoding="utf-8") as file:
-            for error in prepared.errors:
-                row = {"source": error.source, "record": error.record, "id": error.sample_id, "reason": error.reason}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    unfinished.rename(out)
+    with atomic_path(out) as unfinished:
+        prepared.splits.save_to_disk(str(unfinished), max_shard_size="500MB")
+        _write_json_lines(unfinished / "findings.jsonl", [finding.to_dict() for finding in prepared.findings])
+        if prepared.errors:
+            rejected = [
+                {"source": error.source, "record": error.record, "id": error.sample_id, "reason": error.reason}
+                for error in prepared.errors
+            ]
+            _write_json_lines(unfinished / "rejected.jsonl", rejected)
+        if out.exists():
+            shutil.rmtree(out)
+
+
+def _write_json_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _check_space(splits: DatasetDict, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,8 @@ from urllib.parse import unquote, urlsplit
 
 from datasets import ClassLabel, DatasetDict, Image, List, load_dataset
 from tqdm import tqdm
+
+from common.files import atomic_write
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_BYTES = 50_000_000  # of one linked image
@@ -47,9 +48,7 @@ def _fetch(link: str, path: Path) -> str | None:
     if len(data) > MAX_BYTES:
         return f"cannot be downloaded: over {MAX_BYTES:,} bytes"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(data)
-    shutil.move(unfinished, path)
+    atomic_write(path, data)
     return None
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
-from common.html import TEMPLATES, jpeg, png, shorten
+from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
 from data_prep.images import PATCH_CELL, count_image_tokens, load_image
 
@@ -175,7 +175,7 @@ def _label_chart(facts: dict) -> dict:
     axes.set_yticks(range(len(rows)), [shorten(row["label"]) for row in rows])
     axes.set_xlabel("% of the split")
     axes.legend(frameon=False, fontsize=9)
-    return png(figure, "label shares by split")
+    return encode_figure(figure, "label shares by split")
 
 
 def _bar_chart(counts: dict, title: str, unit: str) -> dict:
@@ -184,14 +184,14 @@ def _bar_chart(counts: dict, title: str, unit: str) -> dict:
     axes.bar(range(len(names)), [counts[name] for name in names], color=COLOURS[4], width=0.7)
     axes.set_xticks(range(len(names)), [shorten(name, 10) for name in names])
     axes.set_ylabel(unit)
-    return png(figure, title)
+    return encode_figure(figure, title)
 
 
 def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
     figure, axes = _figure(title)
     axes.hist(values, bins=min(40, max(5, len(set(values)))), color=colour, rwidth=0.92)
     axes.set(xlabel=unit, ylabel="count")
-    return png(figure, title)
+    return encode_figure(figure, title)
 
 
 class Thumbnails:
@@ -206,7 +206,7 @@ class Thumbnails:
         if sample_id not in self.made:
             split, row = self.place[sample_id]
             images = self.splits[split][row]["images"]
-            self.made[sample_id] = jpeg(load_image(images[0]), 144) if images else None
+            self.made[sample_id] = encode_image(load_image(images[0]), 144) if images else None
         return self.made[sample_id]
 
 
@@ -236,7 +236,7 @@ def _samples(splits: DatasetDict, place: dict[str, tuple[str, int]], max_pixels:
     for sample_id in chosen:
         split, row = place[sample_id]
         sample = splits[split][row]
-        images = [jpeg(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
+        images = [encode_image(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
         samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})
     return samples
 

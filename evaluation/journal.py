@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from common.files import atomic_write
+
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "settings.json"
 
@@ -61,9 +63,7 @@ class Journal:
         found = {run: [self.rows[run, index] for index in range(count)] for run, count in runs.items()}
         others = [row for (run, _), row in sorted(self.rows.items()) if run not in runs]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in (*found.values(), others) for row in rows]
-        unfinished = self.folder / "predictions.unfinished"
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        unfinished.replace(self.folder / PREDICTIONS)
+        atomic_write(self.folder / PREDICTIONS, "".join(lines))
         for path in self.folder.glob("predictions.*.jsonl"):
             path.unlink()
         return found

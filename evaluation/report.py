@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from common.html import TEMPLATES, jpeg, png, shorten
+from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
 from evaluation.label_matching import read_label
@@ -41,7 +41,7 @@ def write_evaluation(
     charts = {}
     for name, figure in draw_charts(summary).items():
         figure.savefig(folder / f"{name}.png")
-        charts[name] = png(figure, name)
+        charts[name] = encode_figure(figure, name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters |= {"figure": figure_text, "percent": percent, "range": range_text}
     page = environment.get_template("evaluation.html").render(
@@ -213,6 +213,6 @@ def _example(row: dict, right: bool, others: dict[int, str], image_of: Callable[
         **{key: row[key] for key in ("question", "reference", "prediction", "id")},
         "right": right,
         "base": others.get(row["index"]),
-        "images": [jpeg(load_image(image), 300) for image in image_of(row["index"])],
+        "images": [encode_image(load_image(image), 300) for image in image_of(row["index"])],
         "likeliest": max(scores, key=scores.get) if scores else None,
     }

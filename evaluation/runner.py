@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm import tqdm
 
-from common.files import WEIGHTS
+from common.files import ADAPTER_WEIGHTS
 from evaluation.generation import answer, score_answers
 from evaluation.journal import Journal
 from evaluation.questions import Questions
@@ -33,7 +33,7 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict, state: Partial
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
         "questions": hashlib.sha256(content.encode()).hexdigest(),
-        "adapter": adapter_digest(folder) if (folder / WEIGHTS).is_file() else args.adapter,
+        "adapter": adapter_digest(folder) if (folder / ADAPTER_WEIGHTS).is_file() else args.adapter,
     }
     if state.is_main_process:
         journal = Journal(out, settings, 0)

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 
-from common.files import RUN_FACTS, WEIGHTS
+from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS
 from models.loading import load_model
 
 
@@ -99,14 +99,14 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
-    if find_file(adapter, WEIGHTS):
+    if find_file(adapter, ADAPTER_WEIGHTS):
         return config
-    raise ValueError(f"--adapter: {adapter} has no {WEIGHTS}; weights of another format are not loaded")
+    raise ValueError(f"--adapter: {adapter} has no {ADAPTER_WEIGHTS}; weights of another format are not loaded")
 
 
 def read_run_facts(adapter: str) -> dict:
     """Return the keywords of `load_model` that `train_sft.py` noted; none for adapters from elsewhere."""
-    found = find_file(adapter, RUN_FACTS, f"../{RUN_FACTS}")  # a checkpoint's are in the run's folder
+    found = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
     try:
         return json.loads(found.read_text(encoding="utf-8")) if found else {}
     except ValueError as error:

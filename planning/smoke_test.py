@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from collator import IGNORED, VisionSFTCollator
-from common.console import say
+from common.console import print_rank0
 from models.attention import use_varlen
 from models.families import TOWERS
 from models.lora import build_lora_config
@@ -94,4 +94,6 @@ def dry_run(settings: Settings) -> None:
     config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
     lora = lora_settings(settings.data, settings.model)
     loss = rehearse(config, batches[0], lora, varlen=packed, device=args.device)
-    say(f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}")
+    print_rank0(
+        f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}"
+    )

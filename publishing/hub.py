@@ -10,8 +10,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.utils import disable_progress_bars, logging
 from tqdm import tqdm
 
-from common.files import FACTS, METRICS, PLOTS, RUN_FACTS, WEIGHTS
-from common.hub_client import explain, one_line, patiently
+from common.files import ADAPTER_WEIGHTS, EVALUATION_METRICS, EVALUATION_PLOTS, LOADING_SETTINGS, TRAINING_FACTS
+from common.hub_client import describe_error, readable_errors, with_retries
 from publishing.model_card import make_card
 from publishing.run_facts import read_base, read_facts, read_metrics
 
@@ -24,8 +24,8 @@ OF_PROCESSOR = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-OF_ADAPTER = (WEIGHTS, *OF_PROCESSOR)
-OF_RUN = (RUN_FACTS, "training_metrics.png")
+OF_ADAPTER = (ADAPTER_WEIGHTS, *OF_PROCESSOR)
+OF_RUN = (LOADING_SETTINGS, "training_metrics.png")
 
 
 def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None, private: bool = True) -> str:
@@ -41,11 +41,11 @@ def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None,
         ValueError: no adapter there, or it could not be uploaded; says how to push it later.
     """
     check_adapter(output_dir)
-    is_checkpoint = not (output_dir / RUN_FACTS).is_file() and (output_dir.parent / RUN_FACTS).is_file()
+    is_checkpoint = not (output_dir / LOADING_SETTINGS).is_file() and (output_dir.parent / LOADING_SETTINGS).is_file()
     options = [*(["--revision", revision] if revision else []), *([] if private else ["--public"])]
     later = shlex.join(["python", "push_adapter.py", str(output_dir), repo_id, *options])
     safe = f"; the adapter is safe in {output_dir}; to push it later: {later}"
-    with one_line(f"not pushed to {repo_id}", safe):
+    with readable_errors(f"not pushed to {repo_id}", safe):
         files = collect(output_dir.parent, output_dir) if is_checkpoint else collect(output_dir)
         message = "Upload adapter, processor and model card"
         return upload(files, repo_id, revision=revision, message=message).commit_url
@@ -53,8 +53,8 @@ def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None,
 
 def check_adapter(folder: Path) -> None:
     """Raise ValueError when there is no adapter in the folder."""
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"no adapter in {folder}: {WEIGHTS} is missing")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"no adapter in {folder}: {ADAPTER_WEIGHTS} is missing")
 
 
 def collect(output_dir: Path, adapter_dir: Path | None = None) -> dict[str, bytes]:
@@ -69,12 +69,12 @@ def collect(output_dir: Path, adapter_dir: Path | None = None) -> dict[str, byte
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     made = {
         "adapter_config.json": json.dumps({**config, "base_model_name_or_path": base}, indent=2),
-        FACTS: json.dumps(read_facts(output_dir, adapter_dir), indent=2, ensure_ascii=False),
+        TRAINING_FACTS: json.dumps(read_facts(output_dir, adapter_dir), indent=2, ensure_ascii=False),
         "README.md": make_card(output_dir, adapter_dir),
     }
     paths = {name: source / name for name in OF_ADAPTER} | {name: output_dir / name for name in OF_RUN}
     if adapter_dir is None and read_metrics(output_dir) is not None:
-        paths |= {name: output_dir / name for name in (METRICS, *PLOTS)}
+        paths |= {name: output_dir / name for name in (EVALUATION_METRICS, *EVALUATION_PLOTS)}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     return files | {name: text.encode() for name, text in made.items()}
 
@@ -89,7 +89,7 @@ def upload(files: dict[str, bytes], repo_id: str, *, revision: str | None, messa
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=text) for name, text in sorted(files.items())]
         return HfApi().create_commit(repo_id, added, commit_message=message, revision=revision)
 
-    return patiently(commit)
+    return with_retries(commit)
 
 
 class BackgroundPush:
@@ -130,5 +130,5 @@ class BackgroundPush:
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
-        line = f"warning: {name} not pushed to {self.repo_id}: {explain(error)}; training goes on"
+        line = f"warning: {name} not pushed to {self.repo_id}: {describe_error(error)}; training goes on"
         tqdm.write(line, file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, Template
 
-from common.files import PLOTS, RUN_FACTS
+from common.files import EVALUATION_PLOTS, LOADING_SETTINGS
 from common.html import TEMPLATES
 from publishing.run_facts import NO_LABEL, UNKNOWN, _read_json, read_base, read_facts, read_metrics
 
@@ -60,12 +60,12 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
     text = _template().render(
         front_matter=front_matter(base, sections["data"], metrics).to_yaml(),
         base=base,
-        loading=_read_json(output_dir / RUN_FACTS),
+        loading=_read_json(output_dir / LOADING_SETTINGS),
         **sections,
         **(label_counts(sections["data"]) if sections["data"] else {}),
         metrics=metrics,
         **(describe_results(metrics) if metrics else {}),
-        plots=[Path(name).name for name in PLOTS if (output_dir / name).is_file()],
+        plots=[Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
         few=FEW,
     )
     return re.sub(r"\n{3,}", "\n\n", text)

@@ -12,7 +12,14 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 
-from common.files import FACTS, METRICS, SETTINGS, WEIGHTS, digest_of_file
+from common.files import (
+    ADAPTER_WEIGHTS,
+    EVALUATION_METRICS,
+    EVALUATION_SETTINGS,
+    TRAINING_FACTS,
+    atomic_write,
+    digest_of_file,
+)
 from data_prep import fingerprint
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -108,15 +115,13 @@ def progress(state: dict, date: datetime, *, finished: bool = False, kept_best: 
 
 def add_facts(output_dir: Path, **facts) -> None:
     """Write facts into the run's `facts.json`, in place of those of the same name."""
-    unfinished = (output_dir / FACTS).with_suffix(".unfinished")
-    content = {**(_read_json(output_dir / FACTS) or {}), **facts}
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(output_dir / FACTS)
+    content = {**(_read_json(output_dir / TRAINING_FACTS) or {}), **facts}
+    atomic_write(output_dir / TRAINING_FACTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_facts(output_dir: Path, adapter_dir: Path | None = None) -> dict:
     """Return the run's facts; of a checkpoint (`adapter_dir`), how far training had come when it was saved."""
-    facts = _read_json(output_dir / FACTS) or {}
+    facts = _read_json(output_dir / TRAINING_FACTS) or {}
     path = (adapter_dir or output_dir) / "trainer_state.json"
     if adapter_dir is not None and (state := _read_json(path)):
         facts["training"] = progress(state, datetime.fromtimestamp(path.stat().st_mtime, UTC))
@@ -137,15 +142,15 @@ def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
 
 def read_metrics(output_dir: Path) -> dict | None:
     """Return the evaluation of the adapter in the folder; None when there is none, or it is of an earlier adapter."""
-    settings = _read_json(output_dir / SETTINGS)
+    settings = _read_json(output_dir / EVALUATION_SETTINGS)
     if settings is not None and settings["adapter"] != adapter_digest(output_dir):
         return None
-    return _read_json(output_dir / METRICS)
+    return _read_json(output_dir / EVALUATION_METRICS)
 
 
 def adapter_digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights, which ties an evaluation to what it measured."""
-    return digest_of_file(folder / WEIGHTS)
+    return digest_of_file(folder / ADAPTER_WEIGHTS)
 
 
 def _read_json(path: Path) -> dict | None:

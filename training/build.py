@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers import ProcessorMixin, ProgressCallback
 
 from collator import VisionSFTCollator
-from common.console import say
+from common.console import print_rank0
 from models.loading import compile_layers, load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from training.callbacks import CurvesCallback, ProgressLine
@@ -34,7 +34,7 @@ def build_model(settings: Settings) -> PeftModel:
     model = get_peft_model(model, build_lora_config(model, **lora))
     check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
     if settings.training.compile_layers:
-        say("the layers are compiled during the first steps, which then take two or three minutes")
+        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
         compile_layers(model)
     return model
 
@@ -48,7 +48,7 @@ def decide_checkpointing(model: PeftModel, processor: ProcessorMixin, data: Trai
     if settings.training.device.type == "cuda":
         # one process that lacks the memory decides for all
         enough, reason = min(gather_object([try_largest_batch(model, processor, data, settings)]))
-    say(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
+    print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
     return not enough
 
 

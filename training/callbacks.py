@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerState
 
+from common.files import atomic_write
 from common.plots import plot_training
 from publishing.hub import BackgroundPush
 
@@ -66,6 +67,4 @@ class PushCallback(TrainerCallback):
 
 def write_metrics(log_history: list[dict], path: Path) -> None:
     """Write one JSON object a line; the file is replaced in one go."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in log_history), encoding="utf-8")
-    unfinished.replace(path)
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in log_history))

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from common.files import WEIGHTS, _flush, digest_of_file
+from common.files import ADAPTER_WEIGHTS, atomic_write, digest_of_file, fsync
 
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -30,17 +30,13 @@ def seal(path: Path, run: dict) -> None:
     files = {}
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
         files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest_of_file(file)}
-        _flush(file)
+        fsync(file)
     for folder in filter(Path.is_dir, path.rglob("*")):
-        _flush(folder)
+        fsync(folder)
     content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
     content["sha256"] = _digest_of(content)
-    unfinished = path / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _flush(unfinished)
-    unfinished.replace(path / MANIFEST)
-    _flush(path)
-    _flush(path.parent)
+    atomic_write(path / MANIFEST, json.dumps(content, indent=1), durable=True)
+    fsync(path.parent)
 
 
 def read_manifest(path: Path) -> dict:
@@ -98,7 +94,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     if resume is None and found:
         rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
         raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
-    if resume in (None, "auto") and not found and (output_dir / WEIGHTS).exists():
+    if resume in (None, "auto") and not found and (output_dir / ADAPTER_WEIGHTS).exists():
         raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
     if resume is None:
         return None, []

@@ -6,7 +6,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from transformers import ProcessorMixin
 
-from common.console import say
+from common.console import print_rank0
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from models.loading import load_processor
@@ -65,7 +65,7 @@ def sample_by_weight(train: Dataset, seed: int) -> Dataset:
     if set(train["weight"]) == {1.0}:
         return train
     indices = draw(train["weight"], seed=seed)
-    say(f"sampled by weight: an epoch sees {len(set(indices)):,} different samples of {len(train):,}")
+    print_rank0(f"sampled by weight: an epoch sees {len(set(indices)):,} different samples of {len(train):,}")
     return train.select(indices)
 
 

@@ -2,7 +2,7 @@
 
 from accelerate import PartialState
 
-from common.console import say
+from common.console import print_rank0
 from common.hub_client import open_repository
 from publishing.hub import BackgroundPush, push_adapter
 from training.callbacks import PushCallback
@@ -35,4 +35,4 @@ def push_final(background: BackgroundPush | None, settings: Settings) -> None:
     """Push the finished adapter, in the process that pushes."""
     if background is not None:
         background.wait()
-        say(f"pushed to {push_adapter(settings.output_dir, background.repo_id, **push_options(settings))}")
+        print_rank0(f"pushed to {push_adapter(settings.output_dir, background.repo_id, **push_options(settings))}")

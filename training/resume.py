@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from common.console import say
+from common.console import print_rank0
 from data_prep import fingerprint
 from publishing.run_facts import library_versions
 from training.checkpoints import choose_checkpoint, read_identity
@@ -39,9 +39,9 @@ def choose_start(settings: Settings) -> Path | None:
     """Return the checkpoint to resume from, None for a new run, and print which."""
     checkpoint, skipped = choose_checkpoint(settings.output_dir, settings.training.resume_from_checkpoint)
     for reason in skipped:
-        say(f"skipped {reason}")
+        print_rank0(f"skipped {reason}")
     if checkpoint is not None:
-        say(f"resuming from {checkpoint}")
+        print_rank0(f"resuming from {checkpoint}")
     return checkpoint
 
 
@@ -104,7 +104,7 @@ def check_resumable(checkpoint: Path | None, identity: dict, *, allow_change: bo
     elif changed and not allow_change:
         rule = "undo that, or resume with --allow_config_change true, or choose another output_dir"
     else:
-        return say(*(f"changed: {line}" for line in lines)) if lines else None
+        return print_rank0(*(f"changed: {line}" for line in lines)) if lines else None
     raise ValueError(f"checkpoint {checkpoint}: {'; '.join(lines)}; {rule}")
 
 

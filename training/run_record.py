@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.tracking import GeneralTracker
 from peft import PeftModel
 
-from common.files import RUN_FACTS
+from common.files import LOADING_SETTINGS
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, progress
@@ -44,11 +44,11 @@ def write_run_facts(settings: Settings, base: dict) -> None:
     if PartialState().is_main_process:
         options = settings.loading_options()
         text = json.dumps({**options, "revision": base["commit"] or options["revision"]}, indent=2)
-        (settings.output_dir / RUN_FACTS).write_text(text + "\n", encoding="utf-8")
+        (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
 
 
 def write_facts(settings: Settings, model: PeftModel, base: dict, data_facts: dict) -> None:
-    """Note what the model card will say about the run; its progress is added at the end."""
+    """Note what the model card will print_rank0 about the run; its progress is added at the end."""
     if not PartialState().is_main_process:
         return
     trainable, total = model.get_nb_trainable_parameters()
@@ -109,7 +109,7 @@ def mixed_precision(trainer: SafeSFTTrainer) -> str:
     expected = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
     actual = trainer.accelerator.mixed_precision
     if actual != expected:
-        rule = f"the recipe's bf16 and fp16 say {expected}"
+        rule = f"the recipe's bf16 and fp16 print_rank0 {expected}"
         raise ValueError(f"mixed_precision: accelerate's configuration says {actual}, {rule}")
     return "off" if actual == "no" else actual
 
