@@ -6,9 +6,7 @@ import itertools
 import torch
 from peft import get_peft_model
 from torch.nn.functional import cross_entropy
-from torch.utils.data import BatchSampler
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
-from trl import ModelConfig
 
 from collator import IGNORED, VisionSFTCollator
 from common.console import say
@@ -17,9 +15,9 @@ from models.families import TOWERS
 from models.lora import build_lora_config
 from planning.page import print_plan
 from planning.shapes import read_config
-from training.config import DataArguments, TrainingSettings, lora_settings
-from training.data import check_data, draw_by_weight, load_data, open_processor
-from training.samplers import PackSampler
+from training.build import train_sampler
+from training.config import Settings, lora_settings
+from training.data import load_data, open_processor
 
 LAYERS = 2
 
@@ -82,19 +80,18 @@ def _loss(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 TRIED = 3  # batches of a dry run
 
 
-def dry_run(data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig) -> None:
-    """Print the plan, take three batches through the collator and one of them through a tiny model; write nothing."""
-    processor = open_processor(data_args, model_args)
-    splits = load_data(data_args, training_args)
-    splits["train"] = draw_by_weight(splits["train"], training_args.seed)
-    lengths = check_data(splits, processor, training_args)["train"]
-    print_plan(data_args, training_args, model_args, splits, processor)
-    packs = data_args.pack_tokens if training_args.packing else None
-    collate = VisionSFTCollator(processor, max_length=training_args.max_length, packed=packs is not None)
-    rows = training_args.per_device_train_batch_size
-    indices = PackSampler(lengths.total, packs) if packs else BatchSampler(range(len(lengths.total)), rows, False)
-    batches = [collate([splits["train"][n] for n in some]) for some in itertools.islice(indices, TRIED)]
-    config, _ = read_config(model_args.model_name_or_path, model_args.model_revision)
-    settings = lora_settings(data_args, model_args)
-    loss = rehearse(config, batches[0], settings, varlen=packs is not None, device=training_args.device)
+def dry_run(settings: Settings) -> None:
+    """Print the plan, collate three batches and run one of them through a tiny model; write nothing."""
+    processor = open_processor(settings)
+    data = load_data(settings, processor)
+    print_plan(*settings, data.splits, processor)
+    args, packed = settings.training, settings.pack_tokens is not None
+    collate = VisionSFTCollator(processor, max_length=args.max_length, packed=packed)
+    batches = [
+        collate([data.splits["train"][n] for n in indices])
+        for indices in itertools.islice(train_sampler(data.lengths["train"], args, settings.pack_tokens), TRIED)
+    ]
+    config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
+    lora = lora_settings(settings.data, settings.model)
+    loss = rehearse(config, batches[0], lora, varlen=packed, device=args.device)
     say(f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}")

@@ -48,7 +48,7 @@ class CurvesCallback(TrainerCallback):
         try:
             write(state.log_history, path)
         except OSError as error:
-            tqdm.write(f"warning: {path.name} was not written: {error.strerror}; training goes on", file=sys.stderr)
+            tqdm.write(f"warning: {path.name} was not written: {error.strerror}; training continues", file=sys.stderr)
 
 
 class PushCallback(TrainerCallback):

@@ -65,6 +65,11 @@ def read_manifest(path: Path) -> dict:
     return content
 
 
+def read_identity(path: Path) -> dict:
+    """Return what a checkpoint's run had to have in common with one that resumes from it."""
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["run"]
+
+
 def _check_file(path: Path, name: str, sealed: dict) -> None:
     file = path / name
     if not file.is_file():

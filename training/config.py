@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 from common.cli import OneLineParser
 
@@ -20,7 +20,7 @@ from training.trackers import TRACKERS
 DEFAULT_RECIPE = Path(__file__).parents[1] / "configs" / "skin.yaml"
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
     """What to train on, and which parts of the model see it: the settings that TRL has no field for."""
 
@@ -42,7 +42,7 @@ class DataArguments:
 
 @dataclass
 class TrainingSettings(SFTConfig):
-    """TRL's settings, with three defaults of our own and three settings more."""
+    """TRL's settings, with three other defaults and three more settings."""
 
     gradient_checkpointing: str = field(
         default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
@@ -50,7 +50,7 @@ class TrainingSettings(SFTConfig):
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would log 0 in place of NaN"})
     allow_config_change: bool = field(
-        default=False, metadata={"help": "go on from a checkpoint although settings, data or versions have changed"}
+        default=False, metadata={"help": "resume from a checkpoint although settings, data or versions have changed"}
     )
     compile_layers: bool = field(
         default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
@@ -66,6 +66,37 @@ class TrainingSettings(SFTConfig):
             raise ValueError(f"gradient_checkpointing: expected auto, true or false, found {found!r}")
         self.gradient_checkpointing = words[found.lower()]
         super().__post_init__()
+
+
+class Settings(NamedTuple):
+    """All settings of a run, as they were parsed; nothing changes them afterwards."""
+
+    data: DataArguments
+    training: TrainingSettings
+    model: ModelConfig
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """Most tokens of a pack; None without packing."""
+        return self.data.pack_tokens if self.training.packing else None
+
+    @property
+    def evaluates(self) -> bool:
+        return self.training.eval_strategy != "no"
+
+    def loading_options(self) -> dict:
+        """Return the keywords of `load_model`: how the base is loaded in training, and later for its adapter."""
+        return {
+            "quantization": "nf4" if self.model.load_in_4bit else None,
+            "double_quant": self.model.use_bnb_nested_quant,
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            "revision": self.model.model_revision,
+        }
 
 
 # What people know from other scripts, and the recipe's line for it.
@@ -150,7 +181,7 @@ class RecipeParser(OneLineParser, TrlParser):
     """TRL's parser, with errors of one line."""
 
 
-def parse_config(argv: list[str]) -> tuple[DataArguments, TrainingSettings, ModelConfig]:
+def parse_config(argv: list[str]) -> Settings:
     """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win.
 
     Raises:
@@ -163,15 +194,16 @@ def parse_config(argv: list[str]) -> tuple[DataArguments, TrainingSettings, Mode
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    settings = _read_recipe(recipe, hints)
-    parser.set_defaults_with_config(**{key: _as_text(value) for key, value in settings.items()})
+    defaults = _read_recipe(recipe, hints)
+    parser.set_defaults_with_config(**{key: _as_text(value) for key, value in defaults.items()})
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         parser.error(_unknown(unknown[0].split("=")[0], hints, "unexpected argument"))
-    _check_settings(*parsed)
-    return tuple(parsed)
+    settings = Settings(*parsed)
+    _check_settings(*settings)
+    return settings
 
 
 def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> dict:

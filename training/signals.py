@@ -91,5 +91,5 @@ def _outlive(trainer: int) -> None:
 def end_early(stop: StopCallback, step: int) -> int:
     """Say how to go on, once for all processes, and return the exit code."""
     if PartialState().is_main_process:
-        print(f"stopped by {stop.signal} at step {step}; the same command goes on from checkpoint-{step}", flush=True)
+        print(f"stopped by {stop.signal} at step {step}; the same command resumes from checkpoint-{step}", flush=True)
     return EXIT_CODE

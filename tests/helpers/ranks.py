@@ -32,7 +32,7 @@ def pretend(kind: str) -> None:
 
     def build_after(*args):
         os.environ["ACCELERATE_USE_CPU"] = "false"
-        PartialState._shared_state.update(distributed_type=DistributedType[kind], _cpu=False)
+        PartialState().distributed_type = DistributedType[kind]
         return build(*args)
 
     train_sft.build_model = build_after
@@ -57,7 +57,7 @@ def start(request: dict, rank: int, port: int) -> int:
             os.environ.update({key: str(value) for key, value in place.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         os.environ.update(request["env"])
-        distributed.SEEN_WITHIN = 0.5
+        distributed.FILE_TIMEOUT = 0.5
         if request["pretend"]:
             pretend(request["pretend"])
         if request["spoil"] is not None:

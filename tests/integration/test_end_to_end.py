@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_weights(tiny_base
     assert len((killed / "metrics.jsonl").read_text().splitlines()) >= 5
     resumed = call(*command)
     assert resumed.returncode == 0
-    assert f"going on from {killed}/checkpoint-" in resumed.stdout
+    assert f"resuming from {killed}/checkpoint-" in resumed.stdout
     left, right = (load_file(out / "adapter_model.safetensors") for out in (whole, killed))
     assert all(torch.equal(left[name], right[name]) for name in left)
 

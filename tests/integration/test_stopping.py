@@ -89,7 +89,7 @@ def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, dem
     if launcher == "python":
         assert process.returncode == EXIT_CODE, text
         assert "SIGTERM: stopping after this step" in text
-        assert f"stopped by SIGTERM at step {last_step(out)}; the same command goes on from checkpoint-" in text
+        assert f"stopped by SIGTERM at step {last_step(out)}; the same command resumes from checkpoint-" in text
     elif launcher == "accelerate with two processes":
         assert process.returncode == 1, text  # the launcher's own, whatever its processes end with
     [saved] = out.glob("checkpoint-*")
@@ -99,7 +99,7 @@ def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, dem
     if launcher != "python":
         return
     again = start(launcher, tiny_base, demo_data, out)
-    assert f"going on from {saved}" in again.communicate()[0]
+    assert f"resuming from {saved}" in again.communicate()[0]
     assert again.returncode == 0
     whole = start(launcher, tiny_base, demo_data, tmp_path / "whole")
     assert whole.wait() == 0
