@@ -29,9 +29,9 @@ from planning.estimates import (
     work,
 )
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
-from training.config import DataArguments, TrainingSettings, lora_settings
 from training.lengths import SampleLengths, measure_lengths
 from training.memory_probe import SPARE
+from training.settings import DataArguments, TrainingSettings, lora_settings
 
 IMAGE_SHARE = 0.8  # of the tokens, where there is no data to count in
 SETTINGS = {  # of the ladder: quantised, recomputing
