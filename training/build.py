@@ -139,10 +139,11 @@ def build_trainer(
     """
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
+    options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
     trainer = SafeSFTTrainer(
         model=model,
         args=args,
-        data_collator=VisionSFTCollator(processor, **options, blanks=needs_dummy_image(model, data.lengths["train"])),
+        data_collator=VisionSFTCollator(processor, **options),
         train_dataset=data.splits["train"],
         eval_dataset=data.splits["validation"] if settings.evaluates else None,
         processing_class=processor,

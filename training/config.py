@@ -37,15 +37,15 @@ class RecipeParser(OneLineParser, TrlParser):
     """TRL's parser, with errors of one line."""
 
 
-def parse_config(argv: list[str]) -> Settings:
-    """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win.
+def parse_config(argv: list[str], *, prog: str = "train_sft.py") -> Settings:
+    """Read `--config FILE` (default: configs/skin.yaml) and the options after it, which win; `prog` signs errors.
 
     Raises:
         ValueError: a key or value is wrong; the message names the key and the rule.
         FileNotFoundError: no such file.
         SystemExit: code 2 after one line about a wrong option.
     """
-    parser = RecipeParser((DataArguments, TrainingSettings, ModelConfig), prog="train_sft.py")
+    parser = RecipeParser((DataArguments, TrainingSettings, ModelConfig), prog=prog)
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
     argv = [word for word in argv if word != "--debug"]  # cli.run reads it
     recipe = parser.parse_known_args(argv)[0].config

@@ -65,6 +65,15 @@ def check_sharding(requested: str, *, storage: str | None, mixed: str | None) ->
         raise ValueError(f"bnb_4bit_quant_storage: FSDP2 needs {expected} to shard 4-bit weights, found {storage}")
 
 
+def shard_layers(decoder_layer: str) -> None:
+    """Tell accelerate to fetch the weights of one language layer at a time; before the trainer sets it up.
+
+    The vision tower is not divided: a process without an image in its batch does not call it, and the others would
+    wait for that process in each of its layers.
+    """
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = decoder_layer
+
+
 def check_sharded(accelerator: Accelerator, requested: str) -> None:
     """Raise ValueError unless the trainer's accelerator shards as requested; on a CPU or alone it does not."""
     zero = accelerator.state.deepspeed_plugin

@@ -79,18 +79,18 @@ def test_two_processes_with_half_the_batch_see_the_samples_of_one(train, tmp_pat
     assert_same_curves(tmp_path / "one", tmp_path / "two", steps=20)
 
 
-def test_a_blank_image_changes_no_loss_and_no_label(processor, demo_splits):
+def test_a_dummy_image_changes_no_loss_and_no_label(processor, demo_splits):
     example = {
         "id": "a",
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Melanoma."}],
     }
-    plain, blank = (VisionSFTCollator(processor, blanks=blanks)([example]) for blanks in (False, True))
+    plain, blank = (VisionSFTCollator(processor, dummy_image=dummy)([example]) for dummy in (False, True))
     assert "pixel_values" not in plain and len(blank["image_grid_thw"]) == 1
     width = plain["input_ids"].size(1)
     assert torch.equal(blank["labels"][:1, :width], plain["labels"]) and (blank["labels"][1:] == -100).all()
-    packed = VisionSFTCollator(processor, blanks=True, packed=True)([example])
-    assert packed["pack_offsets"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
-    with_image = VisionSFTCollator(processor, blanks=True)([demo_splits["train"][0], {**example, "images": []}])
+    packed = VisionSFTCollator(processor, dummy_image=True, packed=True)([example])
+    assert packed["text_cu_seqlens"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
+    with_image = VisionSFTCollator(processor, dummy_image=True)([demo_splits["train"][0], {**example, "images": []}])
     assert len(with_image["image_grid_thw"]) == 1
 
 
