@@ -3,14 +3,25 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := outputs/demo
+CANARY := .venv-canary
+PYTEST := -m pytest -n 2 --dist worksteal
+FAST := tests/unit -m "not slow and not scale"
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Seconds; one of torch's wheels has 600 MB.
+export UV_HTTP_TIMEOUT ?= 300
 
-.PHONY: install demo test reliability style quality
+.PHONY: install demo check test reliability pillow canary style quality lock
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt
+# uv takes well under a minute where pip takes several. Where uv does not work, pip installs the same files.
+$(VENV)/.installed: requirements.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@{ $(PIP_INSTALL) uv && \
+	   $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; } \
+	|| { echo "uv could not install requirements.lock: trying pip"; $(PIP_INSTALL) --require-hashes -r requirements.lock; } \
+	|| { echo "requirements.lock does not fit this machine: installing what requirements.txt allows"; \
+	     $(PIP_INSTALL) -r requirements.txt; }
 	@touch $@
 
 # A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to the evaluation's page.
@@ -23,14 +34,38 @@ demo: install
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 
-test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+# Before each commit: style, layers and the fast tests, in less than 90 seconds on two cores.
+check: quality
+	$(BIN)/python $(PYTEST) $(FAST)
 
-# Runs that are really killed, many times, the slow tests, and ten minutes of fuzzing.
-reliability: install
+test: install
+	$(BIN)/python $(PYTEST)
+
+# Runs that are really killed, many times, the slow tests, ten minutes of fuzzing, and two versions of Pillow.
+reliability: install pillow
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m pytest -m slow
 	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
+
+# The tests of images under the oldest and the newest Pillow that requirements.txt allows.
+pillow: install
+	@for version in lowest-direct highest; do \
+	  grep '^pillow' requirements.txt | $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --upgrade \
+	    --resolution $$version --target $(VENV)/pillow-$$version -r - || exit 1; \
+	  export PYTHONPATH=$(VENV)/pillow-$$version; \
+	  $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__)'; \
+	  $(BIN)/python $(PYTEST) $(addprefix tests/unit/test_,images.py bad_images.py collator.py convert.py fuzz.py) || exit 1; \
+	done
+
+# What the newest releases of all requirements, without our pins, would break: a line each. Exit code 1 if anything.
+canary:
+	$(PYTHON) -m venv --clear $(CANARY)
+	@$(CANARY)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@sed -E 's/^([A-Za-z0-9._-]+)[^#]*/\1  /' requirements.txt > $(CANARY)/newest.txt
+	@$(CANARY)/bin/uv pip install --quiet --no-config --python $(CANARY)/bin/python --upgrade -r $(CANARY)/newest.txt
+	@$(CANARY)/bin/uv pip freeze --python $(CANARY)/bin/python | grep -vxF "$$(grep -oE '^[^ ]+==[^ ]+' requirements.lock)" \
+	  | sed 's/^/newer than requirements.lock: /' || true
+	@$(CANARY)/bin/python $(PYTEST) $(FAST) --tb=no --durations=0 --durations-min=60 -rfE
 
 style: install
 	$(BIN)/ruff check --fix .
@@ -39,3 +74,11 @@ style: install
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
+
+# Exact versions and hashes of everything that requirements.txt needs, for all platforms and Pythons from 3.11 on. Versions
+# that are locked already stay; remove requirements.lock first to take the newest.
+lock:
+	@command -v $(BIN)/uv > /dev/null || { $(PYTHON) -m venv $(VENV) && $(PIP_INSTALL) uv; }
+	$(BIN)/uv pip compile requirements.txt --quiet --universal --python-version 3.11 --generate-hashes \
+	  --custom-compile-command "make lock" --output-file requirements.lock

@@ -42,9 +42,10 @@ from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.loading import compile_layers
-from models.lora import build_lora_config, end_gradients_at_tower
+from models.lora import build_lora_config
 from training.lengths import measure_lengths
-from training.trainer import PackedSFTTrainer, pin_trainable_to_float32
+from training.samplers import EpochOrder, PackSampler, PaddedSampler, count_epochs
+from training.trainer import SafeSFTTrainer, pin_trainable_to_float32
 
 # Qwen/Qwen2.5-VL-7B-Instruct, config.json
 TEXT_7B = {
@@ -203,7 +204,7 @@ def make_trainer(
         gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=clock.device.type == "cuda",
         use_cpu=clock.device.type == "cpu", learning_rate=1e-4, max_length=None, report_to="none", logging_steps=1000,
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True, dataloader_num_workers=workers,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        dataset_kwargs={"skip_prepare_dataset": True}, accelerator_config={"even_batches": False},
     )  # fmt: skip
     common = {"model": model, "args": args, "processing_class": processor, "callbacks": [clock]}
     if setting.stock:
@@ -211,10 +212,11 @@ def make_trainer(
         return SFTTrainer(**common, train_dataset=stock_examples(train), data_collator=collator)
     collator = VisionSFTCollator(processor, packed=setting.pack_tokens is not None)
     if setting.pack_tokens is None:
-        return SFTTrainer(**common, train_dataset=train, data_collator=collator)
-    return PackedSFTTrainer(
-        **common, train_dataset=train, data_collator=collator, pack_tokens=setting.pack_tokens, train_lengths=lengths
-    )
+        batches = PaddedSampler(EpochOrder(len(train), seed=0), setting.batch)
+    else:
+        multiple = setting.accumulate
+        batches = PackSampler(lengths, setting.pack_tokens, multiple=multiple, epochs=count_epochs(args, 1))
+    return SafeSFTTrainer(**common, train_dataset=train, data_collator=collator, identity={}, train_batches=batches)
 
 
 def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: int, folder: Path) -> dict:
@@ -224,7 +226,6 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     if setting.varlen:
         use_varlen(base)
     model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05))
-    ends = None if setting.stock else end_gradients_at_tower(base)
     clock = Clock(device)
     if not setting.checkpointing:
         base.gradient_checkpointing_disable()  # a trainer before may have left it on
@@ -233,9 +234,11 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
+    trainer = None
     try:
         trainer = make_trainer(setting, model, processor, train, lengths, clock, steps, folder)
-        pin_trainable_to_float32(trainer.model)
+        if setting.stock:
+            pin_trainable_to_float32(trainer.model)
         with torch.compiler.set_stance("default" if setting.compiled else "force_eager"):
             trainer.train()
         seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-4:]))
@@ -245,9 +248,9 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     except torch.cuda.OutOfMemoryError:
         return {"error": "out of memory"}
     finally:
+        if trainer is not None and not setting.stock:
+            trainer.tower_hook.remove()
         trainer = None
-        if ends is not None:
-            ends.remove()
         base.disable_input_require_grads()  # for settings without checkpointing
         model.unload()
         gc.collect()

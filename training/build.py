@@ -1,121 +1,160 @@
 """Model and trainer of a run, built from its settings."""
 
+import copy
+import dataclasses
+
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
 from peft import PeftModel, get_peft_model
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin, ProgressCallback
-from trl import ModelConfig, SFTTrainer
 
 from collator import VisionSFTCollator
 from common.console import print_rank0
-from models.loading import load_model
-from models.lora import build_lora_config, check_targets, check_trainable, count_trainable, end_gradients_at_tower
+from models.loading import compile_layers, load_model
+from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from training.callbacks import CurvesCallback, ProgressLine
-from training.config import DataArguments, TrainingSettings, lora_settings
-from training.distributed import asked_sharding, check_sharded
+from training.data import TrainingData
+from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
-from training.trainer import PackedSFTTrainer, SafeSFTTrainer, pin_trainable_to_float32
+from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
+from training.settings import Settings, TrainingSettings, lora_settings
+from training.trackers import TRACKERS
+from training.trainer import SafeSFTTrainer
 
 
-def loading_settings(model_args: ModelConfig) -> dict:
-    """Return the keywords of `load_model`: how the base model is loaded in training, and later for its adapter."""
-    return {
-        "quantization": "nf4" if model_args.load_in_4bit else None,
-        "double_quant": model_args.use_bnb_nested_quant,
-        "dtype": model_args.dtype,
-        "attn_implementation": model_args.attn_implementation,
-        "revision": model_args.model_revision,
-    }
-
-
-def build_model(data_args: DataArguments, model_args: ModelConfig) -> PeftModel:
-    """Load the base model and put LoRA on it, on what was asked for and on nothing else."""
-    storage = model_args.bnb_4bit_quant_storage or "uint8"  # changes no result, and no other command shards
-    model = load_model(model_args.model_name_or_path, **loading_settings(model_args), quant_storage=storage)
-    lora = lora_settings(data_args, model_args)
+def build_model(settings: Settings) -> PeftModel:
+    """Load the base model and add LoRA to exactly the layers that the settings name."""
+    # changes no result, and no other command shards
+    storage = settings.model.bnb_4bit_quant_storage or "uint8"
+    model = load_model(settings.model.model_name_or_path, **settings.loading_options(), quant_storage=storage)
+    lora = lora_settings(settings.data, settings.model)
     check_targets(model, lora["target_modules"])
     model = get_peft_model(model, build_lora_config(model, **lora))
     check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
+    if settings.training.compile_layers:
+        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
+        compile_layers(model)
     return model
 
 
-def decide_checkpointing(
-    model: PeftModel, processor: ProcessorMixin, train: Dataset, training_args: TrainingSettings,
-    lengths: SampleLengths, pack_tokens: int | None,
-) -> None:  # fmt: skip
-    """Replace `gradient_checkpointing: auto`: activations are recomputed where the largest batch would not fit."""
-    if training_args.gradient_checkpointing != "auto":
-        return
-    on, why = False, "there is no GPU"
-    if training_args.device.type == "cuda":
-        positions = largest_batch(
-            lengths.total, batch_size=training_args.per_device_train_batch_size, pack_tokens=pack_tokens
-        )
-        collate = VisionSFTCollator(processor, packed=pack_tokens is not None)
-        dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
-        found = gather_object(
-            [fits(model, collate([train[n] for n in positions]), dtype=dtype, optim=str(training_args.optim.value))]
-        )
-        on, why = min(found)  # one process that lacks the memory decides for all
-        on = not on
-    print_rank0(f"gradient checkpointing {'on' if on else 'off'}: {why}")
-    # transformers reads both names
-    training_args.gradient_checkpointing = training_args.activation_checkpointing = on
+def decide_checkpointing(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> bool:
+    """Return whether activations are recomputed; with `auto`, only where the largest batch would not fit otherwise."""
+    choice = settings.training.gradient_checkpointing
+    if choice != "auto":
+        return choice
+    enough, reason = True, "there is no GPU"
+    if settings.training.device.type == "cuda":
+        # one process that lacks the memory decides for all
+        enough, reason = min(gather_object([try_largest_batch(model, processor, data, settings)]))
+    print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
+    return not enough
 
 
-def needs_blanks(model: PeftModel, lengths: SampleLengths) -> bool:
-    """Tell whether batches without images must be given a blank one: a trained vision tower that one process does not
-    call would have no gradients there, which the others wait for."""
+def try_largest_batch(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> tuple[bool, str]:
+    """Return whether the largest batch fits the GPU's memory without recomputation, and the reason."""
+    args, packed = settings.training, settings.pack_tokens is not None
+    lengths = data.lengths["train"].total
+    largest = largest_batch(lengths, batch_size=args.per_device_train_batch_size, pack_tokens=settings.pack_tokens)
+    batch = VisionSFTCollator(processor, packed=packed)([data.splits["train"][n] for n in largest])
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return fits(model, batch, dtype=dtype, optim=str(args.optim.value))
+
+
+def trainer_arguments(settings: Settings, *, recompute: bool) -> TrainingSettings:
+    """Return arguments for TRL's trainer: a copy of the settings without what this pipeline does in its place."""
+    args = copy.copy(settings.training)  # dataclasses.replace would set up the devices again
+    find_unused = args.ddp_find_unused_parameters
+    changes = {
+        "packing": False,  # TRL's takes no images; ours are batches of a sampler
+        "push_to_hub": False,  # would upload the whole output folder
+        "report_to": [name for name in args.report_to if name not in TRACKERS],  # would send paths
+        "save_total_limit": None,  # rotation comes after sealing
+        "remove_unused_columns": False,  # the collator names a sample by its id
+        "gradient_checkpointing": recompute,
+        "activation_checkpointing": recompute,  # transformers reads both names
+        "ddp_find_unused_parameters": bool(find_unused),  # each batch uses all weights that train
+        # the samplers give each process equally many batches; accelerate cannot even out packs
+        "accelerator_config": dataclasses.replace(args.accelerator_config, even_batches=False),
+    }
+    for name, value in changes.items():
+        setattr(args, name, value)
+    return args
+
+
+def train_sampler(lengths: SampleLengths, args: TrainingSettings, pack_tokens: int | None) -> Sampler | None:
+    """Return the batches of an epoch for all processes; None for a strategy that transformers brings."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    step = args.gradient_accumulation_steps * args.world_size
+    if pack_tokens is not None:
+        options = {"seed": seed, "multiple": step}
+        first = PackSampler(lengths.total, pack_tokens, **options)
+        return PackSampler(lengths.total, pack_tokens, **options, epochs=count_epochs(args, len(first) // step))
+    batch_size, size = args.per_device_train_batch_size, len(lengths.total)
+    orders = {
+        "random": lambda: EpochOrder(size, seed=seed),
+        "sequential": lambda: EpochOrder(size, seed=seed, shuffle=False),
+        "group_by_length": lambda: LengthGroupedOrder(lengths.total, seed=seed, group=batch_size * step),
+    }
+    if (strategy := str(args.train_sampling_strategy)) not in orders:
+        return None
+    return PaddedSampler(
+        orders[strategy](), batch_size, processes=args.world_size, drop_last=args.dataloader_drop_last
+    )
+
+
+def eval_sampler(lengths: SampleLengths | None, args: TrainingSettings, pack_tokens: int | None) -> Sampler | None:
+    """Return the batches of the validation split for all processes; None without evaluation."""
+    if lengths is None:
+        return None
+    if pack_tokens is not None:
+        return PackSampler(lengths.total, pack_tokens, multiple=args.world_size, shuffle=False)
+    order = EpochOrder(len(lengths.total), seed=args.seed, shuffle=False)
+    return PaddedSampler(order, args.per_device_eval_batch_size, processes=args.world_size)
+
+
+def needs_dummy_image(model: PeftModel, lengths: SampleLengths) -> bool:
+    """Return whether batches without images must be given a dummy one: a trained vision tower that one process does
+    not call would have no gradients there, which the others wait for."""
     counts = count_trainable(model)
     return 0 in lengths.image and counts["vision tower"] + counts["merger"] > 0
 
 
 def build_trainer(
-    model: PeftModel, processor: ProcessorMixin, splits: DatasetDict, training_args: TrainingSettings,
-    lengths: dict[str, SampleLengths], *, pack_tokens: int | None, run: dict,
-) -> SFTTrainer:  # fmt: skip
-    """Wire the model, the data and our collator into TRL's trainer; with `pack_tokens`, into the one that packs."""
-    training_args.remove_unused_columns = False  # the collator names a sample by its id
-    packed = pack_tokens is not None
-    blanks = needs_blanks(model, lengths["train"])
-    if training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # every batch takes all weights that train
-    make, packing = SafeSFTTrainer, {}
-    if packed:
-        make = PackedSFTTrainer
-        packing = {f"{split}_lengths": own.total for split, own in lengths.items()} | {"pack_tokens": pack_tokens}
-    trainer = make(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings, *, identity: dict,
+    recompute: bool,
+) -> SafeSFTTrainer:  # fmt: skip
+    """Wire model, data and collator into TRL's trainer.
+
+    Args:
+        model: see `build_model`.
+        processor: the model's.
+        data: see `load_data`.
+        settings: of the run.
+        identity: what a run that resumes from a checkpoint must have in common with this one.
+        recompute: see `decide_checkpointing`.
+    """
+    args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
+    options = {"max_length": args.max_length, "packed": pack_tokens is not None}
+    options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
+    trainer = SafeSFTTrainer(
         model=model,
-        args=training_args,
-        data_collator=VisionSFTCollator(processor, max_length=training_args.max_length, packed=packed, blanks=blanks),
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"] if training_args.eval_strategy != "no" else None,
+        args=args,
+        data_collator=VisionSFTCollator(processor, **options),
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"] if settings.evaluates else None,
         processing_class=processor,
         callbacks=[CurvesCallback],
-        run=run,
-        **packing,
+        identity=identity,
+        train_batches=train_sampler(data.lengths["train"], args, pack_tokens),
+        eval_batches=eval_sampler(data.lengths.get("validation"), args, pack_tokens),
+        keep_checkpoints=settings.training.save_total_limit,
     )
-    check_sharded(trainer.accelerator, asked_sharding(training_args.deepspeed_plugin))
-    # The family says that its own loss takes no token count, and the trainer then averages micro-batches as if
-    # they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
-    trainer.model_accepts_loss_kwargs = True
-    pin_trainable_to_float32(trainer.model)
-    if not (training_args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        end_gradients_at_tower(trainer.model)  # the reentrant form would lose the gradients within the blocks
-    if not training_args.disable_tqdm:
+    check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
+    if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries
         trainer.add_callback(ProgressLine)
     return trainer
-
-
-def mixed_precision(trainer: SFTTrainer) -> str:
-    """Return the autocast dtype that is really on; raise ValueError when it is not the recipe's."""
-    asked = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
-    found = trainer.accelerator.mixed_precision
-    if found != asked:
-        raise ValueError(
-            f"mixed_precision: accelerate's configuration says {found}, the recipe's bf16 and fp16 say {asked}"
-        )
-    return "off" if found == "no" else found

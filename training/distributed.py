@@ -1,5 +1,6 @@
-"""Several processes: how accelerate spreads the model over them, and whether all see the same data and folder."""
+"""Several processes: how accelerate shards the model over them, and whether all see the same output folder."""
 
+import os
 import time
 import uuid
 from pathlib import Path
@@ -12,55 +13,85 @@ from accelerate.utils import (
     gather_object,
     parse_flag_from_env,
 )
-from trl import ModelConfig
 
-from training.config import TrainingSettings
+from training.settings import Settings
 
-WHOLE = "none"
+UNSHARDED = "none"
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
-SEEN_WITHIN = 10.0  # s; network file systems may take a moment to show a new file elsewhere
+FILE_TIMEOUT = 10.0  # s; network file systems may take a moment to show a new file elsewhere
 
 
-def asked_sharding(deepspeed: DeepSpeedPlugin | None) -> str:
-    """Return what accelerate's configuration spreads over the processes: "none", "FSDP1", "FSDP2" or "ZeRO-n"."""
+def requested_sharding(deepspeed: DeepSpeedPlugin | None) -> str:
+    """Return how accelerate's configuration shards the model: "none", "FSDP1", "FSDP2" or "ZeRO-n"."""
     if deepspeed is not None:
         return f"ZeRO-{deepspeed.zero_stage}"
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return f"FSDP{FullyShardedDataParallelPlugin().fsdp_version}"
-    return WHOLE
+    return UNSHARDED
 
 
-def check_sharding(asked: str, *, storage: str | None, mixed: str | None) -> None:
+def check_distributed(settings: Settings) -> None:
+    """Refuse what accelerate's configuration requests and would go wrong, before anything slow starts."""
+    args, model = settings.training, settings.model
+    storage = (model.bnb_4bit_quant_storage or "uint8") if model.load_in_4bit else None
+    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    check_sharding(requested_sharding(args.deepspeed_plugin), storage=storage, mixed=mixed)
+
+
+def check_sharding(requested: str, *, storage: str | None, mixed: str | None) -> None:
     """Raise ValueError for a configuration of accelerate under which a run would go wrong, or save no adapter.
 
     Args:
-        asked: as `asked_sharding` returns it.
+        requested: as `requested_sharding` returns it.
         storage: dtype that the 4-bit weights are kept in; None without such weights.
         mixed: dtype of mixed precision; None without it.
     """
-    if asked == "ZeRO-3":
-        raise ValueError(f"zero_stage: expected 1 or 2, found 3; {FSDP2_FILE} spreads the weights too")
-    if asked == "FSDP1":
+    if requested == "ZeRO-3":
+        raise ValueError(f"zero_stage: expected 1 or 2, found 3; {FSDP2_FILE} shards the weights too")
+    if requested == "FSDP1":
         raise ValueError("fsdp_version: expected 2, found 1")
-    if asked != "FSDP2":
+    if requested != "FSDP2":
         return
     plugin = FullyShardedDataParallelPlugin()
     if plugin.cpu_ram_efficient_loading:
-        raise ValueError("fsdp_cpu_ram_efficient_loading: expected false; all but one would begin with empty weights")
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: expected false; true leaves all weights but process 0's empty"
+        )
     if plugin.state_dict_type.name != "FULL_STATE_DICT":
-        found = plugin.state_dict_type.name
-        raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {found}; no adapter would be saved")
+        name = plugin.state_dict_type.name
+        raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {name}; no adapter would be saved")
     if storage == "uint8" or (storage and mixed and storage != mixed):
         expected = mixed or "the recipe's dtype"
-        raise ValueError(f"bnb_4bit_quant_storage: FSDP2 needs {expected} to spread 4-bit weights, found {storage}")
+        raise ValueError(f"bnb_4bit_quant_storage: FSDP2 needs {expected} to shard 4-bit weights, found {storage}")
 
 
-def check_sharded(accelerator: Accelerator, asked: str) -> None:
-    """Raise ValueError unless the trainer's accelerator does what was asked for; on a CPU or alone it does not."""
+def shard_layers(decoder_layer: str) -> None:
+    """Tell accelerate to fetch the weights of one language layer at a time; before the trainer sets it up.
+
+    The vision tower is not divided: a process without an image in its batch does not call it, and the others would
+    wait for that process in each of its layers.
+    """
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = decoder_layer
+
+
+def check_sharded(accelerator: Accelerator, requested: str) -> None:
+    """Raise ValueError unless the trainer's accelerator shards as requested; on a CPU or alone it does not."""
     zero = accelerator.state.deepspeed_plugin
-    found = "FSDP2" if accelerator.is_fsdp2 else WHOLE if zero is None else f"ZeRO-{zero.zero_stage}"
-    if found != asked:
-        raise ValueError(f"accelerate's configuration: {asked} needs several GPUs, and {found} is on")
+    actual = "FSDP2" if accelerator.is_fsdp2 else UNSHARDED if zero is None else f"ZeRO-{zero.zero_stage}"
+    if actual != requested:
+        raise ValueError(f"accelerate's configuration: {requested} needs several GPUs, and {actual} is on")
+
+
+def prepare_output(output_dir: Path) -> None:
+    """Make the output folder and check that all processes can write to it, before anything slow starts."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir: cannot write to {output_dir}: {error.strerror}") from error
+    check_shared_folder(output_dir)
 
 
 def check_shared_folder(folder: Path) -> None:
@@ -81,7 +112,7 @@ def check_shared_folder(folder: Path) -> None:
 
 
 def _appears(path: Path) -> bool:
-    deadline = time.monotonic() + SEEN_WITHIN
+    deadline = time.monotonic() + FILE_TIMEOUT
     while not path.exists():
         if time.monotonic() > deadline:
             return False
@@ -89,14 +120,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def leave_together() -> None:
-    """Wait for all processes before one ends: what others still exchange with it would fail."""
+def barrier_and_shutdown() -> None:
+    """Wait for all processes before one ends: collective operations of the others would fail without it."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
-
-
-def check_processes(training_args: TrainingSettings, model_args: ModelConfig) -> None:
-    """Refuse what accelerate's configuration asks for and would go wrong, before anything slow starts."""
-    storage = (model_args.bnb_4bit_quant_storage or "uint8") if model_args.load_in_4bit else None
-    mixed = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else None
-    check_sharding(asked_sharding(training_args.deepspeed_plugin), storage=storage, mixed=mixed)

@@ -1,9 +1,14 @@
 """Which samples make a batch, in which order: the same for any number of processes."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
+import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from training.packing import pack_lengths, split_packs
 
@@ -11,7 +16,7 @@ WINDOW = 4096  # samples that are packed together
 
 
 class EpochOrder(Sampler[int]):
-    """The samples in an order of its own for each epoch and seed; accelerate and the trainer set the epoch."""
+    """The samples in an order that depends on seed and epoch alone; accelerate and the trainer set the epoch."""
 
     def __init__(self, size: int, *, seed: int, shuffle: bool = True):
         self.size, self.seed, self.shuffle, self.epoch = size, seed, shuffle, 0
@@ -29,11 +34,63 @@ class EpochOrder(Sampler[int]):
         return iter(order)
 
 
+class LengthGroupedOrder(EpochOrder):
+    """The same, with samples of similar length next to each other.
+
+    Args:
+        lengths: of the samples, tokens.
+        seed: of the order.
+        group: samples of one optimizer step in all processes, which get similar lengths.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, seed: int, group: int):
+        super().__init__(len(lengths), seed=seed)
+        self.lengths, self.group = lengths, group
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}-{self.epoch}").getrandbits(63))
+        return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+
+
+class PaddedSampler(Sampler[list[int]]):
+    """Batches for padding: consecutive samples of an order, the same ones in each step for any number of processes.
+
+    Process p of P takes batches p, p + P, ... The last samples of an epoch are shared evenly by all processes; where
+    there are fewer samples than processes, the first ones of the order are added, as accelerate does.
+
+    Args:
+        order: the samples' order.
+        batch_size: most samples in a batch.
+        processes: that share a step.
+        drop_last: leave out the last samples when they do not fill a batch in each process.
+    """
+
+    def __init__(self, order: EpochOrder, batch_size: int, *, processes: int = 1, drop_last: bool = False):
+        self.sampler, self.step, self.processes, self.drop_last = order, batch_size * processes, processes, drop_last
+
+    def __len__(self) -> int:
+        steps = len(self.sampler) / self.step
+        return self.processes * (math.floor(steps) if self.drop_last else math.ceil(steps))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        for start in range(0, len(self) // self.processes * self.step, self.step):
+            samples = order[start : start + self.step]
+            missing = max(0, self.processes - len(samples))
+            yield from split_evenly(samples + order[:missing], self.processes)
+
+
+def split_evenly(samples: list[int], parts: int) -> list[list[int]]:
+    """Return `samples` in consecutive parts whose sizes differ by at most one."""
+    borders = [len(samples) * part // parts for part in range(parts + 1)]
+    return [samples[start:end] for start, end in pairwise(borders)]
+
+
 class PackSampler(Sampler[list[int]]):
     """Batches of samples that fill a budget of tokens: what a batch sampler gives to a DataLoader.
 
-    Samples are packed in windows of the shuffled order, so that packs are full and yet other ones in each epoch. Every
-    epoch has the same number of packs, a multiple of `multiple`: where it has fewer, packs are split.
+    Samples are packed in windows of the shuffled order, so that packs are full and differ between epochs. Every epoch
+    has the same number of packs, a multiple of `multiple`: where it has fewer, packs are split.
 
     Args:
         lengths: of the samples, tokens.
@@ -77,7 +134,7 @@ class PackSampler(Sampler[list[int]]):
         yield from split_packs(self._pack(), self.count)
 
     def _pack(self) -> list[list[int]]:
-        """Pack window by window; what a window's emptiest pack holds goes on into the next window."""
+        """Pack window by window; the samples of a window's emptiest pack move to the next window."""
         order, packs, left = list(self.sampler), [], []
         for start in range(0, len(order), WINDOW):
             window = left + order[start : start + WINDOW]
@@ -88,3 +145,10 @@ class PackSampler(Sampler[list[int]]):
             random.Random(f"{self.sampler.seed}-{self.sampler.epoch}-{start}").shuffle(own)
             packs += own
         return packs
+
+
+def count_epochs(args: TrainingArguments, steps_per_epoch: int) -> int:
+    """Return how many epochs a run begins at most."""
+    if args.max_steps > 0:
+        return math.ceil(args.max_steps / steps_per_epoch) + 1
+    return math.ceil(args.num_train_epochs)

@@ -1,4 +1,4 @@
-"""What an experiment tracker is told of a run: its curves, settings, data and code; no path, no name of a machine."""
+"""Experiment trackers: they get a run's curves, settings, data and code; no path, no name of a machine."""
 
 import uuid
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from transformers.integrations import rewrite_logs
 from publishing.run_facts import add_facts, read_facts
 
 TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
-# What wandb would find out by itself: code, git remote, command line, folders, user and host.
-UNASKED = {
+# Switches off what wandb collects by itself: code, git remote, command line, folders, user and host.
+WANDB_PRIVACY = {
     **{"disable_code": True, "disable_git": True, "save_code": False, "console": "off", "silent": True},
-    **{"x_disable_meta": True, "x_disable_machine_info": True, "host": "not told", "program": "train_sft.py"},
+    **{"x_disable_meta": True, "x_disable_machine_info": True, "host": "not reported", "program": "train_sft.py"},
 }
 
 
@@ -36,18 +36,16 @@ class TrackCallback(TrainerCallback):
 
 
 def open_trackers(
-    names: Sequence[str], *, project: str, run_name: str | None, output_dir: Path, goes_on: bool, config: dict
+    names: Sequence[str], *, project: str, run_name: str | None, output_dir: Path, resumed: bool, config: dict
 ) -> list[GeneralTracker]:
-    """Start the trackers in the main process and tell them of the run; in other processes there are none.
-
-    The transformers' own callbacks tell them all settings, and with them the paths of this machine.
+    """Start the trackers in the main process with the run's facts; in other processes there are none.
 
     Args:
         names: of `TRACKERS`.
         project: that the run belongs to.
-        run_name: what people call it; the output folder's name when None.
+        run_name: its display name; the output folder's name when None.
         output_dir: where trackers keep their files.
-        goes_on: whether it is the run that the folder holds already, and not a new one.
+        resumed: whether the run in the folder is continued, and not a new one started.
         config: the run's facts; flat, JSON.
 
     Raises:
@@ -55,7 +53,7 @@ def open_trackers(
     """
     if not names or not PartialState().is_main_process:
         return []
-    run_id = (goes_on and read_facts(output_dir).get("run_id")) or uuid.uuid4().hex[:8]
+    run_id = (resumed and read_facts(output_dir).get("run_id")) or uuid.uuid4().hex[:8]
     add_facts(output_dir, run_id=run_id)
     run_name = f"{run_name or output_dir.resolve().name}-{run_id}"
     config = {
@@ -70,7 +68,7 @@ def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path,
         "trackio": {"run_name": project, "name": run_name, "resume": "allow", "private": True},
         "wandb": {
             "run_name": project, "name": run_name, "id": run_id, "resume": "allow", "dir": output_dir,
-            "settings": UNASKED,
+            "settings": WANDB_PRIVACY,
         },
     }  # fmt: skip
     try:
@@ -83,7 +81,7 @@ def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path,
 
 
 def code_commit(root: Path = Path(__file__).parents[1]) -> str | None:
-    """Return the commit that is checked out in a git folder, None when it is none."""
+    """Return the commit that is checked out in a folder, None when it is not a git repository."""
     git = root / ".git"
     with suppress(OSError):
         head = (git / "HEAD").read_text(encoding="utf-8").strip()

@@ -1,6 +1,5 @@
 """Several processes: one model learnt by all, the same data for all, other numbers of them, and sharded models."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,39 +19,28 @@ from data_prep import load_splits
 from helpers.runs import rows_of, train_args
 from training.checkpoints import read_manifest
 from training.distributed import check_sharding
+from training.samplers import EpochOrder
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = "adapter_model.safetensors"
 TOWER = {"freeze_vision_encoder": "false", "train_merger": "true"}
 PACKED = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
-FORMS = {"padded": {"train_sampling_strategy": "sequential"}, "packed": PACKED}
+FORMS = {"padded": {}, "packed": PACKED}
 FSDP2, ZERO2, NODES = (ROOT / "configs" / "accelerate" / f"{name}.yaml" for name in ("fsdp2", "zero2", "multi_node"))
 SHARDED = {"save_steps": 6, "max_steps": 12, "save_total_limit": 5, "bnb_4bit_quant_storage": "float32"}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-@pytest.fixture(scope="module")
-def train(tiny_base, mixed_data, tmp_path_factory):
-    """Run `train_sft.main` in several processes, each with its own settings, and return exit codes and outputs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "helpers" / "ranks.py"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    logs = tmp_path_factory.mktemp("logs")
+@pytest.fixture
+def train(fork_server, tiny_base, mixed_data):
+    """Run training in several processes, each with its own settings, and return exit codes and outputs."""
+    defaults = {"eval_strategy": "no", "max_steps": 20, "save_steps": 20, "per_device_train_batch_size": 1}
 
-    def run(out, *ranks, env=None, pretend=None, spoil=None):
-        log = logs / str(len(list(logs.iterdir())))
-        settings = {"eval_strategy": "no", "max_steps": 20, "save_steps": 20, "per_device_train_batch_size": 1}
-        words = [train_args(tiny_base, mixed_data, out, **{**settings, **rank}) for rank in ranks]
-        request = {"ranks": words, "env": env or {}, "pretend": pretend, "spoil": spoil, "log": str(log)}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        codes = json.loads(server.stdout.readline())
-        return codes, [Path(f"{log}.{rank}").read_text() for rank in range(len(ranks))]
+    def run(out, *ranks, **options):
+        words = [train_args(tiny_base, mixed_data, out, **{**defaults, **rank}) for rank in ranks]
+        return fork_server.run("train_sft", *words, **options)
 
-    yield run
-    server.stdin.close()
-    server.wait()
+    return run
 
 
 def done(result):
@@ -77,22 +65,32 @@ def test_two_processes_learn_as_one_although_one_of_them_sees_no_image(train, mi
     evaluated = [rows_of(tmp_path / name, "eval_loss") for name in ("one", "two")]  # a mean over batches, which differ
     torch.testing.assert_close(*map(torch.tensor, evaluated), atol=0.05, rtol=0)
     images = [bool(images) for images in load_splits(str(mixed_data))["train"]["image_sizes"]]
-    pairs = list(zip(images[::2], images[1::2], strict=False))
-    assert {(True, False), (False, False)} < set(pairs)
+    order = list(EpochOrder(len(images), seed=42))
+    pairs = {(images[a], images[b]) for a, b in zip(order[::2], order[1::2], strict=False)}
+    assert {(True, False), (False, False)} < pairs
 
 
-def test_a_blank_image_changes_no_loss_and_no_label(processor, demo_splits):
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_processes_with_half_the_batch_see_the_samples_of_one(train, tmp_path, strategy):
+    settings = {"train_sampling_strategy": strategy, "logging_steps": 1}
+    done(train(tmp_path / "one", {**settings, "per_device_train_batch_size": 4}))
+    half = {**settings, "per_device_train_batch_size": 2}
+    done(train(tmp_path / "two", half, half))
+    assert_same_curves(tmp_path / "one", tmp_path / "two", steps=20)
+
+
+def test_a_dummy_image_changes_no_loss_and_no_label(processor, demo_splits):
     example = {
         "id": "a",
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Melanoma."}],
     }
-    plain, blank = (VisionSFTCollator(processor, blanks=blanks)([example]) for blanks in (False, True))
+    plain, blank = (VisionSFTCollator(processor, dummy_image=dummy)([example]) for dummy in (False, True))
     assert "pixel_values" not in plain and len(blank["image_grid_thw"]) == 1
     width = plain["input_ids"].size(1)
     assert torch.equal(blank["labels"][:1, :width], plain["labels"]) and (blank["labels"][1:] == -100).all()
-    packed = VisionSFTCollator(processor, blanks=True, packed=True)([example])
-    assert packed["pack_offsets"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
-    with_image = VisionSFTCollator(processor, blanks=True)([demo_splits["train"][0], {**example, "images": []}])
+    packed = VisionSFTCollator(processor, dummy_image=True, packed=True)([example])
+    assert packed["text_cu_seqlens"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
+    with_image = VisionSFTCollator(processor, dummy_image=True)([demo_splits["train"][0], {**example, "images": []}])
     assert len(with_image["image_grid_thw"]) == 1
 
 
@@ -104,7 +102,7 @@ def test_a_process_with_other_data_is_named_before_training(train, mixed_data, t
     assert codes == [1, 1]
     for text in texts:
         [line] = [line for line in text.splitlines() if line.startswith("error")]
-        assert line.startswith("error: process 1: their order is '") and "in process 0; all machines need" in line
+        assert line.startswith("error: process 1: data.their order is '") and "in process 0; all machines need" in line
         assert "samples  " not in text
 
 
@@ -125,14 +123,14 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_with_three(train, tm
     codes, [text] = train(tmp_path / "one", {**settings, "gradient_accumulation_steps": 2})
     assert (
         codes == [1]
-        and "processes was 2 and is 1 now; gradient_accumulation_steps was 1 and is 2 now; take that" in text
+        and "processes was 2 and is 1 now; settings.gradient_accumulation_steps was 1 and is 2 now; undo that" in text
     )
     settings["allow_config_change"] = "true"
     [text] = done(train(tmp_path / "one", {**settings, "gradient_accumulation_steps": 2}))
-    assert "changed: processes was 2 and is 1 now" in text and "going on   at step" not in text
+    assert "changed: processes was 2 and is 1 now" in text and "resuming   at step" not in text
     assert_same_curves(tmp_path / "two", tmp_path / "one", steps=12)
     text, *others = done(train(tmp_path / "three", *[settings] * 3))
-    assert "going on   at step 6 of 12 with batches of 3; before, of 12 with batches of 2" in text
+    assert "resuming   at step 6 of 12 with batches of 3; before, of 12 with batches of 2" in text
     assert not any("changed" in other for other in others)
     rows = rows_of(tmp_path / "three", "loss", "learning_rate", "step")
     assert [row[2] for row in rows] == list(range(1, 13))
@@ -195,7 +193,7 @@ def test_gradients_that_are_not_finite_end_all_processes_of_a_sharded_model(trai
     sharded = {"env": fsdp_environment(), "pretend": "MULTI_GPU"}
     codes, texts = train(tmp_path / "out", SHARDED, SHARDED, spoil=8, **sharded)
     assert codes == [1, 1]
-    assert all("step 9: the gradients are not finite, and nothing of it was kept" in text for text in texts)
+    assert all("step 9: the gradients are not finite" in text for text in texts)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
@@ -210,7 +208,7 @@ def test_what_would_go_wrong_when_sharded_is_refused(monkeypatch):
     check_sharding("FSDP2", storage="bfloat16", mixed="bfloat16")
     check_sharding("FSDP2", storage=None, mixed="bfloat16")
     for storage in ("uint8", "float32"):
-        with pytest.raises(ValueError, match=f"FSDP2 needs bfloat16 to spread 4-bit weights, found {storage}"):
+        with pytest.raises(ValueError, match=f"FSDP2 needs bfloat16 to shard 4-bit weights, found {storage}"):
             check_sharding("FSDP2", storage=storage, mixed="bfloat16")
     with pytest.raises(ValueError, match="zero_stage: expected 1 or 2, found 3; configs/accelerate"):
         check_sharding("ZeRO-3", storage="uint8", mixed=None)

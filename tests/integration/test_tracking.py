@@ -12,8 +12,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 import train_sft
 from data_prep import fingerprint, load_splits
+from helpers.planted_secrets import FOLDER, SECRETS, TOKEN, USER
 from helpers.runs import train_args
-from helpers.secrets import FOLDER, SECRETS, TOKEN, USER
 from training.trackers import code_commit
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # it looks when it is imported, and never again

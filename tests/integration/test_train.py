@@ -21,9 +21,12 @@ from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
 from helpers.runs import train_args
-from models.loading import compile_layers, load_processor
+from models.loading import load_processor
 from publishing.run_facts import describe_base
+from training.build import build_model, build_trainer, decide_checkpointing
 from training.config import parse_config
+from training.data import load_data, open_processor
+from training.resume import describe_identity
 
 ADAPTER = "adapter_model.safetensors"
 SAMPLES = {"train": 32, "validation": 4, "test": 4}
@@ -49,24 +52,14 @@ def assert_same_weights(left, right):
 
 def make_trainer(base, data, out, **settings):
     """Do what `main` does up to the first step."""
-    data_args, training_args, model_args = parse_config(train_args(base, data, out, **settings))
-    processor = load_processor(
-        model_args.model_name_or_path, min_pixels=data_args.min_pixels, max_pixels=data_args.max_pixels
-    )
-    splits = train_sft.load_data(data_args, training_args)
-    splits["train"] = train_sft.draw_by_weight(splits["train"], training_args.seed)
-    lengths = train_sft.check_data(splits, processor, training_args)
-    base = describe_base(model_args.model_name_or_path, None)
-    shared = train_sft.describe_for_resuming(data_args, training_args, model_args, base, splits["train"])
-    pack_tokens, training_args.packing = data_args.pack_tokens if training_args.packing else None, False
-    torch.manual_seed(training_args.seed)
-    model = train_sft.build_model(data_args, model_args)
-    train_sft.decide_checkpointing(model, processor, splits["train"], training_args, lengths["train"], pack_tokens)
-    if training_args.compile_layers:
-        compile_layers(model)
-    return train_sft.build_trainer(
-        model, processor, splits, training_args, lengths, pack_tokens=pack_tokens, run=shared
-    )
+    settings = parse_config(train_args(base, data, out, **settings))
+    processor = open_processor(settings)
+    data = load_data(settings, processor)
+    identity = describe_identity(settings, describe_base(str(base), None), data.splits["train"])
+    torch.manual_seed(settings.training.seed)
+    model = build_model(settings)
+    recompute = decide_checkpointing(model, processor, data, settings)
+    return build_trainer(model, processor, data, settings, identity=identity, recompute=recompute)
 
 
 @pytest.mark.parametrize("vision", ["true", "false"])
@@ -326,11 +319,14 @@ def test_a_data_set_without_validation_is_refused_unless_evaluation_is_off(tiny_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_r": 8}, "lora_r was 4 and is 8 now; its weights do not fit"),
+        ({"lora_r": 8}, "settings.lora_r was 4 and is 8 now; its weights do not fit"),
         ({"freeze_vision_encoder": "false", "allow_config_change": "true"}, "its weights do not fit"),
-        ({"learning_rate": 0.5}, "learning_rate was 0.002 and is 0.5 now; take that back, or go on with --allow_"),
-        ({"load_in_4bit": "false"}, "load_in_4bit was True and is False now; take that back"),
-        ({"max_steps": 6}, "max_steps was 4 and is 6 now; take that back"),
+        (
+            {"learning_rate": 0.5},
+            "settings.learning_rate was 0.002 and is 0.5 now; undo that, or resume with --allow_",
+        ),
+        ({"load_in_4bit": "false"}, "settings.load_in_4bit was True and is False now; undo that"),
+        ({"max_steps": 6}, "settings.max_steps was 4 and is 6 now; undo that"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tiny_base, demo_data, tmp_path, capsys, settings, message):
@@ -346,7 +342,7 @@ def test_a_run_goes_on_with_other_settings_when_asked_to_and_says_what_changed(t
     train(tiny_base, demo_data, tmp_path)
     train(tiny_base, demo_data, tmp_path, max_steps=6, allow_config_change="true", report_to="none", save_steps=3)
     out = capsys.readouterr().out
-    assert "changed: max_steps was 4 and is 6 now" in out
+    assert "changed: settings.max_steps was 4 and is 6 now" in out
     assert metrics(tmp_path)[-1]["step"] == 6
 
 
@@ -358,7 +354,7 @@ def test_a_run_does_not_go_on_with_other_data(tiny_base, demo_data, tmp_path, ca
     args = train_args(tiny_base, tmp_path / "fewer", tmp_path / "run")
     assert run(lambda: train_sft.main(args)) == 1
     assert re.search(
-        r"checkpoint-4: their order was '\w+' and is '\w+' now; training samples", capsys.readouterr().err
+        r"checkpoint-4: data.their order was '\w+' and is '\w+' now; data.training samples", capsys.readouterr().err
     )
 
 
@@ -367,8 +363,8 @@ def test_auto_passes_over_a_broken_checkpoint_and_goes_on_from_the_one_before(ti
     (tmp_path / "checkpoint-4" / ADAPTER).write_bytes(b"half")
     assert_same_weights(expected, train(tiny_base, demo_data, tmp_path))
     out = capsys.readouterr().out
-    assert f"passed over checkpoint {tmp_path}/checkpoint-4: {ADAPTER} has 4 bytes instead of" in out
-    assert f"going on from {tmp_path}/checkpoint-2" in out
+    assert f"skipped checkpoint {tmp_path}/checkpoint-4: {ADAPTER} has 4 bytes instead of" in out
+    assert f"resuming from {tmp_path}/checkpoint-2" in out
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -380,7 +376,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_they_are_used(
     trainer = make_trainer(tiny_base, demo_data, tmp_path, **settings)
     spoil = SpoilAt(5)
     trainer.add_callback(spoil)
-    with pytest.raises(ValueError, match="step 5: the gradients are not finite, and nothing of it was kept") as caught:
+    with pytest.raises(ValueError, match="step 5: the gradients are not finite") as caught:
         trainer.train()
     [path] = tmp_path.glob("not_finite_step_*.json")
     left = json.loads(path.read_text())
@@ -426,7 +422,7 @@ def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_pa
     held, drawn = Counter(others["label"]), Counter(trainer.train_dataset["label"])
     assert held["vitiligo"] < drawn["vitiligo"]
     assert set(trainer.train_dataset["id"]) < set(others["id"])
-    assert "drawn by weight: an epoch sees" in capsys.readouterr().out
+    assert "sampled by weight: an epoch sees" in capsys.readouterr().out
     assert len(trainer.train_dataset) == len(others)
     assert trainer.eval_dataset["id"] == load_splits(str(tmp_path / "folds"))["fold_1"]["id"]
 

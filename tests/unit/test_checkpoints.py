@@ -1,4 +1,4 @@
-"""Which checkpoints count, what a run that goes on must have in common with them, and which are kept."""
+"""Which checkpoints count, what a run that resumes must have in common with them, and which are kept."""
 
 import random
 import re
@@ -6,9 +6,14 @@ import re
 import pytest
 
 from training.checkpoints import MANIFEST, choose_checkpoint, list_checkpoints, read_manifest, rotate, seal
-from training.resume import check_same_run
+from training.resume import check_resumable, differences
 
-RUN = {"settings": {"learning_rate": 0.1, "lora_r": 8}, "versions": {"torch": "2.15"}, "processes": 1}
+RUN = {
+    "settings": {"learning_rate": 0.1, "lora_r": 8},
+    "base": {"name": "base"},
+    "versions": {"torch": "2.15"},
+    "processes": 1,
+}
 FILES = {"adapter_model.safetensors": b"weights" * 40, "optimizer.pt": b"averages" * 40, "trainer_state.json": b"{}"}
 
 
@@ -44,14 +49,14 @@ def test_a_sealed_checkpoint_is_whole_and_says_whose_it_is(output_dir):
     assert not (output_dir / "checkpoint-10" / f"{MANIFEST}.unfinished").exists()
 
 
-def test_auto_takes_the_newest_whole_one_and_says_what_it_passed_over(output_dir):
+def test_auto_takes_the_newest_whole_one_and_says_what_it_skipped(output_dir):
     assert choose_checkpoint(output_dir, "auto") == (output_dir / "checkpoint-100", [])
     (output_dir / "checkpoint-100" / MANIFEST).unlink()
     (output_dir / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
-    chosen, passed_over = choose_checkpoint(output_dir, "auto")
+    chosen, skipped = choose_checkpoint(output_dir, "auto")
     assert chosen == output_dir / "checkpoint-5"
-    assert passed_over == [
-        f"checkpoint {output_dir}/checkpoint-100: no COMPLETE.json; it was not written to its end",
+    assert skipped == [
+        f"checkpoint {output_dir}/checkpoint-100: no COMPLETE.json; its save was not completed",
         f"checkpoint {output_dir}/checkpoint-10: adapter_model.safetensors has 4 bytes instead of 280",
     ]
 
@@ -127,28 +132,36 @@ def test_a_named_checkpoint_must_exist(output_dir):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "line"),
     [
-        ({"settings": {"learning_rate": 0.2, "lora_r": 8}}, "learning_rate was 0.1 and is 0.2 now"),
-        ({"settings": {"lora_r": 8}}, "learning_rate was 0.1 and is None now"),
-        ({"versions": {"torch": "2.16"}}, "torch was '2.15' and is '2.16' now"),
+        ({"settings": {"learning_rate": 0.2, "lora_r": 8}}, "settings.learning_rate was 0.1 and is 0.2 now"),
+        ({"settings": {"lora_r": 8}}, "settings.learning_rate was 0.1 and is None now"),
+        ({"versions": {"torch": "2.16"}}, "versions.torch was '2.15' and is '2.16' now"),
         ({"processes": 2}, "processes was 1 and is 2 now"),
+        ({"data": {"name": "x"}}, "data was None and is {'name': 'x'} now"),
     ],
 )
-def test_a_run_with_other_settings_goes_on_only_when_asked_to(output_dir, change, words):
+def test_a_run_with_other_settings_resumes_only_when_allowed_to(output_dir, capsys, change, line):
     path = output_dir / "checkpoint-10"
-    assert check_same_run(path, RUN, fixed=("lora_r",), allow_change=False) == []
-    with pytest.raises(
-        ValueError, match=f"checkpoint-10: {words}; take that back, or go on with --allow_config_change"
-    ):
-        check_same_run(path, {**RUN, **change}, fixed=("lora_r",), allow_change=False)
-    assert check_same_run(path, {**RUN, **change}, fixed=("lora_r",), allow_change=True) == [words]
+    check_resumable(path, RUN, allow_change=False)
+    check_resumable(None, {**RUN, **change}, allow_change=False)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=f"checkpoint-10: {re.escape(line)}; .* --allow_config_change"):
+        check_resumable(path, {**RUN, **change}, allow_change=False)
+    check_resumable(path, {**RUN, **change}, allow_change=True)
+    assert capsys.readouterr().out == f"changed: {line}\n"
 
 
-def test_weights_of_another_shape_are_refused_in_any_case(output_dir):
-    run = {**RUN, "settings": {"learning_rate": 0.1, "lora_r": 16}}
-    with pytest.raises(ValueError, match="lora_r was 8 and is 16 now; its weights do not fit"):
-        check_same_run(output_dir / "checkpoint-10", run, fixed=("lora_r",), allow_change=True)
+@pytest.mark.parametrize("allow_change", [True, False])
+@pytest.mark.parametrize("change", [{"settings": {"learning_rate": 0.1, "lora_r": 16}}, {"base": {"name": "other"}}])
+def test_weights_of_another_shape_are_refused_in_any_case(output_dir, change, allow_change):
+    with pytest.raises(ValueError, match=r"(settings\.lora_r was 8|base\.name was 'base').*; its weights do not fit"):
+        check_resumable(output_dir / "checkpoint-10", {**RUN, **change}, allow_change=allow_change)
+
+
+def test_differences_name_whole_paths():
+    before, now = {"base": {"name": "a"}, "data": {"name": 1, "x": 2}}, {"base": {"name": "b"}, "data": {"name": 1}}
+    assert list(differences(before, now)) == [("base.name", "a", "b"), ("data.x", 2, None)]
 
 
 def layout(rng, output_dir):

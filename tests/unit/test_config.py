@@ -5,7 +5,8 @@ import re
 import pytest
 
 from common.yaml_files import read_yaml
-from training.config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config
+from training.config import DEFAULT_RECIPE, RENAMED, parse_config
+from training.config_checks import ABOVE_ZERO, AT_LEAST, WITHOUT_EFFECT
 
 BASE = """
 dataset_path: data

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import eval_sft
 import train_sft
+from helpers.planted_secrets import COMMENT, FOLDER, PATIENT, PERSON, PLACE, SECRETS, TOKEN, USER
 from helpers.runs import train_args
-from helpers.secrets import COMMENT, FOLDER, PATIENT, PERSON, PLACE, SECRETS, TOKEN, USER
 from models.adapters import load_answering_model
 from models.loading import load_model
 from publishing import hub

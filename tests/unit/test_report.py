@@ -57,6 +57,6 @@ def test_a_full_disk_costs_a_picture_and_not_the_run(tmp_path, capsys):
     CurvesCallback().on_save(args, state, None)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line] == [
-        f"warning: {name} was not written: No such file or directory; training goes on"
+        f"warning: {name} was not written: No such file or directory; training continues"
         for name in ("metrics.jsonl", "training_metrics.png")
     ]

@@ -1,0 +1,26 @@
+"""Private interfaces of TRL and transformers that `training/compat.py` relies on."""
+
+import inspect
+
+import pytest
+from transformers import Trainer
+from trl import SFTTrainer
+
+pytestmark = pytest.mark.canary
+
+
+def test_the_trainer_saves_checkpoints_by_a_method_of_this_name_and_these_arguments():
+    for kind in (Trainer, SFTTrainer):
+        found = list(inspect.signature(kind._save_checkpoint).parameters)
+        assert found == ["self", "model", "trial"], (
+            f"{kind.__name__}._save_checkpoint takes {found}; see training/compat.py"
+        )
+    calls = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert "self._save_checkpoint(model, trial)" in calls, "transformers saves checkpoints in another way now"
+
+
+def test_trl_counts_tokens_in_the_attribute_that_a_resumed_run_sets():
+    source = inspect.getsource(SFTTrainer)
+    assert "self._total_train_tokens = 0" in source and "self._total_train_tokens +=" in source, (
+        "TRL counts tokens elsewhere now: set_token_count in training/compat.py has no effect"
+    )
