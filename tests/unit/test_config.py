@@ -30,7 +30,8 @@ def parse(tmp_path):
 
 def test_values_are_read_by_the_type_of_their_field(parse):
     data, training, model = parse(
-        "learning_rate: 2e-4\nweight_decay: .5e-1\nmax_length: null\nlora_target_modules: [q_proj, v_proj]\neval_strategy: no\n"
+        "learning_rate: 2e-4\nweight_decay: .5e-1\nmax_length: null\nlora_target_modules: [q_proj, v_proj]\n"
+        "eval_strategy: no\n"
         "gradient_checkpointing_kwargs: {use_reentrant: false}\nmax_pixels: 200704\nfreeze_vision_encoder: false\n"
     )
     assert (training.learning_rate, training.weight_decay) == (2e-4, 0.05)
