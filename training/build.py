@@ -33,9 +33,6 @@ def build_model(settings: Settings) -> PeftModel:
     check_targets(model, lora["target_modules"])
     model = get_peft_model(model, build_lora_config(model, **lora))
     check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
-    if settings.training.compile_layers:
-        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
-        compile_layers(model)
     return model
 
 
@@ -137,6 +134,9 @@ def build_trainer(
         identity: what a run that resumes from a checkpoint must have in common with this one.
         recompute: see `decide_checkpointing`.
     """
+    if settings.training.compile_layers:
+        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
+        compile_layers(model)
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
