@@ -28,10 +28,10 @@ from planning.estimates import (
     trained_bytes,
 )
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
-from training.config import Settings, TrainingSettings, lora_settings
 from training.data import sample_by_weight
 from training.lengths import SampleLengths, measure_lengths
 from training.memory_probe import SPARE
+from training.settings import Settings, TrainingSettings, lora_settings
 
 IMAGE_SHARE = 0.8  # of the tokens, if there is no data
 PLAN_NAMES = {  # by (quantised, checkpointing)

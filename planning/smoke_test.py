@@ -16,8 +16,8 @@ from models.lora import build_lora_config
 from planning.page import print_plan
 from planning.shapes import read_config
 from training.build import train_sampler
-from training.config import Settings, lora_settings
 from training.data import load_data, open_processor
+from training.settings import Settings, lora_settings
 
 LAYERS = 2
 VISION_WIDTH = 64  # of the tower's only head; divisible by 4, as rows and columns get a half each

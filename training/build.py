@@ -14,12 +14,12 @@ from common.console import print_rank0
 from models.loading import compile_layers, load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from training.callbacks import CurvesCallback, ProgressLine
-from training.config import Settings, TrainingSettings, lora_settings
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
+from training.settings import Settings, TrainingSettings, lora_settings
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 

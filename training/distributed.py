@@ -14,7 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from training.config import Settings
+from training.settings import Settings
 
 UNSHARDED = "none"
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"

@@ -352,6 +352,7 @@ def large_file(path: Path, size: int) -> int:
     return blocks * 10_000 + 1
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize(
     ("size", "most"),
     [(40_000_000, 80), pytest.param(2_000_000_000, 1_500, marks=pytest.mark.slow)],

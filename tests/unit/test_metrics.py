@@ -114,6 +114,7 @@ def test_silence_and_hedging_are_wrong_and_told():
     assert found["top_confusions"][0] == {"label": "acne", "answered": NONE, "count": 2}
 
 
+@pytest.mark.scale
 @pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy"])
 def test_intervals_cover_the_truth_in_93_to_97_of_100(name):
     """300 sets of 150 patients with one to three images, whose answers are right together or wrong together."""
