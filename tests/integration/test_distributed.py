@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -18,7 +19,7 @@ from collator import VisionSFTCollator
 from data_prep import load_splits
 from helpers.runs import rows_of, train_args
 from training.checkpoints import read_manifest
-from training.distributed import check_sharding
+from training.distributed import check_sharding, shard_layers
 from training.samplers import EpochOrder
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +221,13 @@ def test_what_would_go_wrong_when_sharded_is_refused(monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: expected false"):
         check_sharding("FSDP2", storage=None, mixed=None)
+
+
+def test_fsdp2_shards_the_layers_that_the_run_names(monkeypatch):
+    for key, value in {**fsdp_environment(), "FSDP_TRANSFORMER_CLS_TO_WRAP": "Other"}.items():
+        monkeypatch.setenv(key, value)
+    shard_layers("DecoderLayer")
+    assert FullyShardedDataParallelPlugin().transformer_cls_names_to_wrap == ["DecoderLayer"]
 
 
 @pytest.mark.parametrize("config", [FSDP2, ZERO2, NODES, ROOT / "accelerate_config.yaml"], ids=lambda path: path.stem)
