@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	@{ $(PIP_INSTALL) uv && \
-	   $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; } \
+	   $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock; } \
 	|| { echo "uv could not install requirements.lock: trying pip"; $(PIP_INSTALL) --require-hashes -r requirements.lock; } \
 	|| { echo "requirements.lock does not fit this machine: installing what requirements.txt allows"; \
 	     $(PIP_INSTALL) -r requirements.txt; }
