@@ -1,4 +1,4 @@
-"""Chat messages and images become tensors, and only the assistant's words become labels."""
+"""Chat messages and images become tensors; labels are the assistant's answers and nothing else."""
 
 from functools import partial
 from itertools import pairwise
@@ -12,13 +12,12 @@ from transformers import BaseImageProcessor, ProcessorMixin
 
 from data_prep.images import load_image
 from data_prep.records import IMAGE_MARKER, to_chat
+from models.families import Family, families_of
 
 IGNORED = -100  # PyTorch's ignore_index
-END_TOKEN = "<|im_end|>"
-ANSWER_HEADER = "<|im_start|>assistant\n"
-# An image that teaches nothing: no answer follows, so it has no labels and its gradients are zeros.
-BLANK = {
-    "id": "blank image",
+# Without an answer it has no labels, so its gradients are zeros.
+DUMMY_EXAMPLE = {
+    "id": "dummy image",
     "images": [Image.new("RGB", (28, 28))],
     "messages": [{"role": "user", "content": IMAGE_MARKER}],
 }
@@ -29,8 +28,8 @@ def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int)
 
     Args:
         input_ids: token ids, shape (B, T).
-        header_ids: ids of the text that opens an assistant turn, "<|im_start|>assistant\\n".
-        end_id: id of the token that closes a turn, "<|im_end|>".
+        header_ids: ids of the text before an answer, such as "<|im_start|>assistant\\n".
+        end_id: id of the token that ends a turn, such as "<|im_end|>".
 
     Returns:
         Shape (B, T): the token's id from the first token after each header to the next `end_id`, both included; -100
@@ -50,29 +49,28 @@ def build_labels(input_ids: torch.Tensor, *, header_ids: list[int], end_id: int)
 
 
 def mrope_positions(input_ids: torch.Tensor, grids: torch.Tensor, *, image_id: int, merge: int) -> torch.Tensor:
-    """Return one sample's positions in time, height and width, as the model's `get_rope_index` does.
+    """Return one sample's positions in time, height and width, equal to those of the model's `get_rope_index`.
 
     Args:
         input_ids: token ids, shape (T,).
         grids: patches of each image in time, height and width, shape (N, 3).
-        image_id: id of the token that stands for a piece of an image.
-        merge: patches a side that one token covers.
+        image_id: id of the token that an image consists of.
+        merge: side of the square of patches that one token covers.
 
     Returns:
-        Shape (3, T). Text counts up in all three rows; an image's tokens count its rows and columns from where the
-        text stopped, and the text after it goes on from the largest of them.
+        Shape (3, T). Text counts up in all three rows. An image's tokens have their rows and columns, counted from the
+        next position; the text after it continues from the largest of them.
     """
-    parts, after, done = [], 0, 0
-    starts = (input_ids == image_id).nonzero().flatten().tolist()
-    taken = 0
+    parts, position, done, used = [], 0, 0, 0
+    image_tokens = (input_ids == image_id).nonzero().flatten().tolist()
     for frames, height, width in grids.tolist():
-        start, shape = starts[taken], (frames, height // merge, width // merge)
-        parts.append(torch.arange(after, after + start - done).expand(3, -1))
-        after += start - done
-        parts.append(torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1) + after)
+        start, shape = image_tokens[used], (frames, height // merge, width // merge)
+        parts.append(torch.arange(position, position + start - done).expand(3, -1))
+        position += start - done
+        parts.append(torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij")).flatten(1) + position)
         size = shape[0] * shape[1] * shape[2]
-        after, done, taken = after + max(shape), start + size, taken + size
-    parts.append(torch.arange(after, after + len(input_ids) - done).expand(3, -1))
+        position, done, used = position + max(shape), start + size, used + size
+    parts.append(torch.arange(position, position + len(input_ids) - done).expand(3, -1))
     return torch.cat(parts, dim=1)
 
 
@@ -81,19 +79,23 @@ def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_pr
     return processor.apply_chat_template(to_chat(messages), add_generation_prompt=add_generation_prompt)
 
 
-def check_template(processor: ProcessorMixin) -> None:
-    """Raise ValueError unless the template asks for an answer by nothing but the header that labels start after.
+def find_family(processor: ProcessorMixin) -> Family:
+    """Return the family whose answer header is the generation prompt of the chat template.
 
-    Models that think before they answer are asked by more, which `build_labels` would take for a part of the answer.
+    Raises:
+        ValueError: the prompt is another one, as in models that think first: `build_labels` would supervise its end.
     """
     turn = [{"role": "user", "content": "?"}]
-    asked = render(processor, turn, add_generation_prompt=True).removeprefix(render(processor, turn))
-    if asked != ANSWER_HEADER:
-        raise ValueError(f"chat template: expected it to ask for an answer by {ANSWER_HEADER!r}, found {asked!r}")
+    prompt = render(processor, turn, add_generation_prompt=True).removeprefix(render(processor, turn))
+    families = {family.answer_header: family for family in families_of(processor)}
+    if prompt not in families:
+        expected = " or ".join(map(repr, families))
+        raise ValueError(f"chat template: expected the generation prompt {expected}, found {prompt!r}")
+    return families[prompt]
 
 
 def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
-    """Return a sample's images, upright, in RGB, at the size that the model sees.
+    """Return a sample's images, upright, in RGB, resized as the model needs them.
 
     Raises:
         ValueError: an image cannot be used; the message names the sample.
@@ -108,59 +110,60 @@ def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
 
 
 def fit_size(width: int, height: int, *, sizing: BaseImageProcessor) -> tuple[int, int]:
-    """Return the width and height, px, that the model sees an image at."""
+    """Return an image's width and height after resizing, px."""
     limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
     height, width = smart_resize(height, width, factor=sizing.patch_size * sizing.merge_size, **limits)
     return width, height
 
 
 def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """Return what the processor makes of resized images: `pixel_values` (P, D) and `image_grid_thw` (N, 3)."""
+    """Return `pixel_values` (P, D) and `image_grid_thw` (N, 3) of resized images, as the processor does."""
     patch, merge = sizing.patch_size, sizing.merge_size
     grids = torch.tensor([(1, image.height // patch, image.width // patch) for image in images])
     counts = grids.prod(dim=1).tolist()
     mean, std = (torch.tensor(x)[:, None] * (1 / sizing.rescale_factor) for x in (sizing.image_mean, sizing.image_std))
-    # Touching so much new memory takes longer than the arithmetic. NumPy asks for huge pages, which halves that.
+    # First access to so much new memory takes longer than the arithmetic. NumPy requests huge pages, which halves it.
     values = torch.from_numpy(np.empty((sum(counts), 3, sizing.temporal_patch_size, patch * patch), np.float32))
     for image, rows, (_, height, width) in zip(images, values.split(counts), grids.tolist(), strict=True):
         pixels = torch.from_numpy(np.array(image)).view(height // merge, merge, patch, width // merge, merge, patch, 3)
-        pixels = pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)  # by cell, patch, colour
-        rows.copy_(pixels.float().sub_(mean).div_(std).unsqueeze(2))  # a still image fills all frames of its patches
+        pixels = pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)  # by token, patch, colour
+        rows.copy_(pixels.float().sub_(mean).div_(std).unsqueeze(2))  # the same pixels in all frames of a patch
     return {"pixel_values": values.flatten(1), "image_grid_thw": grids}
 
 
 def expand_images(ids: list[int], tokens: list[int], *, image_id: int) -> torch.Tensor:
     """Return a text's ids with its n-th image token repeated `tokens[n]` times, shape (T,)."""
     row = torch.tensor(ids)
-    found = row == image_id
-    if (count := int(found.sum())) != len(tokens):
+    is_image = row == image_id
+    if (count := int(is_image.sum())) != len(tokens):
         raise ValueError(f"{count} image tokens in the text, expected {len(tokens)}")
-    return row.repeat_interleave(torch.ones_like(row).masked_scatter(found, torch.tensor(tokens, dtype=torch.long)))
+    repeats = torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long))
+    return row.repeat_interleave(repeats)
 
 
 def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
-    """Make the model's inputs from rendered texts and the examples' images, as the processor does but in fewer steps.
+    """Return the model's inputs for rendered texts and the examples' images, equal to the processor's but faster.
 
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, D), a row
-        for each patch, D = colours x frames x height x width (in Qwen2.5-VL 3 x 2 x 14 x 14), and `image_grid_thw`
+        for each patch, D = colours x frames x height x width (3 x 2 x 14 x 14, for example), and `image_grid_thw`
         (N, 3), in patches.
 
     Raises:
-        ValueError: an image cannot be used, or a text holds image tokens of its own; the message names the sample.
+        ValueError: an image cannot be used, or a text contains image tokens; the message names the sample.
     """
     tokenizer, sizing = processor.tokenizer, processor.image_processor
     image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    cell = (sizing.patch_size * sizing.merge_size) ** 2  # px^2 that one token covers
+    token_area = (sizing.patch_size * sizing.merge_size) ** 2  # px^2
     images, rows = [], []
     for example, ids in zip(examples, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
-        own = load_pixels(example, processor)
-        tokens = [image.width * image.height // cell for image in own]
+        pixels = load_pixels(example, processor)
+        tokens = [image.width * image.height // token_area for image in pixels]
         try:
             rows.append(expand_images(ids, tokens, image_id=image_id))
         except ValueError as error:
             raise ValueError(f"sample {example.get('id')!r}: {error}") from error
-        images += own
+        images += pixels
     pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
     input_ids = pad(rows, padding_value=tokenizer.pad_token_id)
     return {
@@ -172,40 +175,44 @@ def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *,
 
 
 class VisionSFTCollator:
-    """Make a batch for `SFTTrainer` from samples in the schema of `data_prep`.
+    """Makes a batch for `SFTTrainer` from samples in the schema of `data_prep`.
 
     Args:
-        processor: the model's processor; its chat template and its pixel limits are used as they are.
-        max_length: longest allowed sample, tokens. A longer one raises: a cut through an image's tokens is a crash,
-            and a cut through the answer leaves nothing to learn.
-        packed: put the samples behind each other into one row instead of padding them to rows of one length. The model
-            must keep them apart: `attention.use_varlen`, or SDPA, which reads their borders off the positions.
-        blanks: give a batch without images a row, or a sample of its row, with a blank image and no labels. Then every
-            batch takes the whole model: processes wait for each other's gradients of the vision tower.
+        processor: the model's processor; its chat template and pixel limits are used unchanged.
+        max_length: longest allowed sample, tokens. A longer one raises: truncated image tokens crash the model, and a
+            truncated answer leaves nothing to learn.
+        packed: concatenate the samples into one row instead of padding them to rows of one length. The model must keep
+            them apart: `attention.use_varlen`, or SDPA, which reads the boundaries from the positions.
+        dummy_image: add a sample with an empty image and no labels to a batch without images, so that each batch uses
+            all weights: processes wait for each other's gradients of the vision tower.
 
     Raises:
-        ValueError: a sample's markers, length or answers are wrong; the message names its id. Or the chat template
-            asks for answers that open in another way than those that are learnt.
+        ValueError: a sample's markers, length or answers are wrong; the message names its id. Or the generation prompt
+            of the chat template is not the header of the answers that are learnt.
     """
 
     def __init__(
-        self, processor: ProcessorMixin, *, max_length: int | None = None, packed: bool = False, blanks: bool = False
+        self,
+        processor: ProcessorMixin,
+        *,
+        max_length: int | None = None,
+        packed: bool = False,
+        dummy_image: bool = False,
     ):
-        check_template(processor)
+        family, tokenizer = find_family(processor), processor.tokenizer
         self.processor = processor
         self.max_length = max_length
         self.packed = packed
-        self.blanks = blanks
-        tokenizer = processor.tokenizer
-        self.header_ids = tokenizer.encode(ANSWER_HEADER, add_special_tokens=False)
-        self.end_id = tokenizer.convert_tokens_to_ids(END_TOKEN)
+        self.dummy_image = dummy_image
+        self.header_ids = tokenizer.encode(family.answer_header, add_special_tokens=False)
+        self.end_id = tokenizer.convert_tokens_to_ids(family.end_token)
         self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """Return a right-padded batch: what `encode` gives and `labels` (B, T). Packed: see `_pack`."""
+        """Return a right-padded batch: the tensors of `encode`, and `labels` (B, T). Packed: see `_pack`."""
         answered = len(examples)
-        if self.blanks and not any(example.get("images") for example in examples):
-            examples = [*examples, BLANK]
+        if self.dummy_image and not any(example.get("images") for example in examples):
+            examples = [*examples, DUMMY_EXAMPLE]
         texts = [self._render(example) for example in examples]
         batch = encode(self.processor, examples, texts, padding_side="right")
         self._check_lengths(batch, examples)
@@ -217,32 +224,33 @@ class VisionSFTCollator:
         """Return the samples of a padded batch as one row.
 
         Returns:
-            `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): each sample's own count of tokens, then time,
-            height and width; `pack_offsets` (B + 1), the samples' borders, and `pack_longest` for `varlen_attention`;
-            `pixel_values` and `image_grid_thw` as they are. There is no mask: one would hide the borders.
+            `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): tokens counted from each sample's start, then
+            time, height and width; `text_cu_seqlens` (B + 1), the samples' boundaries, and `text_max_seqlen` for
+            `varlen_attention`, which the vision tower would take for its own without "text_"; `pixel_values` and
+            `image_grid_thw` unchanged. There is no mask, as SDPA would then not look at the positions.
         """
         kept = batch.pop("attention_mask").bool()
         lengths = kept.sum(dim=1)
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
         row = {name: batch[name][kept][None] for name in ("input_ids", "labels")}
         grids = batch.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long)).split(
             [len(example.get("images") or []) for example in examples]
         )
-        settings = {"image_id": self.image_id, "merge": self.processor.image_processor.merge_size}
-        spans = list(pairwise(offsets.tolist()))
+        options = {"image_id": self.image_id, "merge": self.processor.image_processor.merge_size}
+        spans = list(pairwise(cu_seqlens.tolist()))
         mrope = [
-            mrope_positions(row["input_ids"][0, a:b], g, **settings) for (a, b), g in zip(spans, grids, strict=True)
+            mrope_positions(row["input_ids"][0, a:b], g, **options) for (a, b), g in zip(spans, grids, strict=True)
         ]
         counts = torch.cat([torch.arange(b - a) for a, b in spans])
         row["position_ids"] = torch.cat([counts[None], torch.cat(mrope, dim=1)])[:, None]
         images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-        return {**row, **images, "pack_offsets": offsets, "pack_longest": int(lengths.max())}
+        return {**row, **images, "text_cu_seqlens": cu_seqlens, "text_max_seqlen": int(lengths.max())}
 
     def _render(self, example: dict) -> str:
         markers = sum(message["content"].count(IMAGE_MARKER) for message in example["messages"])
         if markers != len(example.get("images") or []):
-            found = f"{markers} {IMAGE_MARKER} marker(s) for {len(example.get('images') or [])} image(s)"
-            raise ValueError(f"sample {example.get('id')!r}: {found}")
+            counts = f"{markers} {IMAGE_MARKER} marker(s) for {len(example.get('images') or [])} image(s)"
+            raise ValueError(f"sample {example.get('id')!r}: {counts}")
         return render(self.processor, example["messages"])
 
     def _check_lengths(self, batch: dict, examples: list[dict]) -> None:
@@ -256,15 +264,15 @@ class VisionSFTCollator:
                 raise ValueError(f"sample {example.get('id')!r}: {length} tokens, {image} of them image; {rule}")
 
     def _check_answers(self, labels: torch.Tensor, examples: list[dict]) -> None:
-        """A text that smuggles in turn tokens changes the number of answers."""
-        found = (labels == self.end_id).sum(dim=1).tolist()
-        for example, count in zip(examples, found, strict=True):
+        """Raise ValueError for a wrong number of answers, as when a text contains tokens of the chat template."""
+        ends = (labels == self.end_id).sum(dim=1).tolist()
+        for example, count in zip(examples, ends, strict=True):
             expected = sum(message["role"] == "assistant" for message in example["messages"])
             if count != expected or not expected:
                 raise ValueError(f"sample {example.get('id')!r}: {count} answers to learn from, expected {expected}")
 
 
 def collate_prompts(processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Make a left-padded batch for `generate`; each example's messages end with the user's turn."""
+    """Return a left-padded batch for `generate`; each example's messages end with the user's turn."""
     texts = [render(processor, example["messages"], add_generation_prompt=True) for example in examples]
     return encode(processor, examples, texts, padding_side="left")

@@ -1,8 +1,8 @@
-"""Say what a training run will take, in seconds, without a GPU and without the model's weights.
+"""Print memory, steps and time of a training run, in seconds, without a GPU and without the model's weights.
 
 python plan_run.py --config configs/skin.yaml --gpu 24
 
-Takes every option of train_sft.py; --gpu is the memory of yours, GB. Exit code 1 when the run does not fit it.
+Accepts every option of train_sft.py. Exit code 1 if the run does not fit the memory that --gpu gives, GB.
 """
 
 import argparse
@@ -22,15 +22,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="plan_run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gpu", type=float, help="memory of the GPU, GB")
     args, recipe = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    # A plan needs no GPU: the recipe is read as one for the CPU, which refuses fp16 and takes bf16.
-    settings = parse_config([*recipe, "--use_cpu", "true", "--fp16", "false"])
+    # A plan needs no GPU, so the recipe is read for a CPU, which accepts bf16 but not fp16.
+    settings = parse_config([*recipe, "--use_cpu", "true", "--fp16", "false"], prog=parser.prog)
     disable_progress_bars()
-    data_args, training_args, model_args = settings
-    on_hub = [name for name in (data_args.dataset_path, model_args.model_name_or_path) if not Path(name).exists()]
-    offline = bool(on_hub) and not is_reachable()
-    splits = find_data(data_args, training_args.seed, offline=offline)
-    processor = find_processor(data_args, model_args, offline=offline)
-    return print_plan(*settings, splits, processor, gpu=args.gpu, offline=offline)
+    sources = (settings.data.dataset_path, settings.model.model_name_or_path)
+    offline = not all(Path(source).exists() for source in sources) and not is_reachable()
+    splits, processor = find_data(settings, offline=offline), find_processor(settings, offline=offline)
+    return print_plan(settings, splits, processor, gpu=args.gpu, offline=offline)
 
 
 if __name__ == "__main__":

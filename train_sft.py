@@ -11,13 +11,14 @@ from datasets import disable_progress_bars
 from transformers import set_seed
 
 from common.console import print_rank0
-from models.loading import check_family
+from models.families import family_of
+from models.loading import load_config
 from planning.smoke_test import dry_run
 from publishing.run_facts import describe_base
 from training.build import build_model, build_trainer, decide_checkpointing
 from training.config import parse_config
 from training.data import load_data, open_processor
-from training.distributed import barrier_and_shutdown, check_distributed, prepare_output
+from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
 from training.run_record import describe_run, finish_card, start_trackers, write_facts, write_run_facts
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int | None:
     # Output folder, checkpoint and repository: what can be refused within a second
     prepare_output(settings.output_dir)
     checkpoint = choose_start(settings)
-    check_family(settings.model.model_name_or_path, revision=settings.model.model_revision)
+    family = family_of(load_config(settings.model.model_name_or_path, revision=settings.model.model_revision))
+    shard_layers(family.decoder_layer)
     repo_id = claim_repository(settings)
 
     # Data

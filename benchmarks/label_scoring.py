@@ -16,10 +16,11 @@ from datetime import date
 
 import torch
 
-from collator import END_TOKEN, encode, render
+from collator import encode, render
 from data_prep import load_splits
 from evaluation.generation import encode_prompts, score_answers
 from models.adapters import load_answering_model
+from models.families import family_of
 from models.loading import load_processor
 
 
@@ -30,7 +31,7 @@ def separately(model, processor, examples: list[dict], answers: list[list[str]])
     columns = []
     for own in zip(*answers, strict=True):
         texts = [
-            render(processor, example["messages"], add_generation_prompt=True) + text + END_TOKEN
+            render(processor, example["messages"], add_generation_prompt=True) + text + family_of(model).end_token
             for example, text in zip(examples, own, strict=True)
         ]
         batch = encode(processor, examples, texts, padding_side="right")

@@ -11,7 +11,7 @@ import random
 import time
 from datetime import date
 
-from training.packing import fill
+from training.packing import fill_rate
 from training.samplers import PackSampler
 
 COUNT = 1_000_000
@@ -27,7 +27,8 @@ def main() -> None:
         start = time.perf_counter()
         sampler = PackSampler(lengths, budget)
         took = time.perf_counter() - start
-        print(f"packs of {budget:>6}: {len(sampler):>8,} in {took:5.2f} s, {fill(sampler, lengths, budget):.1%} full")
+        filled = fill_rate(sampler, lengths, budget)
+        print(f"packs of {budget:>6}: {len(sampler):>8,} in {took:5.2f} s, {filled:.1%} full")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,21 @@
-"""A model of the family of two million random weights with its own tokenizer: the real classes, made in a second."""
+"""Makes a model of two million random weights with a tokenizer: the published classes, in a second."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    ProcessorMixin,
-    Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
-from trl.chat_template_utils import qwen2_5_vl_chat_template, qwen3_vl_chat_template
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin, Qwen2Tokenizer
+from trl import chat_template_utils
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # by their model_type
+from models.families import FAMILIES
+
+DEFAULT = "qwen2_5_vl"
 HEAD_SIZE = 32
 
-# The family's special tokens, in the order of Qwen2.5's tokenizer_config.json; the ids follow the small vocabulary.
+# In the order of Qwen2.5's tokenizer_config.json; the ids follow the small vocabulary.
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -34,7 +25,7 @@ ROLES = ("system", "user", "assistant", "You are a helpful assistant.")
 
 
 def build_tokenizer(texts: list[str], *, vocab_size: int = 512) -> Qwen2Tokenizer:
-    """Train a byte-level BPE of `vocab_size` tokens on `texts` and add the family's special tokens behind it."""
+    """Train a byte-level BPE of `vocab_size` tokens on `texts` and add the special tokens after it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -54,23 +45,20 @@ def build_tokenizer(texts: list[str], *, vocab_size: int = 512) -> Qwen2Tokenize
     return tokenizer
 
 
-def build_processor(texts: list[str], *, family: str = "qwen2_5_vl") -> ProcessorMixin:
-    """Return the family's processor (image sizing, chat template) around a small tokenizer."""
-    make, template = Qwen2_5_VLProcessor, qwen2_5_vl_chat_template
-    images, videos = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
-    if family == "qwen2_vl":
-        make = Qwen2VLProcessor  # its template is the same
-    elif family == "qwen3_vl":
-        make, template = Qwen3VLProcessor, qwen3_vl_chat_template
-        sizes = {"shortest_edge": 65536, "longest_edge": 16777216}
-        images = Qwen2VLImageProcessor(patch_size=16, size=sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        videos = Qwen3VLVideoProcessor()
-    parts = {"image_processor": images, "video_processor": videos, "tokenizer": build_tokenizer(texts)}
-    return make(**parts, chat_template=template)
+def build_processor(texts: list[str], *, family: str = DEFAULT) -> ProcessorMixin:
+    """Return the family's processor (image sizes, chat template) with a small tokenizer."""
+    kind = FAMILIES[family]
+    size = dict(zip(("shortest_edge", "longest_edge"), kind.pixel_limits, strict=True))
+    return kind.processor(
+        image_processor=kind.image_processor(patch_size=kind.token_side // 2, size=size, **kind.tiny_images),
+        video_processor=kind.video_processor(),
+        tokenizer=build_tokenizer(texts),
+        chat_template=getattr(chat_template_utils, f"{kind.chat_template}_chat_template"),
+    )
 
 
 def build_config(
-    tokenizer: Qwen2Tokenizer, *, hidden_size: int, num_layers: int, family: str = "qwen2_5_vl", tied: bool = False
+    tokenizer: Qwen2Tokenizer, *, hidden_size: int, num_layers: int, family: str = DEFAULT, tied: bool = False
 ) -> PreTrainedConfig:
     """Return the family's structure (M-RoPE, window attention or deepstack) with few and narrow layers.
 
@@ -78,47 +66,28 @@ def build_config(
         tokenizer: gives the vocabulary and the ids of its tokens.
         hidden_size: of language model and vision tower; a multiple of 64.
         num_layers: of the language model; at least 3 for Qwen3-VL, whose tower adds to the first two.
-        family: one of `FAMILIES`.
-        tied: let the LM head share the embeddings' weights, as the family's small models do.
+        family: a key of `FAMILIES`.
+        tied: let the LM head share the embeddings' weights, as in small published models.
     """
-    names = ("image", "video", "vision_start", "vision_end")
-    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(t) for n, t in zip(names, tokens, strict=True)}
-    text = text_settings(tokenizer, hidden_size, num_layers, family)
-    vision = vision_settings(hidden_size, family)
-    return AutoConfig.for_model(family, text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
-
-
-def text_settings(tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, family: str) -> dict:
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-    settings = {
+    kind, heads = FAMILIES[family], hidden_size // HEAD_SIZE
+    vision = {"depth": 2, "num_heads": heads, kind.output_key: hidden_size, **kind.tiny_vision(hidden_size)}
+    text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": hidden_size // HEAD_SIZE,
-        "num_key_value_heads": hidden_size // HEAD_SIZE // 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": rope,
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(kind.end_token),
         "bos_token_id": None,
         "pad_token_id": tokenizer.pad_token_id,
+        **copy.deepcopy(kind.tiny_text),
     }
-    if family == "qwen3_vl":
-        rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-        settings["head_dim"] = HEAD_SIZE
-    return settings
-
-
-def vision_settings(hidden_size: int, family: str) -> dict:
-    settings = {"depth": 2, "hidden_size": hidden_size, "num_heads": hidden_size // HEAD_SIZE}
-    if family == "qwen2_vl":
-        return {**settings, "embed_dim": hidden_size, "mlp_ratio": 2}
-    settings |= {"intermediate_size": 2 * hidden_size, "out_hidden_size": hidden_size}
-    if family == "qwen2_5_vl":
-        return {**settings, "fullatt_block_indexes": [1]}
-    # What its first two blocks see is added behind the first two layers of the language model.
-    return {**settings, "num_position_embeddings": 8 * 8, "deepstack_visual_indexes": [0, 1]}
+    names = ("image", "video", "vision_start", "vision_end")
+    tokens = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = {f"{n}_token_id": tokenizer.convert_tokens_to_ids(t) for n, t in zip(names, tokens, strict=True)}
+    return AutoConfig.for_model(family, text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
 
 
 def save_tiny_model(
@@ -128,16 +97,16 @@ def save_tiny_model(
     hidden_size: int = 128,
     num_layers: int = 4,
     seed: int = 0,
-    family: str = "qwen2_5_vl",
+    family: str = DEFAULT,
     tied: bool = False,
 ):
-    """Write a base model with its processor to `folder`, in the form that a Hub download has."""
+    """Write a base model with its processor to `folder`, with the files that a download from the Hub has."""
     torch.manual_seed(seed)
     processor = build_processor(texts, family=family)
     sizes = {"hidden_size": hidden_size, "num_layers": num_layers}
     config = build_config(processor.tokenizer, **sizes, family=family, tied=tied)
     model = AutoModelForImageTextToText.from_config(config)
-    # The head stays frozen: at its usual scale of 0.02 no adapter could make this narrow model sure of anything.
+    # The head stays frozen: with its default scale of 0.02, no adapter could give an answer a high probability.
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     model.generation_config.pad_token_id = config.text_config.pad_token_id
@@ -150,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--annotations", type=Path, required=True, help="the tokenizer learns from this file's texts")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser.add_argument("--family", choices=FAMILIES, default=DEFAULT)
     args = parser.parse_args()
     records = json.loads(args.annotations.read_text(encoding="utf-8"))
     texts = [turn["value"] for record in records for turn in record["conversations"]]

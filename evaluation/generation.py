@@ -6,7 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import ProcessorMixin, TextStreamer
 
-from collator import END_TOKEN, collate_prompts
+from collator import collate_prompts
+from models.families import family_of
 
 
 def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -62,7 +63,7 @@ def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def _score_chunk(model, tokenizer, inputs: dict, positions: torch.Tensor, prefix, answers: list[list[str]]):
     """Score K answers to each of B prompts, whose forward pass is `prefix`: (B, K)."""
     count, size = len(answers[0]), len(answers)
-    texts = [text + END_TOKEN for own in answers for text in own]
+    texts = [text + family_of(model).end_token for own in answers for text in own]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(inputs["input_ids"].device)
     cache = copy.deepcopy(prefix.past_key_values)
     cache.batch_repeat_interleave(count)

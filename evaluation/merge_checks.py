@@ -11,7 +11,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from data_prep.records import IMAGE_MARKER
 from evaluation.generation import encode_prompts
-from models.families import VISION
+from models.families import family_of
 from models.loading import load_model, load_processor
 
 # How far logits may lie from the adapter's, as a share of their spread. Adapter and merged model are one function that
@@ -94,7 +94,7 @@ def check(folder: Path, expected: Expected, processor: ProcessorMixin, targeted:
     check_weights(expected.digests, digest_weights(model), targeted)
     check_processor(processor, AutoProcessor.from_pretrained(folder))
     found = check_logits(expected, sample_logits(model, load_processor(str(folder))), TOLERANCE[dtype])
-    tower = "adapted" if any(name.startswith(VISION) for name in targeted) else "bit-identical"
+    tower = "adapted" if any(name.startswith(family_of(model).vision) for name in targeted) else "bit-identical"
     untouched = len(expected.digests) - len(targeted)
     print(f"{'weights':<10} {len(targeted)} merged, {untouched} bit-identical to the base's; vision tower {tower}")
     print(f"{'logits':<10} {found:.2%} from the adapter's; the adapter moved the base's by {expected.effect:.2%}")

@@ -1,4 +1,4 @@
-"""A trained adapter and its base, loaded as in training."""
+"""A trained adapter on its base model, which is loaded as in training."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from models.loading import load_model
 def load_answering_model(
     adapter: str | None, *, base: str | None = None, quantization: str = "auto", dtype: str | None = None
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model, as it was in training unless told otherwise, and the adapter on it.
+    """Load the base model, by default as in training, and the adapter on it.
 
     Args:
         adapter: folder or Hub id of an adapter; None for the base alone.
@@ -38,29 +38,29 @@ def load_answering_model(
 
 
 def decode_greedily(model: PreTrainedModel) -> None:
-    """Let `generate` take the likeliest token; it would mix in the family's defaults, which penalise repeated ones."""
-    own = model.generation_config
+    """Replace the published generation settings: they would also penalise repeated tokens."""
+    published = model.generation_config
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+        do_sample=False, eos_token_id=published.eos_token_id, pad_token_id=published.pad_token_id
     )
 
 
 def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | PeftModel, dict[str, str]]:
-    """Load several adapters over one base, and return the model and each adapter's path by its name in the model.
+    """Load several adapters on one base, and return the model and each adapter's path by its name in the model.
 
     Args:
         adapters: folders or Hub ids; none for the base alone.
         options: see `load_answering_model`.
 
     Raises:
-        ValueError: two adapters were trained on other bases, or on a base that was loaded otherwise.
+        ValueError: the adapters do not all have the same base, loaded in the same way.
     """
     model = load_answering_model(adapters[0] if adapters else None, **options)
     names = {"default": adapters[0]} if adapters else {}
-    wanted = _foundation(adapters[0], **options) if adapters else None
+    expected = _base_settings(adapters[0], **options) if adapters else None
     for number, adapter in enumerate(adapters[1:], start=1):
-        if (found := _foundation(adapter, **options)) != wanted:
-            raise ValueError(f"--adapter: {adapter} goes on {found}, and {adapters[0]} on {wanted}")
+        if (settings := _base_settings(adapter, **options)) != expected:
+            raise ValueError(f"--adapter: {adapter} has the base {settings}, and {adapters[0]} {expected}")
         names[f"adapter-{number}"] = adapter
         try:
             model.load_adapter(adapter, adapter_name=f"adapter-{number}")
@@ -69,16 +69,19 @@ def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | Pef
     return model, names
 
 
-def _foundation(adapter: str, *, base: str | None, quantization: str, dtype: str | None) -> dict:
+def _base_settings(adapter: str, *, base: str | None, quantization: str, dtype: str | None) -> dict:
     settings = loading_settings(adapter, base=base, quantization=quantization, dtype=dtype)
     return {"base": base or read_adapter_config(adapter).base_model_name_or_path, **settings}
 
 
 def loading_settings(adapter: str | None, *, base: str | None, quantization: str, dtype: str | None) -> dict:
-    """Return the keywords of `load_model`: what the adapter's run noted, changed by the options."""
+    """Return the keywords of `load_model`: those that the adapter's run recorded, changed by the options."""
     settings = read_run_facts(adapter) if adapter else {}
     if adapter and not settings and quantization == "auto":
-        print(f"{adapter} does not say how its base was loaded; taking 16 bit (--quantization)", file=sys.stderr)
+        print(
+            f"{adapter} does not say how its base was loaded; using 16 bit (--quantization changes it)",
+            file=sys.stderr,
+        )
     settings = {"quantization": None, "dtype": "bfloat16", **settings}
     if quantization != "auto":
         settings["quantization"] = None if quantization == "none" else quantization
@@ -93,7 +96,7 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     """Return an adapter's configuration.
 
     Raises:
-        ValueError: there is no adapter, or its weights are not in safetensors, which hold tensors and nothing else.
+        ValueError: there is no adapter, or its weights are not in safetensors, a format that can hold no code.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -105,18 +108,18 @@ def read_adapter_config(adapter: str) -> PeftConfig:
 
 
 def read_run_facts(adapter: str) -> dict:
-    """Return the keywords of `load_model` that `train_sft.py` noted; none for adapters from elsewhere."""
-    found = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
+    """Return the keywords of `load_model` that `train_sft.py` recorded; none for adapters from elsewhere."""
+    path = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
     try:
-        return json.loads(found.read_text(encoding="utf-8")) if found else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path else {}
     except ValueError as error:
-        raise ValueError(f"{found}: not JSON: {error}") from error
+        raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def find_file(adapter: str, name: str, *elsewhere: str) -> Path | None:
-    """Return the file of an adapter, a folder (the first that is there) or a repository of the Hub."""
+def find_file(adapter: str, *names: str) -> Path | None:
+    """Return the first of these files that an adapter's folder has, or the first name from a Hub repository."""
     if Path(adapter).is_dir():
-        return next((path for n in (name, *elsewhere) if (path := Path(adapter) / n).is_file()), None)
-    with suppress(OSError, ValueError):  # not there, or no network: the caller says what that means
-        return Path(hf_hub_download(adapter, name))
+        return next((path for name in names if (path := Path(adapter) / name).is_file()), None)
+    with suppress(OSError, ValueError):  # no such file, or no network: the caller reports what that means
+        return Path(hf_hub_download(adapter, names[0]))
     return None

@@ -1,68 +1,184 @@
-"""The model families: everything in which they differ."""
+"""The model families and everything in which they differ: `FAMILIES[config.model_type]`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from transformers import (
+    AutoConfig,
+    BaseImageProcessor,
+    BaseVideoProcessor,
     PreTrainedConfig,
-    Qwen2_5_VLConfig,
+    PreTrainedModel,
+    ProcessorMixin,
     Qwen2_5_VLProcessor,
-    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Qwen3VLConfig,
+    Qwen2VLVideoProcessor,
     Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
-FAMILY = {Qwen2VLConfig: "Qwen2-VL", Qwen2_5_VLConfig: "Qwen2.5-VL", Qwen3VLConfig: "dense Qwen3-VL"}
-PROCESSORS = (Qwen2VLProcessor, Qwen2_5_VLProcessor, Qwen3VLProcessor)
+# The numbers in `Family.shapes`, by their names in config.json; the last entry there is tie_word_embeddings.
+TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+TEXT_SIZES += ("num_key_value_heads", "vocab_size")
 
-# Module paths of the family, from the top model. Patterns are matched against the whole path: a bare "gate_proj" would
-# adapt the vision tower's layers too, which carry the same names.
-LANGUAGE_LAYERS = "model.language_model.layers."
-VISION = "model.visual."
-VISION_BLOCKS = VISION + "blocks."
-MERGERS = (VISION + "merger.", VISION + "deepstack_merger_list.")  # Qwen3-VL's second leads into its first layers
-KEPT_IN_16_BIT = ["model.visual", "lm_head"]  # "visual" alone would match nothing: bitsandbytes anchors its patterns
 
-KINDS = {name.removeprefix("dense "): kind for kind, name in FAMILY.items()}
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family of models apart.
 
-# From each model's public config.json: hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-# num_key_value_heads, vocab_size, tie_word_embeddings; and what is its own in the vision tower.
+    Module paths are prefixes, counted from the top model. Patterns must match the complete path: a bare "gate_proj"
+    would also adapt the vision tower, whose layers have the same names.
+
+    Attributes:
+        name: in messages.
+        processor: class of the processor; families may share one.
+        decoder_layer: class name of a language layer.
+        token_side: side of the square of pixels that one token covers.
+        pixel_limits: smallest and largest image area of the published processors, px^2.
+        shapes: published models: `TEXT_SIZES` and whether the embeddings are tied; settings of the vision tower.
+        output_key: name in the vision configuration of the width that the tower hands to the language model.
+        tiny_vision: settings of a small vision tower of two blocks, from its width.
+        tiny_text: settings of a small language model with heads of 32.
+        tiny_images: settings of the image processor of a small model.
+        chat_template: name in TRL of the published chat template.
+        image_processor: class that a small model's processor gets.
+        video_processor: as `image_processor`.
+        special_layers: first language layers that also receive features of the tower.
+        unquantized: modules that NF4 leaves alone; bitsandbytes matches complete paths ("visual" would match none).
+        answer_header: what the chat template writes before an answer.
+        end_token: ends a turn.
+    """
+
+    name: str
+    processor: type[ProcessorMixin]
+    decoder_layer: str
+    token_side: int
+    pixel_limits: tuple[int, int]
+    shapes: dict[str, tuple[tuple, dict]]
+    output_key: str = "out_hidden_size"
+    tiny_vision: Callable[[int], dict]
+    tiny_text: dict
+    tiny_images: dict
+    chat_template: str
+    image_processor: type[BaseImageProcessor] = Qwen2VLImageProcessor
+    video_processor: type[BaseVideoProcessor] = Qwen2VLVideoProcessor
+    special_layers: int = 0
+    language_layers: str = "model.language_model.layers."
+    vision: str = "model.visual."
+    vision_blocks: str = "model.visual.blocks."
+    mergers: tuple[str, ...] = ("model.visual.merger.",)
+    unquantized: tuple[str, ...] = ("model.visual", "lm_head")
+    answer_header: str = "<|im_start|>assistant\n"
+    end_token: str = "<|im_end|>"
+
+
+_QWEN2_TINY = {
+    "tiny_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}},
+    "tiny_images": {},
+    "chat_template": "qwen2_5_vl",
+}
+_QWEN3_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+_TOWER_3420 = {"hidden_size": 1280, "intermediate_size": 3420}
+_TOWER_3456 = {"hidden_size": 1280, "intermediate_size": 3456}
 _SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 _LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
-TABLE = {
-    "Qwen2-VL-2B": ((1536, 8960, 28, 12, 2, 151936, True), {}),
-    "Qwen2-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), {}),
-    "Qwen2-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), {}),
-    "Qwen2.5-VL-3B": ((2048, 11008, 36, 16, 2, 151936, True), {"intermediate_size": 3420}),
-    "Qwen2.5-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), {"intermediate_size": 3420}),
-    "Qwen2.5-VL-32B": ((5120, 27648, 64, 40, 8, 152064, False), {"intermediate_size": 3456}),
-    "Qwen2.5-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), {"intermediate_size": 3456}),
-    "Qwen3-VL-2B": ((2048, 6144, 28, 16, 8, 151936, True), _SMALL_TOWER),
-    "Qwen3-VL-4B": ((2560, 9728, 36, 32, 8, 151936, True), _SMALL_TOWER),
-    "Qwen3-VL-8B": ((4096, 12288, 36, 32, 8, 151936, False), _LARGE_TOWER),
-    "Qwen3-VL-32B": ((5120, 25600, 64, 64, 8, 151936, False), _LARGE_TOWER),
+
+FAMILIES = {
+    "qwen2_vl": Family(
+        name="Qwen2-VL",
+        processor=Qwen2VLProcessor,
+        decoder_layer="Qwen2VLDecoderLayer",
+        token_side=28,
+        pixel_limits=(3136, 12845056),
+        shapes={
+            "Qwen2-VL-2B": ((1536, 8960, 28, 12, 2, 151936, True), {}),
+            "Qwen2-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), {}),
+            "Qwen2-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), {}),
+        },
+        output_key="hidden_size",
+        tiny_vision=lambda width: {"embed_dim": width, "mlp_ratio": 2},
+        **_QWEN2_TINY,
+    ),
+    "qwen2_5_vl": Family(
+        name="Qwen2.5-VL",
+        processor=Qwen2_5_VLProcessor,
+        decoder_layer="Qwen2_5_VLDecoderLayer",
+        token_side=28,
+        pixel_limits=(3136, 12845056),
+        shapes={
+            "Qwen2.5-VL-3B": ((2048, 11008, 36, 16, 2, 151936, True), _TOWER_3420),
+            "Qwen2.5-VL-7B": ((3584, 18944, 28, 28, 4, 152064, False), _TOWER_3420),
+            "Qwen2.5-VL-32B": ((5120, 27648, 64, 40, 8, 152064, False), _TOWER_3456),
+            "Qwen2.5-VL-72B": ((8192, 29568, 80, 64, 8, 152064, False), _TOWER_3456),
+        },
+        tiny_vision=lambda width: {"hidden_size": width, "intermediate_size": 2 * width, "fullatt_block_indexes": [1]},
+        **_QWEN2_TINY,
+    ),
+    "qwen3_vl": Family(
+        name="dense Qwen3-VL",
+        processor=Qwen3VLProcessor,
+        decoder_layer="Qwen3VLTextDecoderLayer",
+        token_side=32,
+        pixel_limits=(65536, 16777216),
+        shapes={
+            "Qwen3-VL-2B": ((2048, 6144, 28, 16, 8, 151936, True), _SMALL_TOWER),
+            "Qwen3-VL-4B": ((2560, 9728, 36, 32, 8, 151936, True), _SMALL_TOWER),
+            "Qwen3-VL-8B": ((4096, 12288, 36, 32, 8, 151936, False), _LARGE_TOWER),
+            "Qwen3-VL-32B": ((5120, 25600, 64, 64, 8, 151936, False), _LARGE_TOWER),
+        },
+        tiny_vision=lambda width: {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_position_embeddings": 8 * 8,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tiny_text={"rope_parameters": _QWEN3_ROPE, "head_dim": 32},
+        tiny_images={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        chat_template="qwen3_vl",
+        video_processor=Qwen3VLVideoProcessor,
+        special_layers=3,
+        mergers=("model.visual.merger.", "model.visual.deepstack_merger_list."),
+    ),
 }
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-NAMES += ("num_key_value_heads", "vocab_size")
+NAMES = ", ".join(family.name for family in FAMILIES.values())
 
 
-def tabled_config(name: str) -> PreTrainedConfig:
-    """Return the configuration of a model of `TABLE`, as far as shapes depend on it."""
-    (*sizes, tied), tower = TABLE[name]
-    text, tower = dict(zip(NAMES, sizes, strict=True)), dict(tower)
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    kind = KINDS[name.rsplit("-", 1)[0]]
-    tower["hidden_size" if kind is Qwen2VLConfig else "out_hidden_size"] = text["hidden_size"]
-    if kind is KINDS["Qwen2.5-VL"]:
-        tower["hidden_size"] = 1280
-    return kind(text_config=text, vision_config=tower, tie_word_embeddings=tied)
+def family_of(model: PreTrainedModel | PreTrainedConfig) -> Family:
+    """Return the family of a model, with or without an adapter, or of a configuration.
+
+    Raises:
+        ValueError: it belongs to none.
+    """
+    kind = getattr(model, "config", model).model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"expected a model of {NAMES}; its model_type is {kind}")
+    return FAMILIES[kind]
 
 
-# What the vision towers of the family call their sizes.
-TOWERS = {
-    "qwen2_vl": lambda text, head: {"embed_dim": head, "hidden_size": text},
-    "qwen2_5_vl": lambda text, head: {
-        "hidden_size": head, "intermediate_size": head, "out_hidden_size": text, "fullatt_block_indexes": [1],
-    },
-    "qwen3_vl": lambda text, head: {
-        "hidden_size": head, "intermediate_size": head, "out_hidden_size": text, "deepstack_visual_indexes": [0],
-    },
-}  # fmt: skip
+def families_of(processor: ProcessorMixin) -> list[Family]:
+    """Return the families whose processor has this class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if families := [family for family in FAMILIES.values() if isinstance(processor, family.processor)]:
+        return families
+    raise ValueError(f"expected a model of {NAMES}; its processor is a {type(processor).__name__}")
+
+
+def published_config(name: str) -> PreTrainedConfig | None:
+    """Return the configuration of a published model as far as shapes depend on it; None for an unknown name.
+
+    Args:
+        name: as in `Family.shapes`, with or without "Qwen/" and "-Instruct".
+    """
+    name = name.removeprefix("Qwen/").removesuffix("-Instruct")
+    for model_type, family in FAMILIES.items():
+        if name in family.shapes:
+            (*sizes, tied), vision = family.shapes[name]
+            text = dict(zip(TEXT_SIZES, sizes, strict=True))
+            text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+            vision = {**vision, family.output_key: text["hidden_size"]}
+            return AutoConfig.for_model(model_type, text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return None

@@ -1,4 +1,4 @@
-"""Loading processor and base model: which weights, in which precision, and the checks that it is really so."""
+"""Loading the processor and the base model, and checking that layers have the requested precision."""
 
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from transformers import (
     AutoProcessor,
     BaseImageProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.attention import VARLEN, use_varlen
-from models.families import FAMILY, KEPT_IN_16_BIT, LANGUAGE_LAYERS, PROCESSORS
+from models.compat import keep_trainable_on_cpu
+from models.families import Family, families_of, family_of
 
 
 def load_processor(
@@ -32,13 +34,13 @@ def load_processor(
 
     Args:
         model_name_or_path: Hub id or local folder of a model or an adapter.
-        min_pixels: smallest image area after resizing, px^2; the model's own when None.
-        max_pixels: largest image area after resizing, px^2; the model's own when None.
+        min_pixels: smallest image area after resizing, px^2; the model's default when None.
+        max_pixels: largest image area after resizing, px^2; the model's default when None.
         revision: Hub branch, tag or commit.
-        local_files_only: do not ask the Hub for what is not here yet.
+        local_files_only: download nothing.
 
     Raises:
-        ValueError: no processor there or another family's, or the limits contradict each other or are too small.
+        ValueError: no processor there or one of an unknown family, or the limits are too small or contradictory.
     """
     try:
         processor = AutoProcessor.from_pretrained(
@@ -46,14 +48,11 @@ def load_processor(
         )
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("processor", model_name_or_path, error)) from error
-    if not isinstance(processor, PROCESSORS):
-        raise ValueError(_of_another_family(model_name_or_path, f"its processor is a {type(processor).__name__}"))
-    _check_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
-    size = processor.image_processor.size
-    shortest, longest = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
-    if shortest > longest:
-        raise ValueError(f"min_pixels {shortest} is above max_pixels {longest}")
-    processor.image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+    try:
+        families_of(processor)
+    except ValueError as error:
+        raise ValueError(f"{model_name_or_path!r}: {error}") from error
+    _set_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
     processor.tokenizer.padding_side = "right"
     return processor
 
@@ -63,36 +62,43 @@ def _not_found(what: str, name: str, error: Exception) -> str:
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
 
 
-def _of_another_family(name: str, found: str) -> str:
-    return f"{name!r}: expected a model of {', '.join(FAMILY.values())}; {found}"
-
-
-def _check_limits(sizing: BaseImageProcessor, **limits: int | None) -> None:
-    """Raise ValueError for a limit under the area of one token, which would be ignored, or leave no token."""
+def _set_limits(sizing: BaseImageProcessor, *, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Set the pixel limits. One under the area of a token would be ignored, or leave no token, and so raises."""
     least = (sizing.patch_size * sizing.merge_size) ** 2
-    for name, limit in limits.items():
+    for name, limit in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items():
         if limit is not None and limit < least:
             raise ValueError(f"{name}: expected at least {least}, the area of one token, found {limit}")
+    shortest, longest = min_pixels or sizing.size["shortest_edge"], max_pixels or sizing.size["longest_edge"]
+    if shortest > longest:
+        raise ValueError(f"min_pixels {shortest} is above max_pixels {longest}")
+    sizing.size = {"shortest_edge": shortest, "longest_edge": longest}
 
 
-def check_family(model_name_or_path: str, *, revision: str | None = None) -> None:
-    """Read the model's configuration, and no weights, and see that its class is one that this code knows.
+def load_config(
+    model_name_or_path: str, *, revision: str | None = None, local_files_only: bool = False
+) -> PreTrainedConfig:
+    """Load the configuration of a base model, without its weights.
 
     Args:
         model_name_or_path: Hub id or local folder.
         revision: Hub branch, tag or commit.
+        local_files_only: download nothing.
 
     Raises:
-        ValueError: no model there, an adapter, or a model of another family.
+        ValueError: no model there, an adapter, or a model of an unknown family.
     """
     if (Path(model_name_or_path) / "adapter_config.json").is_file():
         raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")
+    options = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
-    if type(config) not in FAMILY:
-        raise ValueError(_of_another_family(model_name_or_path, f"its model_type is {config.model_type}"))
+    try:
+        family_of(config)
+    except ValueError as error:
+        raise ValueError(f"{model_name_or_path!r}: {error}") from error
+    return config
 
 
 def load_model(
@@ -111,44 +117,48 @@ def load_model(
     Args:
         model_name_or_path: Hub id or local folder.
         quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`.
-        dtype: of everything else, and of the arithmetic. A CPU always computes in float32.
-        double_quant: quantise NF4's own scales too, which saves 0.4 bit a weight.
+        dtype: of all other weights, and of the arithmetic. A CPU always computes in float32.
+        double_quant: quantise NF4's scales too, which saves 0.4 bit a weight.
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
         revision: Hub branch, tag or commit.
-        keep_dtype: take `dtype` on a CPU too: for weights that will be saved.
-        quant_storage: dtype that NF4's bits are kept in, "uint8" or `dtype`: FSDP2 shards what is of a float dtype.
+        keep_dtype: use `dtype` on a CPU too: for weights that will be saved.
+        quant_storage: dtype that holds NF4's bits, "uint8" or `dtype`: FSDP2 shards float dtypes only.
 
     Raises:
-        ValueError: no model there or another family's, an unknown quantization, or layers came out in another
-            precision than asked.
+        ValueError: no model there or one of an unknown family, an unknown quantization, or a layer has another
+            precision than requested.
     """
     if quantization not in ("nf4", None):
         raise ValueError(f"quantization: expected 'nf4' or None, found {quantization!r}")
-    check_family(model_name_or_path, revision=revision)
+    family = family_of(load_config(model_name_or_path, revision=revision))
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
-    storage = torch.uint8 if quant_storage == "uint8" else dtype
-    config = quantization_config(dtype, double_quant=double_quant, storage=storage) if quantization else None
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_name_or_path, revision=revision, dtype=dtype, quantization_config=config,
-            attn_implementation=None if attn_implementation == VARLEN else attn_implementation,
-            device_map={"": device}, use_safetensors=True,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found("model", model_name_or_path, error)) from error
-    except ImportError as error:
-        raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
+    options = {"revision": revision, "dtype": dtype, "device_map": {"": device}}
+    if quantization:
+        storage = torch.uint8 if quant_storage == "uint8" else dtype
+        options["quantization_config"] = nf4_config(family, dtype, double_quant=double_quant, storage=storage)
+    if attn_implementation != VARLEN:
+        options["attn_implementation"] = attn_implementation
+    model = _load_weights(model_name_or_path, options)
     check_quantized(model, quantized=quantization is not None)
     if attn_implementation == VARLEN:
         use_varlen(model)
     if device.type == "cpu":
-        _keep_trainable_on_cpu(model)
+        keep_trainable_on_cpu(model)
     return model
 
 
+def _load_weights(name: str, options: dict) -> PreTrainedModel:
+    try:
+        return AutoModelForImageTextToText.from_pretrained(name, **options, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("model", name, error)) from error
+    except ImportError as error:
+        raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: float32 on a CPU, else as asked ("auto": bfloat16, as the family is stored).
+    """Return the dtype to compute in: float32 on a CPU, else the requested one ("auto": bfloat16, as published).
 
     Raises:
         ValueError: the GPU has no bfloat16.
@@ -162,8 +172,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return dtype
 
 
-def quantization_config(
-    dtype: torch.dtype, *, double_quant: bool = True, storage: torch.dtype = torch.uint8
+def nf4_config(
+    family: Family, dtype: torch.dtype, *, double_quant: bool = True, storage: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig:
     """Return NF4 for the language model's linear layers; vision tower, merger and LM head stay in `dtype`."""
     return BitsAndBytesConfig(
@@ -172,7 +182,7 @@ def quantization_config(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
-        llm_int8_skip_modules=KEPT_IN_16_BIT,
+        llm_int8_skip_modules=list(family.unquantized),
     )
 
 
@@ -183,28 +193,21 @@ def linear_names(model: torch.nn.Module, prefix: str | tuple[str, ...] = "") -> 
 
 
 def check_quantized(model: PreTrainedModel, *, quantized: bool) -> None:
-    """Raise ValueError unless exactly the language model's linear layers are in 4 bit (or none, as asked)."""
-    linear = linear_names(model)
-    found = {name for name in linear if isinstance(model.get_submodule(name), Linear4bit)}
-    expected = set(linear_names(model, LANGUAGE_LAYERS)) if quantized else set()
+    """Raise ValueError unless exactly the language model's linear layers are in 4 bit (none if not `quantized`)."""
+    in_4_bit = {name for name in linear_names(model) if isinstance(model.get_submodule(name), Linear4bit)}
+    prefix = family_of(model).language_layers
+    expected = set(linear_names(model, prefix)) if quantized else set()
     if quantized and not expected:
-        raise ValueError(f"{type(model).__name__} has no linear layers under {LANGUAGE_LAYERS}*")
-    if wrong := sorted(found ^ expected):
-        raise ValueError(f"{len(wrong)} layers are not in the precision asked for, the first is {wrong[0]}")
-
-
-def _keep_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Without this, evaluating between training steps repacks the weights in place and the next backward crashes."""
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        raise ValueError(f"{type(model).__name__} has no linear layers under {prefix}*")
+    if wrong := sorted(in_4_bit ^ expected):
+        raise ValueError(f"{len(wrong)} layers do not have the requested precision, the first is {wrong[0]}")
 
 
 def compile_layers(model: torch.nn.Module) -> None:
     """Let torch.compile fuse the arithmetic within the parts of each layer of tower and language model, in place.
 
-    One layer's code serves all others, and packs of every length. The first steps take minutes longer. The
-    layers themselves are left alone: they recompute their parts, which torch 2.11 cannot compile as one.
+    The code of one layer serves all others, and packs of every length. The first steps take minutes longer. The layers
+    themselves are not compiled: they recompute their parts, which torch 2.11 cannot compile as one.
 
     Raises:
         ValueError: there is no working compiler.

@@ -1,1 +1,1 @@
-"""What a run will cost, before it starts."""
+"""Memory, time and steps of a training run, computed before it starts."""

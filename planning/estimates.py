@@ -1,4 +1,4 @@
-"""What a run will take: tokens, steps, memory and time, from shapes and lengths alone."""
+"""Estimates for a run: tokens, steps, memory and time, from shapes and lengths."""
 
 import math
 import statistics
@@ -16,9 +16,9 @@ from training.samplers import PackSampler
 
 GB = 1e9
 MEMORIES = (12, 16, 24, 40, 48, 80)  # GB, of common GPUs
-LONGEST = 128 * 1024  # tokens of a batch, beyond what anybody packs
-# What PyTorch's allocator holds beside what lives, as a share of the activations: with it, the plan meets what was
-# reserved on an H100 (benchmarks/README.md). CUDA's own context is outside what PyTorch counts.
+LARGEST_BATCH = 128 * 1024  # tokens; no recipe has packs of that size
+# Memory that PyTorch's allocator reserves but does not use, as a share of the activations; with it, the plan agrees
+# with the memory reserved on an H100 (benchmarks/README.md). PyTorch does not count CUDA's context.
 SLACK, CONTEXT = 0.25, 600_000_000
 # TRL's fused LM head (trl.kernels.chunked_logprob) multiplies so many tokens and words at once, each way.
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
@@ -27,21 +27,21 @@ GPUS = {"L4": 121e12, "RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
 # Measured on an H100 with packs of 8,192 tokens: 189 TFLOP/s, and 300 compiled (benchmarks/README.md).
 SHARE_OF_PEAK = {False: 189 / 989, True: 300 / 989}
 HIGH_RATE, HIGH_RATE_SMALL, FEW_SAMPLES = 2e-4, 1e-4, 8  # for LoRA on a pretrained model
-CHARACTERS_A_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # to estimate with, without a tokenizer
+CHARACTERS_PER_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # for estimates without a tokenizer
 
 
 @dataclass
 class MemoryPlan:
-    """What one setting holds on the GPU.
+    """GPU memory of one combination of quantisation and checkpointing.
 
     Attributes:
-        name: of the setting.
+        name: of the combination.
         fixed: bytes that do not depend on the batch, by part.
-        traced: activations of a batch of `tokens`; they grow with the tokens, and so do those of other batches.
+        traced: activations of a batch of `tokens`; those of other batches are proportional.
         tokens: see `traced`.
-        text_share: of the tokens, none more of which can be answers.
+        text_share: of the tokens; an upper bound for the share of answers.
         hidden: width of the language model.
-        width: bytes of a number in the layers.
+        itemsize: bytes of a number in the layers.
     """
 
     name: str
@@ -50,57 +50,58 @@ class MemoryPlan:
     tokens: int
     text_share: float
     hidden: int
-    width: int
+    itemsize: int
 
     def parts(self, tokens: int) -> dict[str, float]:
-        """Return the bytes for a batch of `tokens` by part, at its fullest moment."""
+        """Return the bytes for a batch of `tokens` by part, at the peak."""
         scale, answers = tokens / self.tokens, tokens * self.text_share
         tower, saved, peak = (scale * x for x in (self.traced.tower, self.traced.saved, self.traced.peak))
-        buffers = 2 * min(answers, HEAD_TOKENS) * HEAD_WORDS * self.width
-        logits = buffers + answers * self.hidden * (4 + 2 * self.width)
-        at_head = saved + logits > peak  # else the fullest moment is in the layers' backward pass
-        held = {
+        buffers = 2 * min(answers, HEAD_TOKENS) * HEAD_WORDS * self.itemsize
+        logits = buffers + answers * self.hidden * (4 + 2 * self.itemsize)
+        at_head = saved + logits > peak  # else the peak is in the layers' backward pass
+        by_batch = {
             "activations, vision tower": tower,
             "activations, language layers": (saved if at_head else peak) - tower,
             "logits of the answers, in pieces": logits if at_head else 0,
         }
-        return {**self.fixed, **held, "allocator's slack": SLACK * sum(held.values()), "CUDA's context": CONTEXT}
+        slack = {"allocator's slack": SLACK * sum(by_batch.values())}
+        return {**self.fixed, **by_batch, **slack, "CUDA's context": CONTEXT}
 
     def total(self, tokens: int) -> float:
         return sum(self.parts(tokens).values())
 
     def largest(self, memory: float) -> int:
-        """Return the largest batch that fits `memory`, bytes; tokens, a multiple of 256, and not above `LONGEST`."""
-        sizes = range(256, LONGEST + 1, 256)
+        """Return the tokens of the largest batch that fits `memory`, bytes: a multiple of 256."""
+        sizes = range(256, LARGEST_BATCH + 1, 256)
         return 256 * bisect_right(sizes, memory, key=self.total)
 
 
 def trained_bytes(count: int, optim: str, *, mixed: bool) -> dict[str, int]:
-    """Return the bytes of `count` trained weights in float32 and what training keeps of each.
+    """Return the bytes of trained weights in float32, their gradients and the optimizer's state.
 
     Args:
         count: trained weights.
         optim: of the recipe.
         mixed: whether autocast makes 16-bit copies.
     """
-    a_weight = 4 + 4 + (2 if mixed else 0)
-    return {"LoRA and its gradients": count * a_weight, "optimizer": round(count * optimizer_bytes(optim))}
+    each = 4 + 4 + (2 if mixed else 0)
+    return {"LoRA and its gradients": count * each, "optimizer": round(count * optimizer_bytes(optim))}
 
 
-def estimate_lengths(split: Dataset, *, cell: int, min_pixels: int, max_pixels: int) -> SampleLengths:
-    """Count image tokens from the images' sizes, and guess the text's from its characters.
+def estimate_lengths(split: Dataset, *, token_side: int, min_pixels: int, max_pixels: int) -> SampleLengths:
+    """Count image tokens from the images' sizes, and estimate those of the text from its characters.
 
     Args:
         split: in the schema of `data_prep`.
-        cell: px, side of the square that one token covers.
+        token_side: side of the square that one token covers, px.
         min_pixels: smallest area after resizing, px^2.
         max_pixels: largest area after resizing, px^2.
     """
-    total, image = [], []
+    total, image, limits = [], [], {"min_pixels": min_pixels, "max_pixels": max_pixels}
     for messages, sizes in zip(split["messages"], split["image_sizes"], strict=True):
-        resized = [smart_resize(h, w, factor=cell, min_pixels=min_pixels, max_pixels=max_pixels) for w, h in sizes]
-        image.append(sum(height * width // cell**2 for height, width in resized))
-        text = sum(len(turn["content"]) for turn in messages) // CHARACTERS_A_TOKEN
+        resized = [smart_resize(h, w, factor=token_side, **limits) for w, h in sizes]
+        image.append(sum(height * width // token_side**2 for height, width in resized))
+        text = sum(len(turn["content"]) for turn in messages) // CHARACTERS_PER_TOKEN
         total.append(image[-1] + text + SYSTEM_TOKENS + TURN_TOKENS * len(messages) + IMAGE_ENDS * len(sizes))
     return SampleLengths(total=total, image=image)
 
@@ -112,71 +113,73 @@ def describe_lengths(lengths: SampleLengths) -> str:
     return f"{spread}; {100 * image:.0f} % image"
 
 
-def steps_an_epoch(
+def steps_per_epoch(
     lengths: Sequence[int], *, pack_tokens: int | None, batch: int, accumulate: int, seed: int, epochs: int
 ) -> int:
-    """Return the optimizer steps of an epoch: of packs as training makes them, or of `batch` samples."""
+    """Return the optimizer steps of an epoch, of packs (made as in training) or of `batch` samples."""
     if pack_tokens is not None:
         return len(PackSampler(lengths, pack_tokens, seed=seed, multiple=accumulate, epochs=epochs)) // accumulate
     return math.ceil(math.ceil(len(lengths) / batch) / accumulate)
 
 
-def work(lengths: SampleLengths, *, language: int, tower: int, patches: int, passes: int, tower_passes: int) -> float:
-    """Return the FLOP of an epoch as `benchmarks.gpu_7b` counts them: 2 a weight, token and pass.
+def count_flop(
+    lengths: SampleLengths, *, language: int, tower: int, patches: int, passes: int, tower_passes: int
+) -> float:
+    """Return the FLOP of an epoch: 2 for each weight, token and pass, as in `benchmarks.gpu_7b`.
 
     Args:
         lengths: of the samples.
-        language: weights that a token passes.
-        tower: weights that a patch of an image passes.
-        patches: for each image token.
-        passes: 3 with recomputation (forward, again, backward of activations), else 2.
-        tower_passes: 1 when it is frozen.
+        language: weights of the linear language layers.
+        tower: weights of the vision tower.
+        patches: in an image token.
+        passes: 3 with checkpointing (forward, recomputation, backward of activations), else 2.
+        tower_passes: 1 if the tower is frozen.
     """
     return 2 * (passes * language * sum(lengths.total) + tower_passes * patches * tower * sum(lengths.image))
 
 
 def find_warnings(
-    splits: DatasetDict | None, *, learning_rate: float, samples_a_step: float | None, warmup: int, steps: int | None
+    splits: DatasetDict | None, *, learning_rate: float, samples_per_step: float | None, warmup: int, steps: int | None
 ) -> list[str]:
-    """Return what in a recipe looks like a mistake, one line each."""
-    found = []
-    few = samples_a_step is not None and samples_a_step < FEW_SAMPLES
+    """Return a line for each setting that is probably a mistake."""
+    warnings = []
+    few = samples_per_step is not None and samples_per_step < FEW_SAMPLES
     if learning_rate > (limit := HIGH_RATE_SMALL if few else HIGH_RATE):
-        whose = f"steps of {samples_a_step:.0f} samples" if few else "LoRA on a pretrained model"
-        found.append(f"learning_rate {learning_rate:g} is high for {whose}: above {limit:g}")
+        case = f"steps of {samples_per_step:.0f} samples" if few else "LoRA on a pretrained model"
+        warnings.append(f"learning_rate {learning_rate:g} is high for {case}: above {limit:g}")
     if warmup < 3:
-        found.append(f"warmup_steps: {warmup} are few; Adam's averages need some steps before the full rate")
+        warnings.append(f"warmup_steps: {warmup} are few; Adam's averages need some steps before the full rate")
     if steps is not None and warmup >= steps:
-        found.append(f"warmup_steps: {warmup} are the whole run of {steps} steps; its rate never reaches the peak")
-    return found + _missing_labels(splits or {})
+        warnings.append(f"warmup_steps: {warmup} cover all {steps} steps of the run; the rate never reaches its peak")
+    return warnings + _missing_labels(splits or {})
 
 
 def _missing_labels(splits: DatasetDict | dict) -> list[str]:
     labels = {name: {label for label in split["label"] if label} for name, split in splits.items()}
-    every = set().union(*labels.values())
-    missing = {name: sorted(every - own) for name, own in labels.items() if every - own}
-    return [f"{name} has no sample of {', '.join(absent)}" for name, absent in missing.items()]
+    everywhere = set().union(*labels.values())
+    missing = {name: sorted(everywhere - present) for name, present in labels.items()}
+    return [f"{name} has no sample of {', '.join(absent)}" for name, absent in missing.items() if absent]
 
 
-def ladder_table(plans: list[MemoryPlan], chosen: MemoryPlan, *, longest: int) -> list[str]:
-    """Return a line for each setting: GB of its own and GB for 1,000 tokens, and the largest batch by GPU memory.
+def format_plans(plans: list[MemoryPlan], chosen: MemoryPlan, *, needed: int) -> list[str]:
+    """Return a table of fixed GB, GB for 1,000 tokens, and the largest batch by GPU memory.
 
     Args:
-        plans: one a line.
-        chosen: the one that gets a star.
-        longest: tokens that a batch must hold, so that each sample fits one.
+        plans: one in each line.
+        chosen: gets a star.
+        needed: tokens that a batch must have; smaller ones are shown as "-".
     """
     sizes = "".join(f"{f'{memory} GB':>9}" for memory in MEMORIES)
     lines = [f"{'largest batch, tokens':<33}{'fixed':>6}{'/1,000':>7}{sizes}"]
     for plan in plans:
         fixed, slope = sum(plan.fixed.values()) + CONTEXT, (plan.total(8192) - plan.total(4096)) / 4.096
         fits = [plan.largest(memory * GB) for memory in MEMORIES]
-        cells = "".join(f"{tokens:>9,}" if tokens >= longest else f"{'-':>9}" for tokens in fits)
+        cells = "".join(f"{tokens:>9,}" if tokens >= needed else f"{'-':>9}" for tokens in fits)
         lines.append(f"{'*' if plan is chosen else ' '} {plan.name:<31}{fixed / GB:>6.1f}{slope / GB:>7.2f}{cells}")
     return lines
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"

@@ -1,4 +1,4 @@
-"""The page that `plan_run.py` prints: tokens, steps, memory by part and by setting, time, warnings."""
+"""The plan that `plan_run.py` prints: tokens, steps, memory by part and by setting, time, warnings."""
 
 import math
 from pathlib import Path
@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedConfig, ProcessorMixin
-from trl import ModelConfig
 
 from data_prep import join_folds, load_splits
-from data_prep.balance import draw
+from models.families import family_of
 from models.loading import load_processor
 from models.lora import count_trainable
 from planning.activations import trace_model
@@ -19,22 +18,23 @@ from planning.estimates import (
     GPUS,
     SHARE_OF_PEAK,
     MemoryPlan,
+    count_flop,
     describe_lengths,
-    duration,
     estimate_lengths,
     find_warnings,
-    ladder_table,
-    steps_an_epoch,
+    format_duration,
+    format_plans,
+    steps_per_epoch,
     trained_bytes,
-    work,
 )
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
-from training.config import DataArguments, TrainingSettings, lora_settings
+from training.data import sample_by_weight
 from training.lengths import SampleLengths, measure_lengths
 from training.memory_probe import SPARE
+from training.settings import Settings, TrainingSettings, lora_settings
 
-IMAGE_SHARE = 0.8  # of the tokens, where there is no data to count in
-SETTINGS = {  # of the ladder: quantised, recomputing
+IMAGE_SHARE = 0.8  # of the tokens, if there is no data
+PLAN_NAMES = {  # by (quantised, checkpointing)
     (True, False): "NF4, no checkpointing",
     (True, True): "NF4, checkpointing",
     (False, False): "not quantised, no checkpointing",
@@ -43,189 +43,206 @@ SETTINGS = {  # of the ladder: quantised, recomputing
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of a run, the epochs that they make, and the samples of one step; None where not known."""
+    """Optimizer steps of a run, its epochs, and the samples of one step; None if unknown."""
 
     run: int | None
     epochs: float | None
     samples: float | None
 
 
-def find_data(data_args: DataArguments, seed: int, *, offline: bool) -> DatasetDict | None:
-    """Return the splits as an epoch sees them, None when there is no such data."""
-    if offline and not Path(data_args.dataset_path).exists():
+def find_data(settings: Settings, *, offline: bool) -> DatasetDict | None:
+    """Return the splits, "train" as an epoch sees it; None if there are none."""
+    path = settings.data.dataset_path
+    if offline and not Path(path).exists():
         return None
     try:
-        splits = load_splits(data_args.dataset_path, data_args.image_dir)
+        splits = load_splits(path, settings.data.image_dir)
     except FileNotFoundError:
         return None
-    splits = join_folds(splits, data_args.fold)
+    splits = join_folds(splits, settings.data.fold)
     if not len(splits.get("train", ())):
-        raise ValueError(f"dataset_path: {data_args.dataset_path} has no training split, only {sorted(splits)}")
-    if set(splits["train"]["weight"]) != {1.0}:
-        splits["train"] = splits["train"].select(draw(splits["train"]["weight"], seed=seed))
+        raise ValueError(f"dataset_path: {path} has no training split, only {sorted(splits)}")
+    splits["train"] = sample_by_weight(splits["train"], settings.training.seed)
     return splits
 
 
-def find_processor(data_args: DataArguments, model_args: ModelConfig, *, offline: bool) -> ProcessorMixin | None:
-    """Return the model's processor, None when it cannot be reached."""
-    options = {"min_pixels": data_args.min_pixels, "max_pixels": data_args.max_pixels, "local_files_only": offline}
+def find_processor(settings: Settings, *, offline: bool) -> ProcessorMixin | None:
+    """Return the model's processor; None if it cannot be loaded."""
+    limits = {"min_pixels": settings.data.min_pixels, "max_pixels": settings.data.max_pixels}
+    options = {"revision": settings.model.model_revision, "local_files_only": offline}
     try:
-        return load_processor(model_args.model_name_or_path, **options, revision=model_args.model_revision)
+        return load_processor(settings.model.model_name_or_path, **limits, **options)
     except ValueError:
         return None
 
 
 def print_plan(
-    data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig, splits: DatasetDict | None,
-    processor: ProcessorMixin | None, *, gpu: float | None = None, offline: bool = False,
+    settings: Settings, splits: DatasetDict | None, processor: ProcessorMixin | None, *, gpu: float | None = None,
+    offline: bool = False,
 ) -> int:  # fmt: skip
-    """Print the page and return 1 when the run does not fit `gpu`, GB, and else 0."""
-    config = print_model(model_args, offline=offline)
-    lengths, share = None, IMAGE_SHARE
+    """Print the plan of a run.
+
+    Args:
+        settings: of the run.
+        splits: of the data, if there is any.
+        processor: of the model, if it can be loaded.
+        gpu: memory of the GPU, GB.
+        offline: download nothing.
+
+    Returns:
+        1 if the run does not fit `gpu`, else 0.
+    """
+    config = print_model(settings, offline=offline)
+    lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
-        print(f"data       none at {data_args.dataset_path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
+        path = settings.data.dataset_path
+        print(f"data       none at {path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
     else:
-        lengths = count_lengths(splits["train"], processor, config, data_args)
+        lengths = count_lengths(splits["train"], processor, config, settings)
         share = sum(lengths.image) / sum(lengths.total)
-        print_data(splits, lengths, training_args, guessed=processor is None)
-    pack_tokens = data_args.pack_tokens if training_args.packing else None
-    longest = max(lengths.total) if lengths is not None else training_args.max_length or 4096
-    batch = pack_tokens or training_args.per_device_train_batch_size * longest
-    steps = print_steps(lengths, training_args, pack_tokens)
-    plans = plan_memory(config, data_args, training_args, model_args, share, batch)
-    chosen = choose(plans, training_args.gradient_checkpointing, model_args.load_in_4bit, batch, gpu)
-    longest = longest if pack_tokens else batch
-    print_memory(plans, chosen, batch, longest)
+        print_data(splits, lengths, args, estimated=processor is None)
+    longest = max(lengths.total) if lengths is not None else args.max_length or 4096
+    batch = settings.pack_tokens or args.per_device_train_batch_size * longest
+    steps = print_steps(lengths, args, settings.pack_tokens)
+    plans = plan_memory(config, settings, share, batch)
+    chosen = choose_plan(plans, args.gradient_checkpointing, settings.model.load_in_4bit, batch, gpu)
+    needed = longest if settings.pack_tokens else batch
+    print_memory(plans, chosen, batch, needed)
     if lengths is not None:
-        print_time(config, lengths, chosen, data_args, training_args, steps.epochs)
-    print_warnings(splits, training_args, steps)
-    return judge(list(plans.values()), chosen, batch, longest, gpu)
+        print_time(config, lengths, chosen, settings, steps.epochs)
+    print_warnings(splits, args, steps)
+    return print_verdict(list(plans.values()), chosen, batch, needed, gpu)
 
 
-def print_model(model_args: ModelConfig, *, offline: bool) -> PreTrainedConfig:
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    config, was_read = read_config(name, revision, local_files_only=offline)
-    note = "" if was_read else ": cannot be read here, its shapes are known"
-    print(f"model      {model_args.model_name_or_path}{note}")
+def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
+    name, revision = settings.model.model_name_or_path, settings.model.model_revision
+    config, was_loaded = read_config(name, revision, local_files_only=offline)
+    note = "" if was_loaded else ": cannot be read here, its shapes are known"
+    print(f"model      {name}{note}")
     return config
 
 
 def count_lengths(
-    train: Dataset, processor: ProcessorMixin | None, config: PreTrainedConfig, data_args: DataArguments
+    train: Dataset, processor: ProcessorMixin | None, config: PreTrainedConfig, settings: Settings
 ) -> SampleLengths:
-    """Count tokens with the model's own tokenizer, or estimate them where it cannot be reached."""
+    """Count tokens with the model's tokenizer, or estimate them without one."""
     if processor is not None:
         return measure_lengths(train, processor)
-    cell = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-    least, most = (65536, 16777216) if config.model_type == "qwen3_vl" else (3136, 12845056)  # the processors' own
-    limits = {"min_pixels": data_args.min_pixels or least, "max_pixels": data_args.max_pixels or most}
-    return estimate_lengths(train, cell=cell, **limits)
+    family, data = family_of(config), settings.data
+    least, most = family.pixel_limits
+    limits = {"min_pixels": data.min_pixels or least, "max_pixels": data.max_pixels or most}
+    return estimate_lengths(train, token_side=family.token_side, **limits)
 
 
-def print_data(splits: DatasetDict, lengths: SampleLengths, training_args: TrainingSettings, *, guessed: bool) -> None:
+def print_data(splits: DatasetDict, lengths: SampleLengths, args: TrainingSettings, *, estimated: bool) -> None:
     print(f"data       {', '.join(f'{len(split):,} {name}' for name, split in splits.items())}")
     print(f"tokens     {describe_lengths(lengths)}")
-    if guessed:
+    if estimated:
         print("           (no tokenizer here: image tokens are exact, text counts as 4 characters a token)")
-    limit = training_args.max_length
+    limit = args.max_length
     over = sum(limit is not None and length > limit for length in lengths.total)
     print(f"too long   {over:,} samples are over max_length" + (f" {limit:,}" if limit else ""))
 
 
-def print_steps(lengths: SampleLengths | None, training_args: TrainingSettings, pack_tokens: int | None) -> Steps:
-    """Print and return the optimizer steps of the run on one GPU; without data they are known if the recipe says."""
-    steps = training_args.max_steps if training_args.max_steps > 0 else None
+def print_steps(lengths: SampleLengths | None, args: TrainingSettings, pack_tokens: int | None) -> Steps:
+    """Print and return the optimizer steps of the run on one GPU; without data, only `max_steps` is known."""
+    limit = args.max_steps if args.max_steps > 0 else None
     if lengths is None:
-        return Steps(steps, None, None)
-    rows, each = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    kept = [min(length, pack_tokens or length) for length in lengths.total]  # of what is over it, see above
-    epochs = math.ceil(training_args.num_train_epochs) if steps is None else 1
-    order = {"seed": training_args.seed, "epochs": epochs}
-    an_epoch = steps_an_epoch(kept, pack_tokens=pack_tokens, batch=rows, accumulate=each, **order)
-    steps = steps or math.ceil(an_epoch * training_args.num_train_epochs)
-    found = Steps(steps, steps / an_epoch, len(kept) / an_epoch)
-    unit = f"packs of {pack_tokens:,} tokens, {found.samples:.0f} samples each" if pack_tokens else "samples"
-    print(f"steps      {steps:,} of {rows * each} {unit}; {found.epochs:.3g} epochs")
-    return found
+        return Steps(limit, None, None)
+    rows, accumulate = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    kept = [min(length, pack_tokens or length) for length in lengths.total]  # longer ones are reported above
+    epochs = math.ceil(args.num_train_epochs) if limit is None else 1
+    order = {"seed": args.seed, "epochs": epochs}
+    per_epoch = steps_per_epoch(kept, pack_tokens=pack_tokens, batch=rows, accumulate=accumulate, **order)
+    total = limit or math.ceil(per_epoch * args.num_train_epochs)
+    steps = Steps(total, total / per_epoch, len(kept) / per_epoch)
+    unit = f"packs of {pack_tokens:,} tokens, {steps.samples:.0f} samples each" if pack_tokens else "samples"
+    print(f"steps      {total:,} of {rows * accumulate} {unit}; {steps.epochs:.3g} epochs")
+    return steps
 
 
 def plan_memory(
-    config: PreTrainedConfig, data_args: DataArguments, training_args: TrainingSettings, model_args: ModelConfig,
-    share: float, batch: int,
-) -> dict[tuple[bool, bool], MemoryPlan]:  # fmt: skip
-    """Return the plan of each setting for a batch of so many tokens, a share of them image; print what trains."""
-    dtype = torch.bfloat16 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-    lora, nested = lora_settings(data_args, model_args), model_args.use_bnb_nested_quant
+    config: PreTrainedConfig, settings: Settings, share: float, batch: int
+) -> dict[tuple[bool, bool], MemoryPlan]:
+    """Return the plans by (quantised, checkpointing), and print how many parameters train.
+
+    Args:
+        config: of the model.
+        settings: of the run.
+        share: of the tokens that are image.
+        batch: tokens of a batch.
+    """
+    model = settings.model
+    dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
+    lora, nested = lora_settings(settings.data, model), model.use_bnb_nested_quant
     counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
     print(f"trainable  {sum(counts.values()):,} parameters: {', '.join(f'{k} {n:,}' for k, n in counts.items() if n)}")
-    trained = trained_bytes(sum(counts.values()), training_args.optim, mixed=dtype != torch.float32)
+    trained = trained_bytes(sum(counts.values()), settings.training.optim, mixed=dtype != torch.float32)
     traced, fixed = {}, {}
-    for recomputing in (False, True):
-        step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": recomputing}
-        traced[recomputing] = trace_model(config, lora, dtype=dtype, **step)
+    for checkpointing in (False, True):
+        step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": checkpointing}
+        traced[checkpointing] = trace_model(config, lora, dtype=dtype, **step)
     for quantized in (True, False):
         fixed[quantized] = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype) | trained
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize
     sizes = {"tokens": batch, "text_share": 1 - share}
-    sizes |= {"hidden": config.text_config.hidden_size, "width": dtype.itemsize}
-    return {key: MemoryPlan(name, fixed[key[0]], traced[key[1]], **sizes) for key, name in SETTINGS.items()}
+    sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}
+    return {key: MemoryPlan(name, fixed[key[0]], traced[key[1]], **sizes) for key, name in PLAN_NAMES.items()}
 
 
-def choose(
+def choose_plan(
     plans: dict[tuple[bool, bool], MemoryPlan], checkpointing: bool | str, quantized: bool, batch: int,
     gpu: float | None,
 ) -> MemoryPlan:  # fmt: skip
-    """Return the recipe's own plan; `auto` recomputes where the memory is too small, or not given."""
+    """Return the recipe's plan; `auto` uses checkpointing if the memory is too small, or unknown."""
     if checkpointing == "auto":
         checkpointing = gpu is None or plans[quantized, False].total(batch) > (1 - SPARE) * gpu * GB
     return plans[quantized, checkpointing]
 
 
-def print_memory(plans: dict, chosen: MemoryPlan, batch: int, longest: int) -> None:
+def print_memory(plans: dict, chosen: MemoryPlan, batch: int, needed: int) -> None:
     total = chosen.total(batch) / GB
     print(f"\nmemory     {total:.1f} GB for a batch of {batch:,} tokens ({chosen.name}); in MB:")
     for part, size in chosen.parts(batch).items():
         if size >= 0.5e6:
             print(f"{size / 1e6:>17,.0f}  {part}")
-    print("", *ladder_table(list(plans.values()), chosen, longest=longest), sep="\n")
+    print("", *format_plans(list(plans.values()), chosen, needed=needed), sep="\n")
 
 
 def print_time(
-    config: PreTrainedConfig, lengths: SampleLengths, chosen: MemoryPlan, data_args: DataArguments,
-    training_args: TrainingSettings, epochs: float,
-) -> None:  # fmt: skip
+    config: PreTrainedConfig, lengths: SampleLengths, chosen: MemoryPlan, settings: Settings, epochs: float
+) -> None:
     passes, weights = 2 if chosen.name.endswith("no checkpointing") else 3, count_weights(config)
-    an_epoch = work(
+    flop = count_flop(
         lengths, language=weights.language, tower=weights.tower, passes=passes,
         patches=config.vision_config.spatial_merge_size**2,
-        tower_passes=1 if data_args.freeze_vision_encoder else passes,
+        tower_passes=1 if settings.data.freeze_vision_encoder else passes,
     )  # fmt: skip
-    share = SHARE_OF_PEAK[training_args.compile_layers]
-    times = [f"{name} {duration(epochs * an_epoch / (peak * share))}" for name, peak in GPUS.items()]
+    share = SHARE_OF_PEAK[settings.training.compile_layers]
+    times = [f"{name} {format_duration(epochs * flop / (peak * share))}" for name, peak in GPUS.items()]
     print(f"\ntime       {', '.join(times)}")
     print(f"           at {100 * share:.0f} % of their peak, which an H100 reaches with packs of 8,192 tokens")
 
 
-def print_warnings(splits: DatasetDict | None, training_args: TrainingSettings, steps: Steps) -> None:
-    warmup = training_args.get_warmup_steps(steps.run or 1000)
-    settings = {"learning_rate": training_args.learning_rate, "samples_a_step": steps.samples}
-    found = find_warnings(splits, **settings, warmup=warmup, steps=steps.run)
-    print(*(f"\nwarning    {text}" for text in found), sep="")
+def print_warnings(splits: DatasetDict | None, args: TrainingSettings, steps: Steps) -> None:
+    options = {"learning_rate": args.learning_rate, "samples_per_step": steps.samples}
+    warnings = find_warnings(splits, **options, warmup=args.get_warmup_steps(steps.run or 1000), steps=steps.run)
+    print(*(f"\nwarning    {text}" for text in warnings), sep="")
 
 
-def judge(plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, longest: int, gpu: float | None) -> int:
-    """Say whether the run fits, and what would; return the exit code."""
+def print_verdict(plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, needed: int, gpu: float | None) -> int:
+    """Print whether the run fits, and if not, which plan does; return the exit code."""
     if gpu is None:
         return 0
-    needed = f"{chosen.total(batch) / GB:.1f} GB with {chosen.name}"
+    size = f"{chosen.total(batch) / GB:.1f} GB with {chosen.name}"
     if chosen.total(batch) <= gpu * GB:
-        print(f"fits       {gpu:g} GB: {needed}")
+        print(f"fits       {gpu:g} GB: {size}")
         return 0
-    fitting = [plan for plan in plans if plan.largest(gpu * GB) >= longest]
+    fitting = [plan for plan in plans if plan.largest(gpu * GB) >= needed]
     best = max(fitting, key=lambda plan: plan.largest(gpu * GB), default=None)
-    print(f"too large  for {gpu:g} GB: {needed}")
+    print(f"too large  for {gpu:g} GB: {size}")
     if best is None:
-        print("           nothing in the table fits: take a smaller model, or lower max_pixels")
+        print("           nothing in the table fits: use a smaller model, or lower max_pixels")
     else:
         print(f"           {best.name} fits, with batches of up to {best.largest(gpu * GB):,} tokens")
     return 1

@@ -1,53 +1,46 @@
-"""The family's shapes without its weights: configurations, models on the meta device, and bytes on a GPU."""
+"""Shapes of a model without its weights: configuration, model on the meta device, and bytes on a GPU."""
 
 import copy
-import re
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from models.families import FAMILY, LANGUAGE_LAYERS, TABLE, VISION, tabled_config
-from models.loading import check_quantized, quantization_config
+from models.families import family_of, published_config
+from models.loading import check_quantized, linear_names, load_config, nf4_config
 from models.lora import build_lora_config, check_targets
+from planning.compat import put_nf4_layers
 
 BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
-CODES = 16 * 4, 256 * 4  # bytes of the tables of NF4's 16 values and of the 256 that scales are rounded to
+CODES = 16 * 4, 256 * 4  # bytes of the lookup tables: NF4's 16 values, and the 256 values of quantised scales
 
 
 def read_config(
     model_name_or_path: str, revision: str | None = None, *, local_files_only: bool = False
 ) -> tuple[PreTrainedConfig, bool]:
-    """Return a model's configuration, and whether it was read; a known model that cannot be reached is in the table.
+    """Return a model's configuration, and whether it was loaded; False for published shapes that stand in for it.
 
     Args:
         model_name_or_path: Hub id or local folder.
         revision: Hub branch, tag or commit.
-        local_files_only: do not ask the Hub for what is not here yet.
+        local_files_only: download nothing.
 
     Raises:
-        ValueError: it cannot be read and is not in the table either, or is of another family.
+        ValueError: it cannot be loaded and its shapes are unknown, or it is of an unknown family.
     """
     try:
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        known = re.fullmatch(r"(?:Qwen/)?(Qwen[\d.]+-VL-\d+B)(?:-Instruct)?", model_name_or_path)
-        if known is None or known[1] not in TABLE:
-            first_line = str(error).strip().splitlines()[0]
-            raise ValueError(f"model_name_or_path: cannot read {model_name_or_path!r}: {first_line}") from error
-        return tabled_config(known[1]), False
-    if type(config) not in FAMILY:
-        rule = f"expected a model of {', '.join(FAMILY.values())}, found model_type {config.model_type!r}"
-        raise ValueError(f"model_name_or_path: {model_name_or_path!r}: {rule}")
-    return config, True
+        return load_config(model_name_or_path, revision=revision, local_files_only=local_files_only), True
+    except ValueError as error:
+        if config := published_config(model_name_or_path):
+            return config, False
+        raise ValueError(f"model_name_or_path: {error}") from error
 
 
 def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model on the meta device, with every shape and no memory, as `from_pretrained` would make it."""
+    """Return the model on the meta device: all shapes of `from_pretrained`, and no memory."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
     return model.requires_grad_(False).train()
@@ -72,38 +65,34 @@ def add_lora(model: PreTrainedModel, settings: dict) -> PeftModel:
 def weight_bytes(
     config: PreTrainedConfig, *, quantized: bool, double_quant: bool, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Return the bytes of the base model's weights by part, as they will lie on the GPU.
+    """Return the bytes of the base model's weights on the GPU, by part.
 
     Args:
-        config: the model's.
+        config: of the model.
         quantized: whether the language model's linear layers are in NF4.
         double_quant: whether NF4's scales are quantised too.
-        dtype: of everything else.
+        dtype: of all other weights.
     """
-    model = build_without_weights(config, dtype)
+    model, family = build_without_weights(config, dtype), family_of(config)
     if quantized:
-        model = replace_with_bnb_linear(
-            model,
-            modules_to_not_convert=quantization_config(dtype).llm_int8_skip_modules,
-            quantization_config=quantization_config(dtype, double_quant=double_quant),
-        )
+        model = put_nf4_layers(model, nf4_config(family, dtype, double_quant=double_quant))
     check_quantized(model, quantized=quantized)
     in_4_bit = {m.weight: (m.in_features * m.out_features) for m in model.modules() if isinstance(m, Linear4bit)}
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # one tensor in small models
+    embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # the same if tied
     parts = Counter()
     other = "norms and biases" if quantized else "language layers"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor in in_4_bit:
             parts["language layers, NF4"] += nf4_bytes(in_4_bit[tensor], double_quant=double_quant)
-        elif name.startswith(VISION):
+        elif name.startswith(family.vision):
             parts["vision tower"] += tensor.nbytes
         else:
-            parts["embeddings, LM head" if any(tensor is end for end in ends) else other] += tensor.nbytes
+            parts["embeddings, LM head" if any(tensor is x for x in embeddings) else other] += tensor.nbytes
     return dict(parts)
 
 
 def nf4_bytes(count: int, *, double_quant: bool) -> int:
-    """Return the bytes of `count` weights of one layer in NF4, with scales and tables, as bitsandbytes stores them."""
+    """Return the bytes of a layer of `count` weights in NF4, with the scales and tables that bitsandbytes stores."""
     blocks, (values, rounded) = -(-count // BLOCK), CODES
     if not double_quant:
         return -(-count // 2) + 4 * blocks + values
@@ -111,7 +100,7 @@ def nf4_bytes(count: int, *, double_quant: bool) -> int:
 
 
 class WeightCounts(NamedTuple):
-    """Weights that a token of text passes, and a patch of an image; and those of the largest layer in 4 bit."""
+    """Weights of the linear language layers, of the vision tower, and of the largest linear language layer."""
 
     language: int
     tower: int
@@ -119,8 +108,8 @@ class WeightCounts(NamedTuple):
 
 
 def count_weights(config: PreTrainedConfig) -> WeightCounts:
-    model = build_without_weights(config, torch.bfloat16)
-    modules = [x for name, x in model.named_modules() if name.startswith(LANGUAGE_LAYERS)]
-    language = [x.weight.numel() for x in modules if isinstance(x, torch.nn.Linear)]
-    tower = sum(x.numel() for name, x in model.named_parameters() if name.startswith(VISION))
+    model, family = build_without_weights(config, torch.bfloat16), family_of(config)
+    names = linear_names(model, family.language_layers)
+    language = [model.get_submodule(name).weight.numel() for name in names]
+    tower = sum(x.numel() for name, x in model.named_parameters() if name.startswith(family.vision))
     return WeightCounts(sum(language), tower, max(language))

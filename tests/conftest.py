@@ -16,6 +16,7 @@ import train_sft
 from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
+from helpers.processes import ForkServer
 from helpers.runs import TEXTS, train_args
 from models.loading import load_processor
 
@@ -95,3 +96,11 @@ def mixed_data(demo_raw, tmp_path_factory):
     splits = prepare_dataset(folder / "mixed.json", demo_raw / "images", show_progress=False)
     splits.save_to_disk(str(folder / "data"))
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """Starts commands in processes of their own, without the seconds that loading the libraries takes."""
+    server = ForkServer(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.close()

@@ -14,12 +14,12 @@ from common.console import print_rank0
 from models.loading import compile_layers, load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from training.callbacks import CurvesCallback, ProgressLine
-from training.config import Settings, TrainingSettings, lora_settings
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
+from training.settings import Settings, TrainingSettings, lora_settings
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
@@ -139,10 +139,11 @@ def build_trainer(
     """
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
+    options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
     trainer = SafeSFTTrainer(
         model=model,
         args=args,
-        data_collator=VisionSFTCollator(processor, **options, blanks=needs_dummy_image(model, data.lengths["train"])),
+        data_collator=VisionSFTCollator(processor, **options),
         train_dataset=data.splits["train"],
         eval_dataset=data.splits["validation"] if settings.evaluates else None,
         processing_class=processor,

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: a readable log line, and curves that a killed run leaves behind."""
+"""Beside the training steps: a readable log line, curves on disk, pushes of checkpoints."""
 
 import json
 import sys
@@ -31,8 +31,8 @@ class ProgressLine(ProgressCallback):
 class CurvesCallback(TrainerCallback):
     """Keep `metrics.jsonl` and `training_metrics.png` in the output folder up to date.
 
-    Both come from the trainer's own history, which every checkpoint carries, so that they are whole after a resume,
-    and what a full disk did not take is written at the next log.
+    Both are drawn from the trainer's history, which every checkpoint holds, so that they are complete after a resume,
+    and what a full disk refused is written at the next log.
     """
 
     def on_log(self, args, state, control, **kwargs):
@@ -53,7 +53,7 @@ class CurvesCallback(TrainerCallback):
 
 
 class PushCallback(TrainerCallback):
-    """Take every saved checkpoint's adapter to the Hub but the last, which the end of the run brings."""
+    """Push the adapter of every saved checkpoint but the last, which the end of the run pushes."""
 
     def __init__(self, background: BackgroundPush):
         self.background = background

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not count: sealing, verifying, choosing and rotating them."""
+"""Checkpoints that are complete or do not count: sealing, verifying, choosing and rotating them."""
 
 import hashlib
 import json
@@ -14,18 +14,18 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints in `output_dir`, the newest step first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name).group(1)), reverse=True)
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(NAME.fullmatch(path.name).group(1)), reverse=True)
 
 
-def seal(path: Path, run: dict) -> None:
+def seal(path: Path, identity: dict) -> None:
     """Write the manifest of a checkpoint whose files are all there; without it, the checkpoint does not count.
 
-    It comes last, when everything else is on the disk and not only in its cache, and appears in one go.
+    It is written last, when everything else is on the disk and not only in its cache, by one rename.
 
     Args:
         path: the checkpoint's folder.
-        run: what a run that goes on from it must have in common; JSON.
+        identity: what a run that resumes from it must have in common; JSON.
     """
     files = {}
     for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST):
@@ -33,7 +33,7 @@ def seal(path: Path, run: dict) -> None:
         fsync(file)
     for folder in filter(Path.is_dir, path.rglob("*")):
         fsync(folder)
-    content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": run}
+    content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": identity}
     content["sha256"] = _digest_of(content)
     atomic_write(path / MANIFEST, json.dumps(content, indent=1), durable=True)
     fsync(path.parent)
@@ -43,21 +43,21 @@ def read_manifest(path: Path) -> dict:
     """Verify every file of a checkpoint and return its manifest.
 
     Raises:
-        ValueError: it is not sealed, or a file is missing or other than it was; the message names the file.
+        ValueError: it is not sealed, or a file is missing or has changed; the message names the file.
     """
     if not path.is_dir():
         raise ValueError(f"checkpoint {path}: no such folder")
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"checkpoint {path}: no {MANIFEST}; it was not written to its end")
+        raise ValueError(f"checkpoint {path}: no {MANIFEST}; its save was not completed")
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        whole = content["sha256"] == _digest_of({key: content[key] for key in ("step", "files", "run")})
+        intact = content["sha256"] == _digest_of({key: content[key] for key in ("step", "files", "run")})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {path}: {MANIFEST} is damaged: {error!r}") from error
-    if not whole or path.name != f"checkpoint-{content['step']}":
+    if not intact or path.name != f"checkpoint-{content['step']}":
         raise ValueError(f"checkpoint {path}: {MANIFEST} is damaged, or of another checkpoint")
-    for name, found in content["files"].items():
-        _check_file(path, name, found)
+    for name, sealed in content["files"].items():
+        _check_file(path, name, sealed)
     return content
 
 
@@ -81,47 +81,47 @@ def _digest_of(content: dict) -> str:
 
 
 def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to go on from, and a line for each one that was passed over.
+    """Return the checkpoint to resume from, and the reason for each one that was skipped.
 
     Args:
         output_dir: the run's folder.
-        resume: "auto" takes the newest whole checkpoint, or none; a path takes that one; None starts afresh.
+        resume: "auto" takes the newest complete checkpoint, or none; a path takes that one; None starts a new run.
 
     Raises:
-        ValueError: the named checkpoint is not whole, or a fresh start would write into an earlier run.
+        ValueError: the named checkpoint is not complete, or a new run would write into the folder of an earlier one.
     """
-    found = list_checkpoints(output_dir)
-    if resume is None and found:
-        rule = "choose another output_dir, or go on with --resume_from_checkpoint auto"
-        raise ValueError(f"output_dir: {output_dir} holds a run already ({found[0].name}); {rule}")
-    if resume in (None, "auto") and not found and (output_dir / ADAPTER_WEIGHTS).exists():
+    checkpoints = list_checkpoints(output_dir)
+    if resume is None and checkpoints:
+        rule = "choose another output_dir, or resume with --resume_from_checkpoint auto"
+        raise ValueError(f"output_dir: {output_dir} holds a run already ({checkpoints[0].name}); {rule}")
+    if resume in (None, "auto") and not checkpoints and (output_dir / ADAPTER_WEIGHTS).exists():
         raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
     if resume is None:
         return None, []
     if resume != "auto":
         read_manifest(Path(resume))
         return Path(resume), []
-    passed_over = []
-    for path in found:
+    skipped = []
+    for path in checkpoints:
         try:
             read_manifest(path)
-            return path, passed_over
+            return path, skipped
         except ValueError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            skipped.append(str(error))
+    return None, skipped
 
 
 def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
-    """Delete all but the newest `limit` whole checkpoints, and the leftovers of saves that were cut off before them.
+    """Delete all but the newest `limit` complete checkpoints, and older incomplete ones.
 
-    The newest whole checkpoint and what is newer than it stay, and so does the best one.
+    The newest complete checkpoint and everything newer stay, and so does the best one.
     """
-    found = list_checkpoints(output_dir)
-    whole = [path for path in found if (path / MANIFEST).is_file()]
-    if limit is None or not whole:
+    checkpoints = list_checkpoints(output_dir)
+    complete = [path for path in checkpoints if (path / MANIFEST).is_file()]
+    if limit is None or not complete:
         return
-    kept = {*whole[: max(limit, 1)], *found[: found.index(whole[0])], best}
-    for path in found:
+    kept = {*complete[: max(limit, 1)], *checkpoints[: checkpoints.index(complete[0])], best}
+    for path in checkpoints:
         if path not in kept:
             (path / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not count
             shutil.rmtree(path)

@@ -11,8 +11,8 @@ from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from models.loading import load_processor
 from publishing.run_facts import describe_data
-from training.config import Settings
 from training.lengths import SampleLengths, check_lengths, measure_lengths
+from training.settings import Settings
 
 
 @dataclass(frozen=True)

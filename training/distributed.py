@@ -14,7 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from training.config import Settings
+from training.settings import Settings
 
 UNSHARDED = "none"
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
@@ -63,6 +63,15 @@ def check_sharding(requested: str, *, storage: str | None, mixed: str | None) ->
     if storage == "uint8" or (storage and mixed and storage != mixed):
         expected = mixed or "the recipe's dtype"
         raise ValueError(f"bnb_4bit_quant_storage: FSDP2 needs {expected} to shard 4-bit weights, found {storage}")
+
+
+def shard_layers(decoder_layer: str) -> None:
+    """Tell accelerate to fetch the weights of one language layer at a time; before the trainer sets it up.
+
+    The vision tower is not divided: a process without an image in its batch does not call it, and the others would
+    wait for that process in each of its layers.
+    """
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = decoder_layer
 
 
 def check_sharded(accelerator: Accelerator, requested: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether a training step fits the GPU's memory as it is, or has to recompute activations."""
+"""Whether a training step fits the GPU's memory without recomputing activations."""
 
 import gc
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ import torch
 
 from training.packing import pack_lengths
 
-SPARE = 0.1  # share of the memory that stays free: batches differ, and memory falls into pieces
+SPARE = 0.1  # share of the memory that stays free: batches differ, and memory fragments
 FLOAT32 = 4  # bytes of the copy that training keeps of each trained weight
-SEARCHED = 4096  # samples that the fullest pack is looked for among
+CANDIDATES = 4096  # longest samples, among which the fullest pack is searched
 
 
 def largest_batch(lengths: Sequence[int], *, batch_size: int, pack_tokens: int | None) -> list[int]:
@@ -17,7 +17,7 @@ def largest_batch(lengths: Sequence[int], *, batch_size: int, pack_tokens: int |
     longest = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     if pack_tokens is None:
         return longest[:batch_size]
-    tokens = [lengths[n] for n in longest[:SEARCHED]]
+    tokens = [lengths[n] for n in longest[:CANDIDATES]]
     fullest = max(pack_lengths(tokens, pack_tokens), key=lambda pack: sum(tokens[n] for n in pack))
     return [longest[n] for n in fullest]
 
@@ -32,7 +32,7 @@ def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, opti
         optim: the optimizer that will train it, by its name in a recipe.
 
     Returns:
-        Whether it leaves enough memory for a training step, and a few words that say how much it took.
+        Whether it leaves enough memory for a training step, and a phrase that says how much it used.
     """
     device = next(model.parameters()).device
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -41,15 +41,15 @@ def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, opti
     torch.cuda.reset_peak_memory_stats(device)
     try:
         forward_and_backward(model, batch, dtype)
-        taken = torch.cuda.max_memory_reserved(device) - before + trained * (FLOAT32 + optimizer_bytes(optim))
+        used = torch.cuda.max_memory_reserved(device) - before + trained * (FLOAT32 + optimizer_bytes(optim))
     except torch.cuda.OutOfMemoryError:
-        taken = None
+        used = None
     finally:
         clear_gradients(model)
     of_free = f"of {free / 1e9:.1f} GB free"
-    if taken is None:
-        return False, f"the largest batch took more than all {of_free} without it"
-    return taken < (1 - SPARE) * free, f"the largest batch takes {taken / 1e9:.1f} {of_free} without it"
+    if used is None:
+        return False, f"the largest batch needs more than all {of_free} without it"
+    return used < (1 - SPARE) * free, f"the largest batch needs {used / 1e9:.1f} {of_free} without it"
 
 
 def forward_and_backward(model: torch.nn.Module, batch: dict, dtype: torch.dtype | None) -> None:

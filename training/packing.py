@@ -14,19 +14,19 @@ def pack_lengths(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Returns:
         For each pack the positions of its items.
     """
-    packs, room, owner = [], [], []  # `room` is sorted; `owner` says which pack has it
+    packs, space, owner = [], [], []  # `space` left in open packs, sorted; `owner[i]` is the pack with `space[i]`
     for item in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        place = bisect_left(room, lengths[item])
-        if place == len(room):
+        index = bisect_left(space, lengths[item])
+        if index == len(space):
             pack, left = len(packs), budget
             packs.append([])
         else:
-            pack, left = owner.pop(place), room.pop(place)
+            pack, left = owner.pop(index), space.pop(index)
         packs[pack].append(item)
         left -= lengths[item]
-        place = bisect_left(room, left)
-        room.insert(place, left)
-        owner.insert(place, pack)
+        index = bisect_left(space, left)
+        space.insert(index, left)
+        owner.insert(index, pack)
     return packs
 
 
@@ -34,13 +34,13 @@ def split_packs(packs: list[list[int]], count: int) -> list[list[int]]:
     """Return `count` packs: those with the most samples are halved until there are enough."""
     packs = list(packs)
     while len(packs) < count:
-        place = max(range(len(packs)), key=lambda n: len(packs[n]))
-        pack = packs[place]
-        packs[place : place + 1] = [pack[::2], pack[1::2]]
+        largest = max(range(len(packs)), key=lambda n: len(packs[n]))
+        pack = packs[largest]
+        packs[largest : largest + 1] = [pack[::2], pack[1::2]]
     return packs
 
 
-def fill(packs: Iterable[list[int]], lengths: Sequence[int], budget: int) -> float:
-    """Return the share of the packs' tokens that samples fill."""
+def fill_rate(packs: Iterable[list[int]], lengths: Sequence[int], budget: int) -> float:
+    """Return the share of the packs' budget that is filled with samples."""
     packs = list(packs)
     return sum(lengths[n] for pack in packs for n in pack) / (budget * len(packs))

@@ -6,7 +6,7 @@ from common.console import print_rank0
 from common.hub_client import open_repository
 from publishing.hub import BackgroundPush, push_adapter
 from training.callbacks import PushCallback
-from training.config import Settings
+from training.settings import Settings
 from training.trainer import SafeSFTTrainer
 
 

@@ -14,8 +14,8 @@ from common.console import print_rank0
 from data_prep import fingerprint
 from publishing.run_facts import library_versions
 from training.checkpoints import choose_checkpoint, read_identity
-from training.config import Settings
 from training.distributed import UNSHARDED, requested_sharding
+from training.settings import Settings
 from training.trainer import SafeSFTTrainer
 
 # Settings that may change when a run resumes: they decide what is reported, kept and measured, and not what is learnt.

@@ -14,8 +14,8 @@ from common.files import LOADING_SETTINGS
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, progress
-from training.config import Settings
 from training.lengths import SampleLengths
+from training.settings import Settings
 from training.trackers import TRACKERS, code_commit, open_trackers
 from training.trainer import TRAINING_ARGS, SafeSFTTrainer
 

@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from models.attention import REGISTERED
-from models.lora import end_gradients_at_tower
+from models.attention import uses_varlen
+from models.lora import detach_vision_inputs
 from training.checkpoints import list_checkpoints, rotate, seal
 from training.compat import CheckpointHookTrainer, set_token_count
 from training.signals import shield_workers
@@ -67,7 +67,7 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         pin_trainable_to_float32(self.model)
         if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # the reentrant form would lose the gradients within the blocks
-            self.tower_hook = end_gradients_at_tower(self.model)
+            self.tower_hook = detach_vision_inputs(self.model)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
         if resume_from_checkpoint is not None:
@@ -111,7 +111,7 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         ids = inputs.pop("sample_ids", [])
         if model.training:
             self.step_ids += ids
-        if "pack_offsets" in inputs and self.model.config._attn_implementation == REGISTERED:
+        if "text_cu_seqlens" in inputs and uses_varlen(self.model):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

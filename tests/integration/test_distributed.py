@@ -1,6 +1,5 @@
 """Several processes: one model learnt by all, the same data for all, other numbers of them, and sharded models."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -32,28 +31,16 @@ SHARDED = {"save_steps": 6, "max_steps": 12, "save_total_limit": 5, "bnb_4bit_qu
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-@pytest.fixture(scope="module")
-def train(tiny_base, mixed_data, tmp_path_factory):
-    """Run `train_sft.main` in several processes, each with its own settings, and return exit codes and outputs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "helpers" / "ranks.py"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
-    logs = tmp_path_factory.mktemp("logs")
+@pytest.fixture
+def train(fork_server, tiny_base, mixed_data):
+    """Run training in several processes, each with its own settings, and return exit codes and outputs."""
+    defaults = {"eval_strategy": "no", "max_steps": 20, "save_steps": 20, "per_device_train_batch_size": 1}
 
-    def run(out, *ranks, env=None, pretend=None, spoil=None):
-        log = logs / str(len(list(logs.iterdir())))
-        settings = {"eval_strategy": "no", "max_steps": 20, "save_steps": 20, "per_device_train_batch_size": 1}
-        words = [train_args(tiny_base, mixed_data, out, **{**settings, **rank}) for rank in ranks]
-        request = {"ranks": words, "env": env or {}, "pretend": pretend, "spoil": spoil, "log": str(log)}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        codes = json.loads(server.stdout.readline())
-        return codes, [Path(f"{log}.{rank}").read_text() for rank in range(len(ranks))]
+    def run(out, *ranks, **options):
+        words = [train_args(tiny_base, mixed_data, out, **{**defaults, **rank}) for rank in ranks]
+        return fork_server.run("train_sft", *words, **options)
 
-    yield run
-    server.stdin.close()
-    server.wait()
+    return run
 
 
 def done(result):
@@ -92,18 +79,18 @@ def test_two_processes_with_half_the_batch_see_the_samples_of_one(train, tmp_pat
     assert_same_curves(tmp_path / "one", tmp_path / "two", steps=20)
 
 
-def test_a_blank_image_changes_no_loss_and_no_label(processor, demo_splits):
+def test_a_dummy_image_changes_no_loss_and_no_label(processor, demo_splits):
     example = {
         "id": "a",
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Melanoma."}],
     }
-    plain, blank = (VisionSFTCollator(processor, blanks=blanks)([example]) for blanks in (False, True))
+    plain, blank = (VisionSFTCollator(processor, dummy_image=dummy)([example]) for dummy in (False, True))
     assert "pixel_values" not in plain and len(blank["image_grid_thw"]) == 1
     width = plain["input_ids"].size(1)
     assert torch.equal(blank["labels"][:1, :width], plain["labels"]) and (blank["labels"][1:] == -100).all()
-    packed = VisionSFTCollator(processor, blanks=True, packed=True)([example])
-    assert packed["pack_offsets"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
-    with_image = VisionSFTCollator(processor, blanks=True)([demo_splits["train"][0], {**example, "images": []}])
+    packed = VisionSFTCollator(processor, dummy_image=True, packed=True)([example])
+    assert packed["text_cu_seqlens"].tolist()[:2] == [0, width] and (packed["labels"][0, width:] == -100).all()
+    with_image = VisionSFTCollator(processor, dummy_image=True)([demo_splits["train"][0], {**example, "images": []}])
     assert len(with_image["image_grid_thw"]) == 1
 
 

@@ -1,10 +1,8 @@
 """The commands that a user types, as real processes: started, killed, resumed, and asked."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,31 +21,20 @@ def call(*command):
     return subprocess.run([str(word) for word in command], capture_output=True, text=True)
 
 
-def kill_after(path: Path, command: list[str]) -> None:
-    """Start a run in a process group of its own and kill the whole of it as soon as `path` is there."""
-    with subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not path.exists():
-            assert process.poll() is None, process.stdout.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def test_a_killed_run_goes_on_by_itself_and_ends_with_the_same_weights(tiny_base, demo_data, tmp_path):
+def test_a_killed_run_resumes_by_itself_and_ends_with_the_same_weights(fork_server, tiny_base, demo_data, tmp_path):
     settings = {"max_steps": 40, "save_steps": 10, "eval_steps": 10, "logging_steps": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert call(*train_command(tiny_base, demo_data, whole, **settings)).returncode == 0
-    command = train_command(tiny_base, demo_data, killed, **settings)
-    kill_after(killed / "checkpoint-20" / "trainer_state.json", command)
+    assert fork_server.run("train_sft", train_args(tiny_base, demo_data, whole, **settings))[0] == [0]
+    args = train_args(tiny_base, demo_data, killed, **settings)
+    process = fork_server.start("train_sft", args)
+    process.wait_until((killed / "checkpoint-20" / "trainer_state.json").exists)
+    process.signal_group(signal.SIGKILL)
+    assert process.wait() == [-signal.SIGKILL]
     assert not (killed / "adapter_model.safetensors").exists()
     assert (killed / "training_metrics.png").exists()
     assert len((killed / "metrics.jsonl").read_text().splitlines()) >= 5
-    resumed = call(*command)
-    assert resumed.returncode == 0
-    assert f"resuming from {killed}/checkpoint-" in resumed.stdout
+    codes, [text] = fork_server.run("train_sft", args)
+    assert codes == [0] and f"resuming from {killed}/checkpoint-" in text
     left, right = (load_file(out / "adapter_model.safetensors") for out in (whole, killed))
     assert all(torch.equal(left[name], right[name]) for name in left)
 

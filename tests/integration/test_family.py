@@ -1,4 +1,4 @@
-"""What must hold for every model of the family: Qwen2-VL, Qwen2.5-VL and dense Qwen3-VL, each by its real classes."""
+"""What must hold for every model family, each with its published classes."""
 
 import json
 import re
@@ -20,29 +20,19 @@ import merge_adapter
 import predict
 import train_sft
 from collator import VisionSFTCollator, encode, load_pixels, render
-from demo.tiny_model import FAMILIES, save_tiny_model
+from demo.tiny_model import save_tiny_model
 from evaluation.generation import answer, score_answers
 from helpers.runs import TEXTS, train_args
 from models.adapters import load_answering_model
 from models.attention import use_varlen
-from models.loading import check_family, load_model, load_processor
+from models.families import FAMILIES, NAMES
+from models.loading import load_config, load_model, load_processor
 from models.lora import build_lora_config, check_trainable, count_trainable
 from training.lengths import measure_lengths
 
-CELLS = {"qwen2_vl": 28, "qwen2_5_vl": 28, "qwen3_vl": 32}  # px that one token covers a side
-LAYERS = 3  # one behind the two that Qwen3-VL's tower adds to
+LAYERS = 3  # one after the two that Qwen3-VL's tower adds to
 PARTS = [f"self_attn.{name}_proj" for name in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 LANGUAGE = {f"model.language_model.layers.{n}.{part}" for n in range(LAYERS) for part in PARTS}
-TOWER = {
-    "qwen2_vl": ("mlp.fc1", "mlp.fc2"),
-    "qwen2_5_vl": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "qwen3_vl": ("mlp.linear_fc1", "mlp.linear_fc2"),
-}
-MERGERS = {
-    "qwen2_vl": {"merger.mlp.0", "merger.mlp.2"},
-    "qwen2_5_vl": {"merger.mlp.0", "merger.mlp.2"},
-    "qwen3_vl": {f"{m}.linear_fc{n}" for m in ("merger", *(f"deepstack_merger_list.{i}" for i in "01")) for n in "12"},
-}
 SETTINGS = {
     "max_pixels": 12544,
     "packing": "true",
@@ -73,7 +63,7 @@ def base(family, tmp_path_factory):
 
 @pytest.fixture
 def processor(base, family):
-    return load_processor(str(base), min_pixels=CELLS[family] ** 2, max_pixels=112 * 112)
+    return load_processor(str(base), min_pixels=FAMILIES[family].token_side ** 2, max_pixels=112 * 112)
 
 
 @pytest.fixture
@@ -113,7 +103,7 @@ def test_exactly_the_answers_and_their_ends_are_supervised(processor):
     for one in SAMPLES:
         labels = VisionSFTCollator(processor)([one])["labels"][0]
         answers = [m["content"] for m in one["messages"] if m["role"] == "assistant"]
-        expected = [token for text in answers for token in encode_text(text) + encode_text("<|im_end|>")]
+        expected = [token for text in answers for token in encode_text(f"{text}<|im_end|>")]
         assert labels[labels != -100].tolist() == expected
 
 
@@ -136,11 +126,11 @@ def test_measured_lengths_equal_the_collated_ones(processor):
 
 
 def test_a_token_covers_the_area_that_the_processor_says(processor, base, family):
-    square = {"id": "x", **sample("x", [(4 * CELLS[family],) * 2], "<image>", "x")}
+    side = FAMILIES[family].token_side
+    square = {"id": "x", **sample("x", [(4 * side, 4 * side)], "<image>", "x")}
     processor.image_processor.size = {"shortest_edge": 1024, "longest_edge": 160 * 160}
     assert VisionSFTCollator(processor)([square])["mm_token_type_ids"].sum() == 16
-    least = CELLS[family] ** 2
-    with pytest.raises(ValueError, match=f"max_pixels: expected at least {least}, the area of one token, found 700"):
+    with pytest.raises(ValueError, match=f"max_pixels: expected at least {side**2}, the area of one token, found 700"):
         load_processor(str(base), max_pixels=700)
 
 
@@ -178,7 +168,7 @@ def test_a_pack_has_the_logits_loss_and_gradients_of_separate_samples(processor,
 
 @torch.no_grad()
 def test_every_image_feature_reaches_the_answer(processor, plain):
-    """Else the exactness of packs would say nothing about what Qwen3-VL adds behind its first layers."""
+    """Otherwise exact packs would prove nothing about what Qwen3-VL adds after its first layers."""
     batch = VisionSFTCollator(processor)(SAMPLES[:1])
     before = plain(**batch).logits[0, -1]
     mergers = [m for name, m in plain.model.visual.named_children() if "merger" in name]
@@ -200,15 +190,16 @@ def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, tied
 
 
 @pytest.mark.parametrize("flags", [{}, {"train_vision": True}, {"train_merger": True}], ids=str)
-def test_lora_reaches_what_was_asked_and_nothing_else(base, family, flags):
+def test_lora_reaches_exactly_the_requested_parts(base, flags):
     model = load_model(str(base), quantization="nf4", dtype="float32")
+    linear = [name for name, module in model.model.visual.named_modules() if isinstance(module, torch.nn.Linear)]
+    merger = {f"model.visual.{name}" for name in linear if "merger" in name}
+    blocks = {f"model.visual.{name}" for name in linear} - merger
+    assert len(merger) >= 2 and len(blocks) >= 8
     model = get_peft_model(model, build_lora_config(model, r=4, lora_alpha=8, lora_dropout=0.0, **flags))
-    expected = set(LANGUAGE)
-    if "train_vision" in flags:
-        parts = ("attn.qkv", "attn.proj", *TOWER[family])
-        expected |= {f"model.visual.blocks.{n}.{part}" for n in range(2) for part in parts}
-    if "train_merger" in flags:
-        expected |= {f"model.visual.{part}" for part in MERGERS[family]}
+    expected = (
+        LANGUAGE | (blocks if "train_vision" in flags else set()) | (merger if "train_merger" in flags else set())
+    )
     assert set(model.targeted_module_names) == expected
     check_trainable(model, **{"train_vision": False, "train_merger": False, **flags})
     assert count_trainable(model)["other"] == 0
@@ -272,11 +263,18 @@ def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
     assert answer(model, processor, PROMPTS, 6) == [answer(model, processor, [one], 6)[0] for one in PROMPTS]
 
 
+def test_fsdp2_finds_the_layers_that_it_shards(plain, family):
+    layers = [
+        name for name, module in plain.named_modules() if type(module).__name__ == FAMILIES[family].decoder_layer
+    ]
+    assert layers == [f"model.language_model.layers.{n}" for n in range(LAYERS)]
+
+
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen2", "llava", "qwen2_5_omni"])
 def test_a_model_of_another_family_is_refused_before_its_weights(kind, tmp_path, demo_data, capsys):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    rule = f"'{tmp_path}': expected a model of Qwen2-VL, Qwen2.5-VL, dense Qwen3-VL; its model_type is {kind}"
-    for check in (check_family, lambda name: load_model(name, quantization=None, dtype="float32")):
+    rule = f"'{tmp_path}': expected a model of {NAMES}; its model_type is {kind}"
+    for check in (load_config, lambda name: load_model(name, quantization=None, dtype="float32")):
         with pytest.raises(ValueError, match=re.escape(rule)):
             check(str(tmp_path))
     assert run(lambda: train_sft.main(train_args(tmp_path, demo_data, tmp_path / "out"))) == 1
@@ -285,12 +283,12 @@ def test_a_model_of_another_family_is_refused_before_its_weights(kind, tmp_path,
 
 def test_a_processor_of_another_family_is_refused(processor, tmp_path):
     LlavaProcessor(CLIPImageProcessor(), processor.tokenizer, patch_size=14).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="dense Qwen3-VL; its processor is a LlavaProcessor"):
+    with pytest.raises(ValueError, match=f"{NAMES}; its processor is a LlavaProcessor"):
         load_processor(str(tmp_path))
 
 
-def test_a_template_that_opens_answers_otherwise_is_refused(processor):
-    """As Qwen3-VL's thinking models do: they would be asked in another way than they were trained."""
+def test_another_generation_prompt_is_refused(processor):
+    """As in Qwen3-VL's thinking models: prompts would differ between training and inference."""
     opening = "{% if add_generation_prompt %}<think>\n{% endif %}"
     processor.chat_template += opening
     with pytest.raises(ValueError, match=r"found '<\|im_start\|>assistant\\n<think>\\n'"):

@@ -1,4 +1,4 @@
-"""What is planned is what is measured; a dry run leaves nothing behind; a page without model, data or GPU."""
+"""Planned memory agrees with measured memory; a dry run writes nothing; a plan without model, data or GPU."""
 
 import copy
 import re
@@ -20,14 +20,14 @@ import plan_run
 import train_sft
 from benchmarks.gpu_7b import quantise
 from helpers.runs import train_args
-from models.families import TABLE, tabled_config
+from models.families import FAMILIES, published_config
 from models.loading import load_model
-from models.lora import build_lora_config, end_gradients_at_tower
+from models.lora import build_lora_config, detach_vision_inputs
 from planning import page
 from planning.activations import make_batch, trace_model, trace_step
-from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, find_warnings, steps_an_epoch, trained_bytes
+from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, find_warnings, steps_per_epoch, trained_bytes
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes, with_layers
-from planning.smoke_test import twin_config
+from planning.smoke_test import tiny_config
 from training.config import parse_config
 from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes
@@ -66,11 +66,11 @@ def test_planned_weights_are_those_of_the_loaded_model(tiny_base, quantization, 
     assert without.get_nb_trainable_parameters()[0] == adapted.get_nb_trainable_parameters()[0]
 
 
-def test_the_tables_shapes_have_as_many_weights_as_the_models():
+def test_published_shapes_have_as_many_weights_as_the_models():
     for name, expected in BILLIONS.items():
-        model = build_without_weights(tabled_config(name), torch.bfloat16)
+        model = build_without_weights(published_config(f"Qwen/{name}-Instruct"), torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, rel=0.003)
-    assert BILLIONS.keys() == TABLE.keys()
+    assert BILLIONS.keys() == {name for family in FAMILIES.values() for name in family.shapes}
 
 
 def small_config(hidden, intermediate, heads, kv_heads, tower):
@@ -103,7 +103,7 @@ def measured_step(config, tokens, image_tokens, *, checkpointing, quantized=Fals
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-        end_gradients_at_tower(model)
+        detach_vision_inputs(model)
     batch = make_batch(config, tokens, image_tokens, nullcontext())
     weights, saved = {p.data_ptr() for p in model.parameters()}, {}
 
@@ -151,8 +151,8 @@ def test_planned_activations_are_what_a_cpu_holds(shape, tokens, image_tokens, c
     ("name", "checkpointing", "train_vision"),
     [("Qwen2.5-VL-3B", True, False), ("Qwen2.5-VL-3B", False, True), ("Qwen3-VL-2B", True, True)],
 )
-def test_a_few_traced_layers_stand_for_all(name, checkpointing, train_vision):
-    config = with_layers(tabled_config(name), 6)
+def test_memory_of_all_layers_follows_from_a_few(name, checkpointing, train_vision):
+    config = with_layers(published_config(name), 6)
     config.vision_config.depth, config.vision_config.deepstack_visual_indexes = 2, [0]
     lora = {**LORA, "train_vision": train_vision}
     step = {"tokens": 512, "image_tokens": 300, "checkpointing": checkpointing, "dtype": torch.bfloat16}
@@ -175,7 +175,7 @@ def test_layers_in_nf4_keep_no_other_activations(checkpointing):
 
 def plan_7b(*, checkpointing):
     """Return the plan of `benchmarks.gpu_7b`: r=8, dropout, 81 % image tokens."""
-    config = tabled_config("Qwen2.5-VL-7B")
+    config = published_config("Qwen2.5-VL-7B")
     fixed = weight_bytes(config, quantized=True, double_quant=True, dtype=torch.bfloat16)
     lora = {**LORA, "lora_dropout": 0.05}
     model = add_lora(build_without_weights(config, torch.bfloat16), lora)
@@ -183,7 +183,7 @@ def plan_7b(*, checkpointing):
     fixed["out of NF4"] = 2 * count_weights(config).largest
     sizes = {"tokens": 4096, "image_tokens": 3317}
     traced = trace_model(config, lora, **sizes, checkpointing=checkpointing, dtype=torch.bfloat16)
-    return MemoryPlan("7B", fixed, traced, 4096, text_share=0.19, hidden=3584, width=2)
+    return MemoryPlan("7B", fixed, traced, 4096, text_share=0.19, hidden=3584, itemsize=2)
 
 
 def test_the_plan_meets_what_was_measured_on_an_h100():
@@ -198,7 +198,7 @@ def test_the_plan_meets_what_was_measured_on_an_h100():
 @cache
 def plan_recipes_model(name, settings):
     parsed = parse_config([*settings, "--model_name_or_path", name, "--use_cpu", "true"])
-    return page.plan_memory(read_config(name, local_files_only=True)[0], *parsed, 0.8, 4096)
+    return page.plan_memory(read_config(name, local_files_only=True)[0], parsed, 0.8, 4096)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -207,7 +207,7 @@ def test_each_recipe_fits_the_gpu_that_it_states(path):
     stated = int(re.search(r"on one GPU with (\d+) GB", path.read_text().splitlines()[0])[1])
     plans = plan_recipes_model(model.model_name_or_path, ("--config", "configs/skin.yaml"))
     batch = data.pack_tokens
-    plan = page.choose(plans, training.gradient_checkpointing, model.load_in_4bit, batch, stated)
+    plan = page.choose_plan(plans, training.gradient_checkpointing, model.load_in_4bit, batch, stated)
     print(f"{path.stem}: {plan.total(batch) / 1e9:.1f} of {stated} GB, {plan.name}")
     assert plan.total(batch) / 1e9 <= 0.95 * stated  # the driver and the screen take some
 
@@ -222,7 +222,7 @@ def test_the_largest_batch_just_fits():
 def plan_small():
     model = add_lora(build_without_weights(small_config(128, 512, 4, 2, 64), torch.float32), LORA)
     traced = trace_step(model, tokens=512, image_tokens=0, checkpointing=True, dtype=torch.float32)
-    return MemoryPlan("small", {"weights": 1}, traced, 512, text_share=1.0, hidden=128, width=4)
+    return MemoryPlan("small", {"weights": 1}, traced, 512, text_share=1.0, hidden=128, itemsize=4)
 
 
 def test_qwen3_traces_through_its_deep_stack():
@@ -237,14 +237,14 @@ def test_qwen3_traces_through_its_deep_stack():
     assert traced.peak >= traced.saved > traced.tower > 0
 
 
-@pytest.mark.parametrize("name", ["Qwen2-VL-7B", "Qwen2.5-VL-7B", "Qwen3-VL-8B"])
-def test_a_twin_is_tiny_and_keeps_words_and_patches(name):
-    config = tabled_config(name)
-    twin = twin_config(config)
-    assert type(twin) is type(config)
-    assert twin.text_config.vocab_size == config.text_config.vocab_size
-    assert twin.vision_config.patch_size == config.vision_config.patch_size
-    assert sum(p.numel() for p in build_without_weights(twin, torch.float32).parameters()) < 45e6
+@pytest.mark.parametrize("name", [max(family.shapes) for family in FAMILIES.values()])
+def test_a_tiny_model_keeps_vocabulary_and_patches(name):
+    config = published_config(name)
+    tiny = tiny_config(config)
+    assert type(tiny) is type(config)
+    assert tiny.text_config.vocab_size == config.text_config.vocab_size
+    assert tiny.vision_config.patch_size == config.vision_config.patch_size
+    assert sum(p.numel() for p in build_without_weights(tiny, torch.float32).parameters()) < 45e6
 
 
 def test_optimizers_bytes_go_by_their_names():
@@ -257,23 +257,23 @@ def test_optimizers_bytes_go_by_their_names():
 def test_lengths_and_steps():
     lengths = SampleLengths(total=[100, 200, 300, 400], image=[50, 150, 250, 350])
     assert describe_lengths(lengths) == "250 a sample, median 250, 95 % up to 400, longest 400; 80 % image"
-    assert steps_an_epoch(lengths.total, pack_tokens=500, batch=1, accumulate=2, seed=0, epochs=2) == 1
-    assert steps_an_epoch(lengths.total, pack_tokens=None, batch=1, accumulate=3, seed=0, epochs=2) == 2
+    assert steps_per_epoch(lengths.total, pack_tokens=500, batch=1, accumulate=2, seed=0, epochs=2) == 1
+    assert steps_per_epoch(lengths.total, pack_tokens=None, batch=1, accumulate=3, seed=0, epochs=2) == 2
 
 
-def test_what_looks_like_a_mistake_is_said():
+def test_probable_mistakes_give_warnings():
     splits = {"train": {"label": ["nevus", "melanoma"]}, "test": {"label": ["nevus", None]}}
-    found = find_warnings(splits, learning_rate=2e-4, samples_a_step=4, warmup=2, steps=2)
+    found = find_warnings(splits, learning_rate=2e-4, samples_per_step=4, warmup=2, steps=2)
     assert found == [
         "learning_rate 0.0002 is high for steps of 4 samples: above 0.0001",
         "warmup_steps: 2 are few; Adam's averages need some steps before the full rate",
-        "warmup_steps: 2 are the whole run of 2 steps; its rate never reaches the peak",
+        "warmup_steps: 2 cover all 2 steps of the run; the rate never reaches its peak",
         "test has no sample of melanoma",
     ]
-    assert find_warnings(None, learning_rate=2e-4, samples_a_step=32, warmup=10, steps=100) == []
+    assert find_warnings(None, learning_rate=2e-4, samples_per_step=32, warmup=10, steps=100) == []
 
 
-def test_an_unreachable_model_is_planned_from_the_table(demo_data, capsys):
+def test_an_unreachable_model_is_planned_from_its_published_shapes(demo_data, capsys):
     words = ["--config", "configs/skin.yaml", "--dataset_path", str(demo_data), "--gpu", "10"]
     assert plan_run.main(words) == 1
     page = capsys.readouterr().out
@@ -288,7 +288,10 @@ def test_an_unreachable_model_is_planned_from_the_table(demo_data, capsys):
 
 def test_without_model_or_data_there_is_one_line_or_a_plan_of_memory(tiny_base, tmp_path, capsys):
     assert run(lambda: plan_run.main(["--model_name_or_path", "nobody/nothing"])) == 1
-    assert capsys.readouterr().err.startswith("error: model_name_or_path: cannot read 'nobody/nothing': ")
+    assert capsys.readouterr().err.startswith("error: model_name_or_path: no model in 'nobody/nothing', ")
+    with pytest.raises(SystemExit):
+        plan_run.main(["--lerning_rate", "1"])
+    assert capsys.readouterr().err.startswith("plan_run.py: unknown option '--lerning_rate'; did you mean")
     words = train_args(tiny_base, tmp_path / "none", tmp_path / "out")
     assert plan_run.main([*words, "--gpu", "8"]) == 0
     page = capsys.readouterr().out
@@ -297,7 +300,7 @@ def test_without_model_or_data_there_is_one_line_or_a_plan_of_memory(tiny_base, 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(tiny_base, demo_data, tmp_path, capsys, packed):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_base, demo_data, tmp_path, capsys, packed):
     settings = {"dry_run": "true"}
     if packed:
         settings |= {"packing": "true", "attn_implementation": "varlen", "pack_tokens": 512}

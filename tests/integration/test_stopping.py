@@ -23,7 +23,6 @@ BIN = Path(sys.executable).parent
 ADAPTER = "adapter_model.safetensors"
 SETTINGS = {"max_steps": 60, "save_steps": 50, "eval_strategy": "no", "lora_dropout": 0.1, "dataloader_num_workers": 2}
 LAUNCHERS = {
-    "python": [sys.executable],
     "accelerate with one process": [str(BIN / "accelerate"), "launch", "--num_processes", "1"],
     "accelerate with two processes": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"],
     "torchrun with two processes": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
@@ -65,44 +64,59 @@ def processes_of(out):
     return left
 
 
-def assert_nothing_left(out):
+def assert_nothing_left(left, *args):
     """Give the launcher's children a moment, as a killed launcher does not wait for them."""
     deadline = time.monotonic() + 30
-    while left := processes_of(out):
-        assert time.monotonic() < deadline, f"processes {left} are still there"
+    while left(*args):
+        assert time.monotonic() < deadline, "processes are still there"
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sigterm_saves_within_a_step_and_the_same_command_goes_on(tiny_base, demo_data, tmp_path, launcher):
-    out = tmp_path / "run"
-    process = start(launcher, tiny_base, demo_data, out)
-    wait_for_step(out, 5, process)
-    seen, asked = last_step(out), time.monotonic()
-    if launcher == "python":  # to the whole group, as a terminal, Slurm and `timeout` send it: workers get it too
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.terminate()
-    text = process.communicate()[0]
-    assert_nothing_left(out)
-    assert time.monotonic() - asked < 30
-    if launcher == "python":
-        assert process.returncode == EXIT_CODE, text
-        assert "SIGTERM: stopping after this step" in text
-        assert f"stopped by SIGTERM at step {last_step(out)}; the same command resumes from checkpoint-" in text
-    elif launcher == "accelerate with two processes":
-        assert process.returncode == 1, text  # the launcher's own, whatever its processes end with
+def assert_saved_at_once(out, seen, text):
+    """Check that the one checkpoint is of the step that ran when the signal came, and return it."""
     [saved] = out.glob("checkpoint-*")
     step = read_manifest(saved)["step"]
     assert seen <= step <= last_step(out) + 1 and step < SETTINGS["save_steps"], text
     assert not (out / ADAPTER).exists()
-    if launcher != "python":
-        return
-    again = start(launcher, tiny_base, demo_data, out)
-    assert f"resuming from {saved}" in again.communicate()[0]
-    assert again.returncode == 0
-    whole = start(launcher, tiny_base, demo_data, tmp_path / "whole")
-    assert whole.wait() == 0
+    return saved
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_to_a_launcher_saves_within_a_step(tiny_base, demo_data, tmp_path, launcher):
+    out = tmp_path / "run"
+    process = start(launcher, tiny_base, demo_data, out)
+    wait_for_step(out, 5, process)
+    seen, sent = last_step(out), time.monotonic()
+    process.terminate()
+    text = process.communicate()[0]
+    assert_nothing_left(processes_of, out)
+    assert time.monotonic() - sent < 30
+    if launcher == "accelerate with two processes":
+        assert process.returncode == 1, text  # the launcher's own, whatever its processes end with
+    assert_saved_at_once(out, seen, text)
+
+
+def test_sigterm_to_all_processes_saves_within_a_step_and_the_same_command_resumes(
+    fork_server, tiny_base, demo_data, tmp_path
+):
+    """As a terminal, Slurm and `timeout` send it: the workers get it too."""
+    out = tmp_path / "run"
+    args = train_args(tiny_base, demo_data, out, **SETTINGS)
+    process = fork_server.start("train_sft", args)
+    process.wait_until(lambda: (out / "metrics.jsonl").exists() and last_step(out) >= 5)
+    seen, sent = last_step(out), time.monotonic()
+    process.signal_group(signal.SIGTERM)
+    assert process.wait() == [EXIT_CODE]
+    assert_nothing_left(process.left)
+    assert time.monotonic() - sent < 30
+    [text] = process.texts()
+    assert "SIGTERM: stopping after this step" in text
+    assert f"stopped by SIGTERM at step {last_step(out)}; the same command resumes from checkpoint-" in text
+    saved = assert_saved_at_once(out, seen, text)
+    codes, [text] = fork_server.run("train_sft", args)
+    assert codes == [0] and f"resuming from {saved}" in text
+    whole = train_args(tiny_base, demo_data, tmp_path / "whole", **SETTINGS)
+    assert fork_server.run("train_sft", whole)[0] == [0]
     left, right = (load_file(folder / ADAPTER) for folder in (out, tmp_path / "whole"))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -116,7 +130,7 @@ def wait_for_end(process, seconds):
     return True
 
 
-def test_a_worker_outlives_the_signals_of_others_and_not_its_trainers():
+def test_a_worker_survives_the_signals_of_others_and_not_its_trainers():
     """A trainer that ends with batches still on their way terminates its workers, and waits for them."""
     loader = Accelerator(cpu=True).prepare(DataLoader(range(64), batch_size=2, num_workers=1))
     batches = iter(shield_workers(loader))
@@ -135,12 +149,12 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda process, number: killed.append((process, number)))
     before = signal.getsignal(signal.SIGINT)
     try:
-        stop._ask(signal.SIGINT, None)
-        clock[0] += 0.5  # a launcher passes the same signal on
-        stop._ask(signal.SIGTERM, None)
+        stop._receive(signal.SIGINT, None)
+        clock[0] += 0.5  # a launcher forwards the same signal
+        stop._receive(signal.SIGTERM, None)
         assert stop.signal == "SIGINT" and not killed
         clock[0] += 1
-        stop._ask(signal.SIGINT, None)
+        stop._receive(signal.SIGINT, None)
         assert killed == [(os.getpid(), signal.SIGINT)]
     finally:
         signal.signal(signal.SIGINT, before)

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 from common.cli import run
@@ -74,6 +75,25 @@ def test_after_two_steps_only_lora_weights_differ(tiny_base, demo_data, tmp_path
     assert changed == lora
     in_tower = {name for name in changed if "visual" in name}
     assert bool(in_tower) == (vision == "false")
+
+
+def test_a_run_changes_none_of_its_settings(tiny_base, demo_data, tmp_path, monkeypatch):
+    seen = []
+
+    def values(settings):
+        return [asdict(settings.data), settings.training.to_dict(), asdict(settings.model)]
+
+    def parse(argv):
+        settings = parse_config(argv)
+        seen.append((settings, values(settings)))
+        return settings
+
+    monkeypatch.setattr(train_sft, "parse_config", parse)
+    train(tiny_base, demo_data, tmp_path, **PACKED, gradient_checkpointing="auto", report_to="tensorboard")
+    [(settings, before)] = seen
+    assert values(settings) == before and settings.training.gradient_checkpointing == "auto"
+    with pytest.raises(AttributeError):
+        settings.data.pack_tokens = 1
 
 
 class KeepGradients(TrainerCallback):

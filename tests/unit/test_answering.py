@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from collator import END_TOKEN, render
+from collator import render
 from evaluation.generation import prompt_positions, score_answers
 from models.adapters import load_answering_model
 
@@ -33,7 +33,7 @@ def separately(model, processor, example, answer):
     images = load_pixels(example, processor) or None
     options = {"images": images, "images_kwargs": {"do_resize": False}, "return_tensors": "pt"}
     start = processor(text=[prompt], **options)["input_ids"].size(1)
-    batch = processor(text=[prompt + answer + END_TOKEN], **options)
+    batch = processor(text=[prompt + answer + "<|im_end|>"], **options)
     logs = model(**batch).logits[0, start - 1 : -1].log_softmax(-1)
     return logs.gather(1, batch["input_ids"][0, start:, None]).sum()
 

@@ -25,7 +25,7 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
     copies = [side.detach().clone().requires_grad_() for side in sides]
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     found, weights = varlen_attention(
-        Layer(), *sides, None, scaling=0.3, is_causal=causal, pack_offsets=offsets, pack_longest=max(lengths)
+        Layer(), *sides, None, scaling=0.3, is_causal=causal, text_cu_seqlens=offsets, text_max_seqlen=max(lengths)
     )
     parts = [
         scaled_dot_product_attention(
@@ -46,7 +46,7 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
 def test_dropout_is_refused_and_not_forgotten():
     sides = [torch.randn(1, 2, 4, 8)] * 3
     with pytest.raises(ValueError, match=r"attention_dropout: expected 0 with attn_implementation: varlen, found 0.1"):
-        varlen_attention(Layer(), *sides, None, dropout=0.1, pack_offsets=torch.tensor([0, 4]), pack_longest=4)
+        varlen_attention(Layer(), *sides, None, dropout=0.1, text_cu_seqlens=torch.tensor([0, 4]), text_max_seqlen=4)
 
 
 def test_tower_padded_batch_and_generation_are_those_of_sdpa(tiny_base, processor, demo_splits):

@@ -49,14 +49,14 @@ def test_a_sealed_checkpoint_is_whole_and_says_whose_it_is(output_dir):
     assert not (output_dir / "checkpoint-10" / f"{MANIFEST}.unfinished").exists()
 
 
-def test_auto_takes_the_newest_whole_one_and_says_what_it_passed_over(output_dir):
+def test_auto_takes_the_newest_whole_one_and_says_what_it_skipped(output_dir):
     assert choose_checkpoint(output_dir, "auto") == (output_dir / "checkpoint-100", [])
     (output_dir / "checkpoint-100" / MANIFEST).unlink()
     (output_dir / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"half")
-    chosen, passed_over = choose_checkpoint(output_dir, "auto")
+    chosen, skipped = choose_checkpoint(output_dir, "auto")
     assert chosen == output_dir / "checkpoint-5"
-    assert passed_over == [
-        f"checkpoint {output_dir}/checkpoint-100: no COMPLETE.json; it was not written to its end",
+    assert skipped == [
+        f"checkpoint {output_dir}/checkpoint-100: no COMPLETE.json; its save was not completed",
         f"checkpoint {output_dir}/checkpoint-10: adapter_model.safetensors has 4 bytes instead of 280",
     ]
 

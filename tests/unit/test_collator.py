@@ -259,11 +259,19 @@ def test_a_pack_is_the_samples_behind_each_other(pack, collate):
     for name in ("input_ids", "labels"):
         assert torch.equal(row[name], torch.cat([batch[name] for batch in alone], dim=1))
     lengths = [batch["input_ids"].size(1) for batch in alone]
-    assert row["pack_offsets"].diff().tolist() == lengths and row["pack_longest"] == max(lengths)
-    assert row["pack_offsets"].dtype == torch.int32
+    assert row["text_cu_seqlens"].diff().tolist() == lengths and row["text_max_seqlen"] == max(lengths)
+    assert row["text_cu_seqlens"].dtype == torch.int32
     assert torch.equal(row["pixel_values"], torch.cat([b["pixel_values"] for b in alone if "pixel_values" in b]))
     assert set(row) == {
-        *("input_ids", "labels", "position_ids", "pixel_values", "image_grid_thw", "pack_offsets", "pack_longest")
+        *(
+            "input_ids",
+            "labels",
+            "position_ids",
+            "pixel_values",
+            "image_grid_thw",
+            "text_cu_seqlens",
+            "text_max_seqlen",
+        )
     }
 
 
@@ -307,7 +315,7 @@ def test_a_changed_sample_moves_no_logit_of_another(pack, model):
     examples[1] = {**examples[1], "images": [blue], "messages": chat("<image>\nWhat?", "That.", "Sure?", "It is not.")}
     after = pack(examples)
     logits = [model(**batch, use_cache=False).logits[0] for batch in (before, after)]
-    (a, b), (c, d) = before["pack_offsets"][1:3].tolist(), after["pack_offsets"][1:3].tolist()
+    (a, b), (c, d) = before["text_cu_seqlens"][1:3].tolist(), after["text_cu_seqlens"][1:3].tolist()
     assert torch.allclose(logits[0][:a], logits[1][:c], atol=1e-6)
     assert torch.allclose(logits[0][b:], logits[1][d:], atol=1e-6)
     assert (logits[0][a:b][:5] - logits[1][c:d][:5]).abs().max() < 1e-6  # the header before the image

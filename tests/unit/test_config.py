@@ -5,7 +5,8 @@ import re
 import pytest
 
 from common.yaml_files import read_yaml
-from training.config import ABOVE_ZERO, AT_LEAST, DEFAULT_RECIPE, RENAMED, WITHOUT_EFFECT, parse_config
+from training.config import DEFAULT_RECIPE, RENAMED, parse_config
+from training.config_checks import ABOVE_ZERO, AT_LEAST, WITHOUT_EFFECT
 
 BASE = """
 dataset_path: data
@@ -29,10 +30,11 @@ def parse(tmp_path):
 
 def test_values_are_read_by_the_type_of_their_field(parse):
     data, training, model = parse(
-        "learning_rate: 2e-4\nmax_length: null\nlora_target_modules: [q_proj, v_proj]\neval_strategy: no\n"
+        "learning_rate: 2e-4\nweight_decay: .5e-1\nmax_length: null\nlora_target_modules: [q_proj, v_proj]\n"
+        "eval_strategy: no\n"
         "gradient_checkpointing_kwargs: {use_reentrant: false}\nmax_pixels: 200704\nfreeze_vision_encoder: false\n"
     )
-    assert training.learning_rate == 2e-4
+    assert (training.learning_rate, training.weight_decay) == (2e-4, 0.05)
     assert training.max_length is None
     assert training.eval_strategy == "no"
     assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
@@ -74,9 +76,9 @@ def test_options_override_the_recipe(parse):
         ("gradient_checkpointing: yes\n", "gradient_checkpointing: expected auto, true or false, found 'yes'"),
         ("torch_compile: true\n", "torch_compile: would have no effect; use compile_layers"),
         ("lora_r: [8]\n", "recipe.yaml: lora_r: did not expect the list [8]"),
-        ("seed: 1\nseed: 2\n", "recipe.yaml: not YAML: the key 'seed' stands twice"),
+        ("seed: 1\nseed: 2\n", 'duplicate key "seed"'),
         ("eval_strategy: stepps\n", "stepps is not a valid IntervalStrategy"),
-        ("use_peft: false\n", "not YAML: the key 'use_peft' stands twice"),
+        ("use_peft: false\n", 'duplicate key "use_peft"'),
         ("load_in_4bit: true\nbnb_4bit_quant_type: fp4\n", "bnb_4bit_quant_type: expected 'nf4', found 'fp4'"),
         ("bnb_4bit_quant_storage: uint8\n", "bnb_4bit_quant_storage: would have no effect without load_in_4bit: true"),
         (

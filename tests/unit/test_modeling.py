@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from collator import VisionSFTCollator
 from models.loading import check_quantized, load_model, load_processor, resolve_dtype
-from models.lora import build_lora_config, check_targets, check_trainable, count_trainable, end_gradients_at_tower
+from models.lora import build_lora_config, check_targets, check_trainable, count_trainable, detach_vision_inputs
 from training.trainer import pin_trainable_to_float32
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
@@ -55,10 +55,10 @@ def test_double_quantisation_can_be_switched_off(tiny_base):
 def test_check_quantized_raises_when_a_layer_is_in_the_wrong_precision(tiny_base):
     model = load(tiny_base, quantization=None)
     with pytest.raises(
-        ValueError, match=r"14 layers are not in the precision asked for, the first is model\.language"
+        ValueError, match=r"14 layers do not have the requested precision, the first is model\.language"
     ):
         check_quantized(model, quantized=True)
-    with pytest.raises(ValueError, match="14 layers are not in the precision"):
+    with pytest.raises(ValueError, match="14 layers do not have the requested precision"):
         check_quantized(load(tiny_base), quantized=False)
 
 
@@ -146,7 +146,7 @@ def test_gradients_end_at_the_tower_and_those_of_lora_stay(tiny_base, processor,
     reached, tower = [], model.get_base_model().model.visual
     before = gradients(model.train(), batch)
     assert before.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    end = end_gradients_at_tower(model)
+    end = detach_vision_inputs(model)
     tower.blocks[0].register_forward_pre_hook(lambda block, inputs: reached.append(inputs[0].requires_grad))
     after = gradients(model, batch)
     assert reached and not any(reached)

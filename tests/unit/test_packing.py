@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from collator import VisionSFTCollator
 from training.lengths import check_lengths, measure_lengths
-from training.packing import fill, pack_lengths
+from training.packing import fill_rate, pack_lengths
 from training.samplers import PackSampler
 
 
@@ -69,7 +69,7 @@ def test_packs_hold_every_sample_once_within_the_budget_and_are_full(budget):
     packs = list(PackSampler(lengths, budget, seed=1))
     assert sorted(n for pack in packs for n in pack) == list(range(20_000))
     assert max(sum(lengths[n] for n in pack) for pack in packs) <= budget
-    assert fill(packs, lengths, budget) >= 0.97
+    assert fill_rate(packs, lengths, budget) >= 0.97
 
 
 def test_best_fit_is_as_good_as_can_be_on_small_cases():
@@ -124,4 +124,4 @@ def test_a_million_lengths_are_packed_in_seconds():
     start = time.perf_counter()
     sampler = PackSampler(lengths, 8192)
     assert time.perf_counter() - start < 10
-    assert fill(sampler, lengths, 8192) >= 0.97
+    assert fill_rate(sampler, lengths, 8192) >= 0.97

@@ -135,7 +135,7 @@ def test_several_adapters_answer_over_one_base(adapter, demo_data, tmp_path, cap
     facts = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**facts, "quantization": None}))
     command = ["--adapter", adapter, other, "--dataset", demo_data]
-    with pytest.raises(ValueError, match=r"--adapter: .*other goes on .* and .*adapter on "):
+    with pytest.raises(ValueError, match=r"--adapter: .*other has the base .* and .*adapter \{"):
         predict.main([str(word) for word in command])
 
 

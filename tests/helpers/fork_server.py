@@ -1,7 +1,8 @@
-"""A process that has loaded the libraries and forks runs of several ranks: a second each instead of ten.
+"""A process that has loaded the libraries and forks commands, alone or as several ranks: a second each instead of ten.
 
-It reads requests from stdin, one JSON a line, and answers each with the exit codes of the ranks. accelerate shards no
-model over CPUs; a request that pretends tells it, once the ranks can talk, that they are GPUs.
+It reads requests from stdin, one JSON a line. A request with `command` starts it and is answered with the processes'
+numbers, the leaders of process groups of their own; one with `wait` is answered with the exit codes. accelerate shards
+no model over CPUs; a request that pretends tells it, once the ranks can talk, that they are GPUs.
 """
 
 import json
@@ -18,12 +19,14 @@ import torch.distributed.fsdp  # noqa: F401  loaded once, for all
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+import eval_sft
 import train_sft
 from benchmarks.reliability import child
 from training import distributed
 from training.trainer import SafeSFTTrainer
 
-LASTS = 120  # s; what takes longer hangs
+COMMANDS = {"train_sft": lambda args: train_sft.main(args), "eval_sft": lambda args: eval_sft.main(args)}
+TIMEOUT = 120  # s; what takes longer hangs
 
 
 def pretend(kind: str) -> None:
@@ -51,8 +54,8 @@ def spoil(step: int) -> None:
 
 def start(request: dict, rank: int, port: int) -> int:
     def before() -> None:
-        ranks = len(request["ranks"])
-        if ranks > 1:
+        os.setsid()
+        if (ranks := len(request["ranks"])) > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             os.environ.update({key: str(value) for key, value in place.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -63,12 +66,13 @@ def start(request: dict, rank: int, port: int) -> int:
         if request["spoil"] is not None:
             spoil(request["spoil"])
 
-    return child(lambda: train_sft.main(request["ranks"][rank]), Path(f"{request['log']}.{rank}"), before)
+    main, arguments = COMMANDS[request["command"]], request["ranks"][rank]
+    return child(lambda: main(arguments), Path(f"{request['log']}.{rank}"), before)
 
 
 def wait_for(processes: list[int]) -> list[int | None]:
-    """Return the exit codes; None for a rank that had to be killed, as it came to no end."""
-    codes, deadline = dict.fromkeys(processes), time.monotonic() + LASTS
+    """Return the exit codes; None for a rank that had to be killed, as it did not end."""
+    codes, deadline = dict.fromkeys(processes), time.monotonic() + TIMEOUT
     while None in codes.values():
         for process in [process for process, code in codes.items() if code is None]:
             done, status = os.waitpid(process, os.WNOHANG)
@@ -82,12 +86,16 @@ def wait_for(processes: list[int]) -> list[int | None]:
     return list(codes.values())
 
 
+def answer(request: dict) -> list[int | None]:
+    if "wait" in request:
+        return wait_for(request["wait"])
+    port = free_port()
+    return [start(request, rank, port) for rank in range(len(request["ranks"]))]
+
+
 def serve() -> None:
     for line in sys.stdin:
-        request = json.loads(line)
-        port = free_port()
-        codes = wait_for([start(request, rank, port) for rank in range(len(request["ranks"]))])
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 def free_port() -> int:

@@ -1,0 +1,32 @@
+"""Undocumented interfaces of transformers and bitsandbytes, watched by tests/unit/test_compat_models.py."""
+
+from collections.abc import Callable
+
+from bitsandbytes.nn import Linear4bit
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+
+def set_attention(model: PreTrainedModel, name: str, function: Callable) -> None:
+    """Register an attention function and let the complete model call it, with SDPA's masks.
+
+    `set_attn_implementation` would take a name with "flash" in it for a package or a kernel on the Hub.
+    """
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.config._attn_implementation = name
+
+
+def get_attention(model: PreTrainedModel) -> str:
+    """Return the name of the attention function that the model calls."""
+    return model.config._attn_implementation
+
+
+def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Keep NF4 weights in the layout that training needs.
+
+    On CPUs with AVX512-BF16, an evaluation would repack them in place, and the next backward pass would crash.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

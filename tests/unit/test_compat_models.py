@@ -1,0 +1,72 @@
+"""What models/compat.py relies on: each test fails when transformers, bitsandbytes or TRL changes it."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForImageTextToText
+from trl import chat_template_utils
+
+from collator import VisionSFTCollator
+from models.attention import REGISTERED, use_varlen, varlen_attention
+from models.compat import get_attention, keep_trainable_on_cpu, set_attention
+from models.families import FAMILIES
+
+pytestmark = pytest.mark.canary
+
+
+@pytest.fixture
+def model(tiny_base):
+    return AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
+
+
+def test_config_attn_implementation_sets_the_attention_of_tower_and_language_model(model):
+    use_varlen(model)
+    found = get_attention(model), get_attention(model.model.visual), get_attention(model.model.language_model)
+    assert found == (REGISTERED,) * 3, (
+        "transformers: config._attn_implementation no longer reaches the parts of a model"
+    )
+
+
+def calls_of(model, batch):
+    """Return the keyword arguments of each attention call of a forward pass."""
+    calls = []
+
+    def attend(*args, **kwargs):
+        calls.append({**kwargs, "module": type(args[0]).__name__})
+        return varlen_attention(*args, **kwargs)
+
+    set_attention(model, REGISTERED, attend)
+    with torch.no_grad():
+        model(**batch, use_cache=False)
+    return [[call for call in calls if ("Vision" in call["module"]) == vision] for vision in (True, False)]
+
+
+def test_attention_functions_get_the_segments_of_tower_and_packs(model, processor, demo_splits):
+    batch = VisionSFTCollator(processor, packed=True)([demo_splits["train"][n] for n in range(3)])
+    tower, language = calls_of(model, batch)
+    assert len(tower) == model.config.vision_config.depth, (
+        "transformers: the tower no longer passes all windows in one call to an attention with 'flash' in its name"
+    )
+    assert all(call["cu_seq_lens_q"][-1] == len(batch["pixel_values"]) for call in tower), (
+        "transformers: the tower no longer passes its windows as cu_seq_lens_q"
+    )
+    assert len(language) == model.config.text_config.num_hidden_layers
+    assert all(call["text_cu_seqlens"] is batch["text_cu_seqlens"] for call in language), (
+        "transformers: unknown keywords of a forward pass no longer reach the attention of the language model"
+    )
+
+
+def test_nf4_layers_have_the_switch_for_avx512():
+    layer = Linear4bit(64, 64)
+    assert hasattr(layer, "support_avx512bf16_for_cpu"), (
+        "bitsandbytes: Linear4bit.support_avx512bf16_for_cpu is gone; evaluation may repack weights before training"
+    )
+    layer.support_avx512bf16_for_cpu = True
+    keep_trainable_on_cpu(torch.nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_trl_has_the_published_chat_template(kind):
+    name = f"{FAMILIES[kind].chat_template}_chat_template"
+    assert hasattr(chat_template_utils, name), f"trl: chat_template_utils.{name} is gone; the tiny models need it"

@@ -1,0 +1,149 @@
+"""Checks of a run's settings: what is missing, contradicts itself or would have no effect is an error."""
+
+import dataclasses
+import math
+
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig
+
+from models.attention import VARLEN
+from training.settings import DataArguments, TrainingSettings
+from training.trackers import TRACKERS
+
+# The smallest sensible value; a smaller one would be ignored, or crash hours later.
+AT_LEAST = {
+    "min_pixels": 1,
+    "max_pixels": 1,
+    "max_length": 1,
+    "pack_tokens": 1,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "lora_dropout": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 0,
+    "weight_decay": 0,
+    "warmup_steps": 0,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+}
+ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation reports, each with eval_ before it
+
+# Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
+WITHOUT_EFFECT = {
+    "load_in_8bit": "the base model is in NF4 (load_in_4bit) or not quantised",
+    "lora_target_parameters": "use lora_target_modules",
+    "lora_modules_to_save": "only LoRA weights are trained",
+    "lora_task_type": "the adapter is for a causal language model",
+    "model_init_kwargs": "use dtype, attn_implementation and model_revision",
+    "trust_remote_code": "no code is run from a model's repository",
+    "chat_template_path": "the processor's own chat template is used",
+    "dataset_kwargs": "data_prep makes the data set",
+    "dataset_num_proc": "data_prep makes the data set",
+    "dataset_text_field": "the data set's schema is fixed",
+    "eos_token": "the processor's own tokens are used",
+    "pad_token": "the processor's own tokens are used",
+    "shuffle_dataset": "training shuffles by itself in every epoch",
+    "packing_strategy": "packs are made by best fit in shuffled windows",
+    "eval_packing": "validation samples are packed when training samples are",
+    "padding_free": "use packing: packs hold no padding",
+    "logging_nan_inf_filter": "a run stops at the first gradients that are not finite",
+    "fsdp": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
+    "fsdp_config": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
+    "deepspeed": "accelerate's configuration decides: configs/accelerate/zero2.yaml",
+    "torch_compile": "use compile_layers",
+    "torch_compile_backend": "use compile_layers",
+    "torch_compile_mode": "use compile_layers",
+    "pad_to_multiple_of": "batches are padded to their longest sample",
+    "completion_only_loss": "the loss is always on the answers, and on nothing else",
+    "assistant_only_loss": "the loss is always on the answers, and on nothing else",
+    "save_only_model": "a run could not resume from such a checkpoint",
+    "do_train": "training is what this command does",
+    "do_predict": "predict.py answers the test split",
+    "hub_strategy": "the adapter is pushed at every save and at the end",
+    "hub_always_push": "the adapter is pushed at every save and at the end",
+    "trackio_space_id": "set TRACKIO_SPACE_ID, which trackio reads; the Space is private",
+    "trackio_bucket_id": "set TRACKIO_BUCKET_ID, which trackio reads",
+    "trackio_static_space_id": "a run's dashboard stays as it is; `trackio sync` copies it",
+    "hub_token": "a token in a recipe ends up in files; log in with `hf auth login` or set HF_TOKEN",
+}
+
+
+def check_settings(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
+    """Raise ValueError for a setting that is missing, makes no sense, or would have no effect."""
+    if data.dataset_path is None:
+        raise ValueError("dataset_path: name the annotation file, the prepared folder or the Hub data set")
+    if model.model_name_or_path is None:
+        raise ValueError("model_name_or_path: name the base model")
+    if not model.use_peft:
+        raise ValueError("use_peft: must be true; LoRA adapters are what is trained here")
+    if model.load_in_4bit and model.bnb_4bit_quant_type != "nf4":
+        raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
+    _check_storage(model)
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
+    for settings in (data, training, model):
+        for setting in dataclasses.fields(settings):
+            _check_setting(setting, getattr(settings, setting.name))
+    if training.max_steps == 0:
+        raise ValueError("max_steps: expected a number above 0, or -1 to count epochs, found 0")
+    metric = training.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
+        raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
+    _check_packing(data, training, model)
+    _check_trackers(training.report_to)
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        if name not in (*TRACKERS, "kubeflow"):  # a cluster turns it on; it gets the progress only
+            raise ValueError(f"report_to: expected {', '.join(TRACKERS)} or none, found {name!r}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} is not installed; `pip install {name}`, or write none")
+
+
+def _check_storage(model: ModelConfig) -> None:
+    """4-bit weights are stored as bytes, or in the dtype of the others, which FSDP2 needs to shard them."""
+    storage, dtype = model.bnb_4bit_quant_storage, "bfloat16" if model.dtype == "auto" else model.dtype
+    if storage is not None and not model.load_in_4bit:
+        raise ValueError("bnb_4bit_quant_storage: would have no effect without load_in_4bit: true")
+    if storage not in (None, "uint8", dtype):
+        raise ValueError(f"bnb_4bit_quant_storage: expected uint8 or the dtype {dtype}, found {storage!r}")
+
+
+def _check_packing(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
+    if not training.packing:
+        if data.pack_tokens != DataArguments.pack_tokens:
+            raise ValueError("pack_tokens: would have no effect without packing: true")
+        return
+    if model.attn_implementation != VARLEN:
+        raise ValueError(f"packing: needs attn_implementation: {VARLEN}, which keeps the samples of a pack apart")
+    if training.max_length is None or training.max_length > data.pack_tokens:
+        found = f"found {training.max_length} and {data.pack_tokens}"
+        raise ValueError(f"max_length: expected at most pack_tokens, {found}; no sample is cut in two")
+    if training.per_device_train_batch_size != 1:
+        rule = "set it to 1; pack_tokens says how much a row holds"
+        raise ValueError(f"per_device_train_batch_size: would have no effect with packing: true; {rule}")
+    for name, default in (("train_sampling_strategy", "random"), ("dataloader_drop_last", False)):
+        if getattr(training, name) != default:
+            raise ValueError(f"{name}: would have no effect with packing: true")
+
+
+def _check_setting(setting: dataclasses.Field, value) -> None:
+    name = setting.name
+    # "auto" is None except on Trainium
+    default = None if name == "pad_to_multiple_of" else setting.default
+    if name in WITHOUT_EFFECT and value != default:
+        raise ValueError(f"{name}: would have no effect; {WITHOUT_EFFECT[name]}")
+    if (choices := setting.metadata.get("choices")) and value is not None and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}: expected a number, found {value}")
+    if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
+        raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {value}")
+    if name in ABOVE_ZERO and value is not None and value <= 0:
+        raise ValueError(f"{name}: expected a number above 0, found {value}")
+    if name == "lora_dropout" and value >= 1:
+        raise ValueError(f"lora_dropout: expected a share below 1, found {value}")

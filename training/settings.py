@@ -1,0 +1,101 @@
+"""The settings of a run: TRL's, and the few that TRL has no field for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from trl import ModelConfig, SFTConfig
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """What to train on, and which parts of the model see it: the settings that TRL has no field for."""
+
+    dataset_path: str | None = field(
+        default=None, metadata={"help": "annotation file, folder made by `python -m data_prep convert`, or Hub id"}
+    )
+    image_dir: str | None = field(default=None, metadata={"help": "image folder of an annotation file"})
+    fold: int | None = field(
+        default=None, metadata={"help": "of a data set in folds: validate on it, train on the rest"}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
+    max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
+    pack_tokens: int = field(
+        default=8192, metadata={"help": "with packing: most tokens in a row, all its samples and images together"}
+    )
+    freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
+    train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
+
+
+@dataclass
+class TrainingSettings(SFTConfig):
+    """TRL's settings, with three other defaults and three more settings."""
+
+    gradient_checkpointing: str = field(
+        default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would log 0 in place of NaN"})
+    allow_config_change: bool = field(
+        default=False, metadata={"help": "resume from a checkpoint although settings, data or versions have changed"}
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print the plan, try a few batches on a tiny model, and end"}
+    )
+
+    def __post_init__(self):
+        words = {"auto": "auto", "true": True, "false": False}
+        found = str(self.gradient_checkpointing)
+        if found.lower() not in words:
+            raise ValueError(f"gradient_checkpointing: expected auto, true or false, found {found!r}")
+        self.gradient_checkpointing = words[found.lower()]
+        super().__post_init__()
+
+
+class Settings(NamedTuple):
+    """All settings of a run, as they were parsed; nothing changes them afterwards."""
+
+    data: DataArguments
+    training: TrainingSettings
+    model: ModelConfig
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """Most tokens of a pack; None without packing."""
+        return self.data.pack_tokens if self.training.packing else None
+
+    @property
+    def evaluates(self) -> bool:
+        return self.training.eval_strategy != "no"
+
+    def loading_options(self) -> dict:
+        """Return the keywords of `load_model`: how the base is loaded in training, and later for its adapter."""
+        return {
+            "quantization": "nf4" if self.model.load_in_4bit else None,
+            "double_quant": self.model.use_bnb_nested_quant,
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            "revision": self.model.model_revision,
+        }
+
+
+def lora_settings(data: DataArguments, model: ModelConfig) -> dict:
+    """Return the keywords of `models.lora.build_lora_config`."""
+    targets = model.lora_target_modules
+    return {
+        "r": model.lora_r,
+        "lora_alpha": model.lora_alpha,
+        "lora_dropout": model.lora_dropout,
+        "use_rslora": model.use_rslora,
+        "use_dora": model.use_dora,
+        "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
+        "train_vision": not data.freeze_vision_encoder,
+        "train_merger": data.train_merger,
+    }
