@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: requirements.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	@{ $(PIP_INSTALL) uv && \
-	   $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock; } \
+	   $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock; } \
 	|| { echo "uv could not install requirements.lock: trying pip"; $(PIP_INSTALL) --require-hashes -r requirements.lock; } \
 	|| { echo "requirements.lock does not fit this machine: installing what requirements.txt allows"; \
 	     $(PIP_INSTALL) -r requirements.txt; }
@@ -52,7 +52,7 @@ pillow: install
 	@for version in lowest-direct highest; do \
 	  grep '^pillow' requirements.txt | $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --upgrade \
 	    --resolution $$version --target $(VENV)/pillow-$$version -r - || exit 1; \
-	  export PYTHONPATH=$(VENV)/pillow-$$version; \
+	  export PYTHONPATH=$(abspath $(VENV))/pillow-$$version; \
 	  $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__)'; \
 	  $(BIN)/python $(PYTEST) $(addprefix tests/unit/test_,images.py bad_images.py collator.py convert.py fuzz.py) || exit 1; \
 	done
@@ -62,9 +62,9 @@ canary:
 	$(PYTHON) -m venv --clear $(CANARY)
 	@$(CANARY)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@sed -E 's/^([A-Za-z0-9._-]+)[^#]*/\1  /' requirements.txt > $(CANARY)/newest.txt
-	@$(CANARY)/bin/uv pip install --quiet --no-config --python $(CANARY)/bin/python --upgrade -r $(CANARY)/newest.txt
-	@$(CANARY)/bin/uv pip freeze --python $(CANARY)/bin/python | grep -vxF "$$(grep -oE '^[^ ]+==[^ ]+' requirements.lock)" \
-	  | sed 's/^/newer than requirements.lock: /' || true
+	@$(CANARY)/bin/uv pip install --quiet --no-config --compile-bytecode --python $(CANARY)/bin/python --upgrade -r $(CANARY)/newest.txt
+	@echo "Other versions than in requirements.lock:"
+	@$(CANARY)/bin/uv pip freeze --quiet --python $(CANARY)/bin/python --exclude pip | grep -vxF "$$(grep -oE '^[^ ]+==[^ ]+' requirements.lock)" || true
 	@$(CANARY)/bin/python $(PYTEST) $(FAST) --tb=no --durations=0 --durations-min=60 -rfE
 
 style: install

@@ -21,9 +21,9 @@ from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
-from training.run_record import describe_run, finish_card, start_trackers, write_facts, write_run_facts
+from training.run_record import describe_run, finish_card, tracked_facts, write_facts, write_run_facts
 from training.signals import StopCallback, end_early
-from training.trackers import TrackCallback
+from training.trackers import TrackCallback, start_trackers
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int | None:
     identity = describe_identity(settings, base, data.splits["train"])
     check_same_everywhere(identity)
     check_resumable(checkpoint, identity, allow_change=settings.training.allow_config_change)
-    trackers = start_trackers(settings, base, data.facts, resumed=checkpoint is not None)
+    facts = tracked_facts(settings, base, data.facts)
+    trackers = start_trackers(settings, facts, resumed=checkpoint is not None)
 
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers

@@ -31,7 +31,7 @@ from planning.shapes import add_lora, build_without_weights, count_weights, read
 from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, measure_lengths
 from training.memory_probe import SPARE
-from training.settings import Settings, TrainingSettings, lora_settings
+from training.settings import Settings, TrainingSettings
 
 IMAGE_SHARE = 0.8  # of the tokens, if there is no data
 PLAN_NAMES = {  # by (quantised, checkpointing)
@@ -153,7 +153,7 @@ def plan_memory(
     """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train."""
     model = settings.model
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
-    lora, nested = lora_settings(settings.data, model), model.use_bnb_nested_quant
+    lora, nested = settings.lora_options(), model.use_bnb_nested_quant
     counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
     print(f"trainable  {sum(counts.values()):,} parameters: {', '.join(f'{k} {n:,}' for k, n in counts.items() if n)}")
     trained = trained_bytes(sum(counts.values()), settings.training.optim, mixed=dtype != torch.float32)

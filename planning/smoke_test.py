@@ -17,7 +17,7 @@ from planning.page import print_plan
 from planning.shapes import read_config
 from training.build import train_sampler
 from training.data import load_data, open_processor
-from training.settings import Settings, lora_settings
+from training.settings import Settings
 
 LAYERS = 2
 VISION_WIDTH = 64  # of the tower's only head; divisible by 4, as rows and columns get a half each
@@ -82,7 +82,7 @@ def dry_run(settings: Settings) -> None:
     order = itertools.islice(train_sampler(data.lengths["train"], args, settings.pack_tokens), BATCHES)
     batches = [collate([data.splits["train"][n] for n in indices]) for indices in order]
     config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
-    lora = lora_settings(settings.data, settings.model)
+    lora = settings.lora_options()
     loss = run_tiny_model(config, batches[0], lora, varlen=packed, device=args.device)
     print_rank0(
         f"\ndry run    {len(batches)} batches collated, one forward and backward in a tiny model: loss {loss:.3f}"

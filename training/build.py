@@ -19,7 +19,7 @@ from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
-from training.settings import Settings, TrainingSettings, lora_settings
+from training.settings import Settings, TrainingSettings
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
@@ -29,13 +29,10 @@ def build_model(settings: Settings) -> PeftModel:
     # changes no result, and no other command shards
     storage = settings.model.bnb_4bit_quant_storage or "uint8"
     model = load_model(settings.model.model_name_or_path, **settings.loading_options(), quant_storage=storage)
-    lora = lora_settings(settings.data, settings.model)
+    lora = settings.lora_options()
     check_targets(model, lora["target_modules"])
     model = get_peft_model(model, build_lora_config(model, **lora))
     check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
-    if settings.training.compile_layers:
-        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
-        compile_layers(model)
     return model
 
 
@@ -137,6 +134,9 @@ def build_trainer(
         identity: what a run that resumes from a checkpoint must have in common with this one.
         recompute: see `decide_checkpointing`.
     """
+    if settings.training.compile_layers:
+        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
+        compile_layers(model)
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])

@@ -12,21 +12,10 @@ from training.trackers import TRACKERS
 
 # The smallest sensible value; a smaller one would be ignored, or crash hours later.
 AT_LEAST = {
-    "min_pixels": 1,
-    "max_pixels": 1,
-    "max_length": 1,
-    "pack_tokens": 1,
-    "lora_r": 1,
-    "lora_alpha": 1,
-    "lora_dropout": 0,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
+    **dict.fromkeys(("min_pixels", "max_pixels", "max_length", "pack_tokens", "lora_r", "lora_alpha"), 1),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
     "gradient_accumulation_steps": 1,
-    "max_grad_norm": 0,
-    "weight_decay": 0,
-    "warmup_steps": 0,
-    "save_total_limit": 1,
-    "dataloader_num_workers": 0,
+    **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
 }
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation reports, each with eval_ before it

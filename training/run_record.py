@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.tracking import GeneralTracker
 from peft import PeftModel
 
 from common.files import LOADING_SETTINGS
@@ -16,7 +15,7 @@ from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, progress
 from training.lengths import SampleLengths
 from training.settings import Settings
-from training.trackers import TRACKERS, code_commit, open_trackers
+from training.trackers import code_commit
 from training.trainer import TRAINING_ARGS, SafeSFTTrainer
 
 # What the model card and the trackers report of a recipe: no path, no name of a machine or a person.
@@ -63,19 +62,15 @@ def write_facts(settings: Settings, model: PeftModel, base: dict, data_facts: di
     )
 
 
-def start_trackers(settings: Settings, base: dict, data_facts: dict, *, resumed: bool) -> list[GeneralTracker]:
-    """Start the trackers of `report_to`, in place of the trainer's own callbacks, which would send them its paths."""
-    config = {
+def tracked_facts(settings: Settings, base: dict, data_facts: dict) -> dict:
+    """Return what the trackers get of a run besides its curves; flat."""
+    return {
         **reported_settings(settings),
         **{"base": base["name"], "base_commit": base["commit"], "data_fingerprint": data_facts["fingerprint"]},
         **{f"{name}_samples": split["samples"] for name, split in data_facts["splits"].items()},
         **{f"{name}_version": version for name, version in library_versions().items()},
         "code_commit": code_commit(),
     }
-    args = settings.training
-    names = [name for name in args.report_to if name in TRACKERS]
-    options = {"project": args.project, "run_name": args.run_name, "output_dir": settings.output_dir}
-    return open_trackers(names, **options, config=config, resumed=resumed)
 
 
 def describe_run(trainer: SafeSFTTrainer, lengths: SampleLengths, pack_tokens: int | None) -> list[str]:

@@ -85,17 +85,14 @@ class Settings(NamedTuple):
             "revision": self.model.model_revision,
         }
 
-
-def lora_settings(data: DataArguments, model: ModelConfig) -> dict:
-    """Return the keywords of `models.lora.build_lora_config`."""
-    targets = model.lora_target_modules
-    return {
-        "r": model.lora_r,
-        "lora_alpha": model.lora_alpha,
-        "lora_dropout": model.lora_dropout,
-        "use_rslora": model.use_rslora,
-        "use_dora": model.use_dora,
-        "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
-        "train_vision": not data.freeze_vision_encoder,
-        "train_merger": data.train_merger,
-    }
+    def lora_options(self) -> dict:
+        """Return the keywords of `models.lora.build_lora_config`."""
+        model, targets = self.model, self.model.lora_target_modules
+        names = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+        return {
+            "r": model.lora_r,
+            **{name: getattr(model, name) for name in names},
+            "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
+            "train_vision": not self.data.freeze_vision_encoder,
+            "train_merger": self.data.train_merger,
+        }

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
 from publishing.run_facts import add_facts, read_facts
+from training.settings import Settings
 
 TRACKERS = {"tensorboard": TensorBoardTracker, "trackio": TrackioTracker, "wandb": WandBTracker}
 # Switches off what wandb collects by itself: code, git remote, command line, folders, user and host.
@@ -21,7 +22,7 @@ WANDB_PRIVACY = {
 
 
 class TrackCallback(TrainerCallback):
-    """Sends each log to the trackers that `open_trackers` returned, and ends them with the training."""
+    """Sends each log to the trackers that `start_trackers` returned, and ends them with the training."""
 
     def __init__(self, trackers: Sequence[GeneralTracker]):
         self.trackers = trackers
@@ -35,31 +36,26 @@ class TrackCallback(TrainerCallback):
             tracker.finish()
 
 
-def open_trackers(
-    names: Sequence[str], *, project: str, run_name: str | None, output_dir: Path, resumed: bool, config: dict
-) -> list[GeneralTracker]:
-    """Start the trackers in the main process with the run's facts; in other processes there are none.
+def start_trackers(settings: Settings, facts: dict, *, resumed: bool) -> list[GeneralTracker]:
+    """Start the trackers of `report_to` in the main process, in place of callbacks that would send them all paths.
 
     Args:
-        names: of `TRACKERS`.
-        project: that the run belongs to.
-        run_name: its display name; the output folder's name when None.
-        output_dir: where trackers keep their files.
-        resumed: whether the run in the folder is continued, and not a new one started.
-        config: the run's facts; flat, JSON.
+        settings: of the run.
+        facts: see `tracked_facts`.
+        resumed: whether the run in the output folder is continued, and not a new one started.
 
     Raises:
         ValueError: one cannot be started, for example without a login.
     """
+    names = [name for name in settings.training.report_to if name in TRACKERS]
     if not names or not PartialState().is_main_process:
         return []
+    output_dir = settings.output_dir
     run_id = (resumed and read_facts(output_dir).get("run_id")) or uuid.uuid4().hex[:8]
     add_facts(output_dir, run_id=run_id)
-    run_name = f"{run_name or output_dir.resolve().name}-{run_id}"
-    config = {
-        key: x if isinstance(x, str | int | float | None) else ", ".join(map(str, x)) for key, x in config.items()
-    }
-    return [_open(name, project, run_name, run_id, output_dir, config) for name in names]
+    run_name = f"{settings.training.run_name or output_dir.resolve().name}-{run_id}"
+    flat = {key: x if isinstance(x, str | int | float | None) else ", ".join(map(str, x)) for key, x in facts.items()}
+    return [_open(name, settings.training.project, run_name, run_id, output_dir, flat) for name in names]
 
 
 def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path, config: dict) -> GeneralTracker:
