@@ -6,11 +6,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 from PIL import Image
-from qwen_vl_utils import smart_resize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor, ProcessorMixin
 
-from data_prep.images import load_image
+from data_prep.images import fit_options, fit_size, load_image
 from data_prep.records import IMAGE_MARKER, to_chat
 from models.families import Family, families_of
 
@@ -100,20 +99,13 @@ def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     Raises:
         ValueError: an image cannot be used; the message names the sample.
     """
-    images = []
+    images, fit = [], partial(fit_size, **fit_options(processor.image_processor))
     for number, source in enumerate(example.get("images") or []):
         try:
-            images.append(load_image(source, fit=partial(fit_size, sizing=processor.image_processor)))
+            images.append(load_image(source, fit=fit))
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {example.get('id')!r}, image {number}: {error}") from error
     return images
-
-
-def fit_size(width: int, height: int, *, sizing: BaseImageProcessor) -> tuple[int, int]:
-    """Return an image's width and height after resizing, px."""
-    limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
-    height, width = smart_resize(height, width, factor=sizing.patch_size * sizing.merge_size, **limits)
-    return width, height
 
 
 def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:

@@ -4,15 +4,19 @@ import io
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from qwen_vl_utils import fetch_image
 from transformers import AutoModelForImageTextToText
 from trl.chat_template_utils import get_training_chat_template
 
-from collator import VisionSFTCollator, build_labels, collate_prompts, encode, fit_size, load_pixels, render
+from collator import VisionSFTCollator, build_labels, collate_prompts, encode, load_pixels, render
+from data_prep.images import fit_options, fit_size
 from data_prep.records import to_chat
 from models.attention import use_varlen
 from models.loading import load_processor
+from planning.estimates import estimate_lengths
+from training.lengths import measure_lengths
 
 RED, GREEN = Image.new("RGB", (112, 112), "red"), Image.new("RGB", (112, 56), "green")
 
@@ -159,7 +163,21 @@ def test_a_large_jpeg_costs_as_many_tokens_as_its_own_size_says(processor):
     file = io.BytesIO()
     Image.new("RGB", (1009, 1531)).save(file, "JPEG")  # an eighth of it, rounded up, has other proportions
     images = [{"bytes": file.getvalue(), "path": None}]
-    assert load_pixels({"images": images}, processor)[0].size == fit_size(1009, 1531, sizing=processor.image_processor)
+    expected = fit_size(1009, 1531, **fit_options(processor.image_processor))
+    assert load_pixels({"images": images}, processor)[0].size == expected
+
+
+@pytest.mark.parametrize("size", [(60, 40), (600, 450), (31, 300), (1009, 1531)])
+def test_training_counting_and_planning_agree_about_the_size_of_an_image(processor, size):
+    options = fit_options(processor.image_processor)
+    (image,) = load_pixels({"images": [Image.new("RGB", size)]}, processor)
+    assert image.size == fit_size(*size, **options)
+    sample = {"id": "s", "messages": example("one image")["messages"], "label": None, "image_sizes": [list(size)]}
+    split = Dataset.from_list([sample])
+    token_side = options.pop("cell")
+    counted = measure_lengths(split, processor).image
+    assert counted == estimate_lengths(split, token_side=token_side, **options).image
+    assert counted == [image.width * image.height // token_side**2]
 
 
 def test_a_batch_is_padded_on_the_right_and_keeps_the_token_types(processor, collate):
