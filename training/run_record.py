@@ -101,7 +101,7 @@ def mixed_precision(trainer: SafeSFTTrainer) -> str:
     expected = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
     actual = trainer.accelerator.mixed_precision
     if actual != expected:
-        rule = f"the recipe's bf16 and fp16 print_rank0 {expected}"
+        rule = f"the recipe's bf16 and fp16 say {expected}"
         raise ValueError(f"mixed_precision: accelerate's configuration says {actual}, {rule}")
     return "off" if actual == "no" else actual
 
