@@ -6,11 +6,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 from PIL import Image
-from qwen_vl_utils import smart_resize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor, ProcessorMixin
 
-from data_prep.images import load_image
+from data_prep.images import fit_options, fit_size, load_image
 from data_prep.records import IMAGE_MARKER, to_chat
 from models.families import Family, families_of
 
@@ -100,20 +99,13 @@ def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     Raises:
         ValueError: an image cannot be used; the message names the sample.
     """
-    images = []
+    images, fit = [], partial(fit_size, **fit_options(processor.image_processor))
     for number, source in enumerate(example.get("images") or []):
         try:
-            images.append(load_image(source, fit=partial(fit_size, sizing=processor.image_processor)))
+            images.append(load_image(source, fit=fit))
         except (ValueError, OSError) as error:
             raise ValueError(f"sample {example.get('id')!r}, image {number}: {error}") from error
     return images
-
-
-def fit_size(width: int, height: int, *, sizing: BaseImageProcessor) -> tuple[int, int]:
-    """Return an image's width and height after resizing, px."""
-    limits = {"min_pixels": sizing.size["shortest_edge"], "max_pixels": sizing.size["longest_edge"]}
-    height, width = smart_resize(height, width, factor=sizing.patch_size * sizing.merge_size, **limits)
-    return width, height
 
 
 def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
@@ -137,8 +129,7 @@ def expand_images(ids: list[int], tokens: list[int], *, image_id: int) -> torch.
     is_image = row == image_id
     if (count := int(is_image.sum())) != len(tokens):
         raise ValueError(f"{count} image tokens in the text, expected {len(tokens)}")
-    repeats = torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long))
-    return row.repeat_interleave(repeats)
+    return row.repeat_interleave(torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long)))
 
 
 def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
@@ -200,10 +191,7 @@ class VisionSFTCollator:
         dummy_image: bool = False,
     ):
         family, tokenizer = find_family(processor), processor.tokenizer
-        self.processor = processor
-        self.max_length = max_length
-        self.packed = packed
-        self.dummy_image = dummy_image
+        self.processor, self.max_length, self.packed, self.dummy_image = processor, max_length, packed, dummy_image
         self.header_ids = tokenizer.encode(family.answer_header, add_special_tokens=False)
         self.end_id = tokenizer.convert_tokens_to_ids(family.end_token)
         self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -226,7 +214,7 @@ class VisionSFTCollator:
         Returns:
             `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): tokens counted from each sample's start, then
             time, height and width; `text_cu_seqlens` (B + 1), the samples' boundaries, and `text_max_seqlen` for
-            `varlen_attention`, which the vision tower would take for its own without "text_"; `pixel_values` and
+            `varlen_attention`, which the vision tower would use without "text_"; `pixel_values` and
             `image_grid_thw` unchanged. There is no mask, as SDPA would then not look at the positions.
         """
         kept = batch.pop("attention_mask").bool()

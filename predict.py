@@ -20,8 +20,8 @@ from datasets import disable_progress_bars
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from collator import fit_size
 from common.files import atomic_path
+from data_prep.images import fit_options, fit_size
 from data_prep.records import IMAGE_MARKER
 from evaluation.examples import batches, decode, load_examples
 from evaluation.generation import answer, score_answers
@@ -110,7 +110,7 @@ def answer_all(model, processors: dict, adapters: dict, examples: Iterable[dict]
         for name, processor in processors.items():
             if len(adapters) > 1:
                 model.set_adapter(name)
-            fit = partial(fit_size, sizing=processor.image_processor)
+            fit = partial(fit_size, **fit_options(processor.image_processor))
             decoded = [decode(example, fit=fit) for example in batch]
             good = [example for example in decoded if "error" not in example]
             found = iter(answer_batch(model, processor, good, args, labels=labels, stream=stream) if good else [])

@@ -1,4 +1,4 @@
-"""From annotation files and images to a `datasets.DatasetDict` of chat messages. Needs no torch and no GPU."""
+"""Annotation files and images become a `datasets.DatasetDict` of chat messages. Only `inspect` needs torch."""
 
 from .convert import InvalidRecordsError, prepare_dataset
 from .load import fingerprint, join_folds, load_splits

@@ -26,7 +26,7 @@ from data_prep.tables import shipped
 
 EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
-    "check": "example: python -m data_prep check --annotations HAM10000_metadata.csv --recipe ham10000 --images HAM",
+    "check": "example: python -m data_prep check --annotations HAM10000_metadata.csv --mapping ham10000 --images HAM",
     "inspect": "example: python -m data_prep inspect data/skin",
     "push": "example: python -m data_prep push data/skin you/skin",
 }
@@ -72,8 +72,10 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         "--annotations", type=Path, help="JSON or JSON Lines file, table, folder of class folders, or Hub data set id"
     )
     command.add_argument("--images", type=Path, help="folder that the records' image paths start from")
-    command.add_argument("--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}")
-    command.add_argument("--sources", type=Path, help="YAML list of several: data, images, recipe, format, weight")
+    command.add_argument(
+        "--mapping", "--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}"
+    )
+    command.add_argument("--sources", type=Path, help="YAML list of several: data, images, mapping, format, weight")
     command.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
     command.add_argument(
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
@@ -103,7 +105,7 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     if (args.annotations is None) == (args.sources is None):
         raise ValueError("name either one source (--annotations) or a list of them (--sources)")
     if args.sources is None:
-        return [Source(args.annotations, args.images, args.recipe, args.format)]
+        return [Source(args.annotations, args.images, args.mapping, args.format)]
     if not args.sources.is_file():
         raise FileNotFoundError(f"--sources: no file {args.sources}")
     try:
@@ -114,17 +116,21 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         raise ValueError(f"--sources: {args.sources}: expected a list, each with `data`")
     for number, row in enumerate(rows):
         _check_source(row, f"--sources: {args.sources}, source {number}")
-    folder = args.sources.parent
-    return [
-        Source(**{**row, **{key: _from(folder, row[key]) for key in ("data", "images") if key in row}}) for row in rows
-    ]
+    return [_make_source(row, args.sources.parent) for row in rows]
+
+
+def _make_source(row: dict, folder: Path) -> Source:
+    paths = {key: _from(folder, row[key]) for key in ("data", "images") if key in row}
+    return Source(**{"mapping" if key == "recipe" else key: value for key, value in {**row, **paths}.items()})
 
 
 def _check_source(row: dict, where: str) -> None:
-    """Raise ValueError for a key that a source does not have, or for a value that the key cannot have."""
+    """Raise ValueError for an unknown key or a wrong value; `recipe` is an alias of `mapping`."""
+    if {"mapping", "recipe"} <= set(row):
+        raise ValueError(f"{where}: mapping: given twice, also under its alias recipe")
     keys = [field.name for field in fields(Source)]
     for key, value in row.items():
-        if key not in keys:
+        if key not in (*keys, "recipe"):
             raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(sorted(keys))}")
         if not isinstance(value, int | float if key == "weight" else str) or isinstance(value, bool):
             expected = "a number" if key == "weight" else "a text"

@@ -60,7 +60,7 @@ class Prepared:
     Attributes:
         splits: the data set.
         findings: everything that the checks found.
-        errors: the records that were kept out, as bad or by their recipe.
+        errors: the records that were kept out, as bad or by their mapping.
         effective: how many samples of each label an epoch draws from the training split on average.
         groups: group of each sample by its id; samples of one group stay in one split.
     """
@@ -76,12 +76,13 @@ def prepare_dataset(
     annotations: str | os.PathLike,
     image_dir: str | os.PathLike | None,
     *,
+    mapping: str | None = None,
     recipe: str | None = None,
     format: str | None = None,
     **options,
 ) -> DatasetDict:
-    """Return the splits that `prepare` makes of one source; the other options are `prepare`'s."""
-    source = Source(Path(annotations), Path(image_dir) if image_dir is not None else None, recipe, format)
+    """Return the splits that `prepare` makes of one source, with its options; `recipe` is an alias of `mapping`."""
+    source = Source(Path(annotations), Path(image_dir) if image_dir is not None else None, mapping or recipe, format)
     return prepare([source], **options).splits
 
 
@@ -241,7 +242,7 @@ def _mention(found: Collected) -> None:
     if found.errors:
         logger.warning("%d of %d records kept out", len(found.errors), found.num_records)
     for reason, count in Counter(error.reason for error in found.left_out).most_common(5):
-        logger.warning("%d rows left out by the recipe: %s", count, reason)
+        logger.warning("%d rows left out by the mapping: %s", count, reason)
     if found.num_renamed:
         logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", found.num_renamed)
     for key, count in found.unread.most_common(5):

@@ -1,7 +1,6 @@
 """The one way in for an image: an upright RGB picture, or an error that says why not."""
 
 import io
-import math
 import os
 import stat
 import warnings
@@ -20,7 +19,7 @@ MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
 PIXELS_VARIABLE = "DATA_PREP_MAX_IMAGE_PIXELS"
 PILLOWS_LIMIT = 178_956_970  # Pillow opens no larger image
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # EPS, for one, is a program
-MAX_ASPECT_RATIO = 200  # the family's own limit, see smart_resize in qwen_vl_utils
+MAX_ASPECT_RATIO = 200  # MAX_RATIO of qwen_vl_utils
 PATCH_CELL = 28  # px; in Qwen2.5-VL one language-model token covers a square of this side (patch 14 x merge 2)
 ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
 PRIVATE_TAGS = {
@@ -267,36 +266,42 @@ def resolve_image(name: str, image_dir: Path) -> Path:
     return path
 
 
-def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> int:
-    """Return how many language-model tokens one image costs.
+def fit_size(width: int, height: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> tuple[int, int]:
+    """Return the width and height, px, that the model gets an image in: multiples of `cell`.
 
     Args:
-        height: decoded image height, px.
         width: decoded image width, px.
+        height: decoded image height, px.
         min_pixels: smallest area after resizing, px^2.
         max_pixels: largest area after resizing, px^2.
         cell: side of the square that one token covers, px.
 
-    Returns:
-        Tokens, one per cell.
-
     Raises:
-        ValueError: aspect ratio above 200, or min_pixels > max_pixels.
+        ValueError: too many pixels, aspect ratio above 200, less than a cell wide or high, or min_pixels > max_pixels.
 
     Source:
-        smart_resize in qwen_vl_utils; written out here because that package needs torch.
+        smart_resize in qwen_vl_utils.
     """
+    from qwen_vl_utils import smart_resize  # imports torch, which `convert` should not wait for
+
     if min_pixels > max_pixels:
         raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
     check_size(width, height)
-    rows, columns = (max(1, round(side / cell)) for side in (height, width))
-    area = rows * columns * cell**2
-    if area > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (math.floor(side / shrink / cell) for side in (height, width))
-    elif area < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / cell) for side in (height, width))
-    if rows * columns == 0:
+    fitted_height, fitted_width = smart_resize(
+        height, width, factor=cell, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    if fitted_width * fitted_height == 0:
         raise ValueError(f"too narrow: {width} x {height} px under max_pixels {max_pixels}")
-    return rows * columns
+    return fitted_width, fitted_height
+
+
+def fit_options(image_processor) -> dict[str, int]:
+    """Return the keywords of `fit_size` that match a model's image processor."""
+    limits = {"min_pixels": image_processor.size["shortest_edge"], "max_pixels": image_processor.size["longest_edge"]}
+    return {**limits, "cell": image_processor.patch_size * image_processor.merge_size}
+
+
+def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> int:
+    """Return how many language-model tokens one image costs: one per cell; see `fit_size`."""
+    width, height = fit_size(width, height, min_pixels=min_pixels, max_pixels=max_pixels, cell=cell)
+    return width * height // cell**2

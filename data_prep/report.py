@@ -3,16 +3,16 @@
 import json
 import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from datasets import DatasetDict, Image, List, load_from_disk
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
-from PIL import Image as PILImage
 
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
-from data_prep.images import PATCH_CELL, count_image_tokens, load_image
+from data_prep.images import PATCH_CELL, count_image_tokens, fit_size, load_image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 LADDER = (256, 384, 512, 768, 1024, 1280)  # tokens an image at most
@@ -232,16 +232,11 @@ def _finding_groups(findings: list[Finding], thumbs: Thumbnails) -> list[dict]:
 def _samples(splits: DatasetDict, place: dict[str, tuple[str, int]], max_pixels: int) -> list[dict]:
     """Return random samples, the same ones every time, with their images at the size that training uses."""
     chosen = random.Random(0).sample(sorted(place), min(SAMPLES, len(place)))
+    fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
     samples = []
     for sample_id in chosen:
         split, row = place[sample_id]
         sample = splits[split][row]
-        images = [encode_image(_as_seen(load_image(image), max_pixels), 520) for image in sample["images"]]
+        images = [encode_image(load_image(image, fit=fit), 520) for image in sample["images"]]
         samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})
     return samples
-
-
-def _as_seen(image: PILImage.Image, max_pixels: int) -> PILImage.Image:
-    shrink = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
-    cells = [max(1, round(side * shrink / PATCH_CELL)) * PATCH_CELL for side in image.size]
-    return image.resize(tuple(cells))

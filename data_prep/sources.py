@@ -10,7 +10,7 @@ import pandas as pd
 from .download import HUB_ID, link_path, read_hub
 from .images import is_link, resolve_image
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
-from .tables import TABLE_ENDINGS, load_recipe, make_record, read_folders, read_rows, rows_of, suggest
+from .tables import TABLE_ENDINGS, load_mapping, make_record, read_folders, read_rows, rows_of, suggest
 
 
 @dataclass
@@ -18,16 +18,16 @@ class Source:
     """Where samples come from.
 
     Attributes:
-        data: a JSON or JSON Lines file, a table (with `recipe`), a folder of class folders, or a Hub data set id.
+        data: a JSON or JSON Lines file, a table (with `mapping`), a folder of class folders, or a Hub data set id.
         images: folder that image paths start from; the class folders' or the Hub data set's own when None.
-        recipe: name or path of a recipe for a table, see `tables.load_recipe`.
+        mapping: name or path of a mapping for a table, see `tables.load_mapping`.
         format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
         weight: share of this source among several; by its size when None.
     """
 
     data: Path
     images: Path | None = None
-    recipe: str | None = None
+    mapping: str | None = None
     format: str | None = None
     weight: float | None = None
 
@@ -46,7 +46,7 @@ class Collected:
 
 def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     """Return the weight of each source by its name, None when none has one."""
-    names = [_name(source, load_recipe(source.recipe) if source.recipe else None) for source in sources]
+    names = [_name(source, load_mapping(source.mapping) if source.mapping else None) for source in sources]
     if len(set(names)) < len(names):
         raise ValueError(f"sources: two are called {Counter(names).most_common(1)[0][0]!r}")
     weights = [source.weight for source in sources]
@@ -57,8 +57,8 @@ def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     return dict(zip(names, weights, strict=True))
 
 
-def _name(source: Source, recipe: dict | None) -> str:
-    return (recipe or {}).get("source") or source.data.stem
+def _name(source: Source, mapping: dict | None) -> str:
+    return (mapping or {}).get("source") or source.data.stem
 
 
 def merge(found: Collected, other: Collected) -> None:
@@ -81,24 +81,24 @@ def read_source(
         hub_dir: folder for the images of a Hub data set; there is none to be read when None.
         links_dir: folder for linked images, which are refused when None.
     """
-    raw_records, recipe = _read_raw(source, hub_dir)
+    raw_records, mapping = _read_raw(source, hub_dir)
     own = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
     root = _image_root(source.images or own)
     found, keys = Collected(), Counter()
-    find = FileFinder(root, search=recipe is not None, links_dir=links_dir)
-    name, origin = _name(source, recipe), source.data.name
+    find = FileFinder(root, search=mapping is not None, links_dir=links_dir)
+    name, origin = _name(source, mapping), source.data.name
     for number, raw in enumerate(raw_records):
         found.num_records += 1
         keys.update(raw.keys() if isinstance(raw, dict) else ())
         group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
         try:
-            raw, reason = _in_words(raw, recipe, number)
+            raw, reason = _in_words(raw, mapping, number)
             if reason is not None:
                 found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=origin))
                 continue
             if group_by is not None and isinstance(raw, dict):
                 raw = {**raw, "group": group or None}
-            sample = parse_record(raw, number, format="flat" if recipe else source.format)
+            sample = parse_record(raw, number, format="flat" if mapping else source.format)
             if root is None and not all(links_dir and is_link(file) for file in sample["images"]):
                 raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
             sample["files"], sample["source"], sample["origin"] = sample["images"], name, origin
@@ -109,7 +109,7 @@ def read_source(
             found.errors.append(error)
     if group_by is not None and group_by not in keys:
         raise ValueError(f"group_by: no record of {source.data} has {group_by!r}{suggest(group_by, keys)}")
-    if recipe is None:
+    if mapping is None:
         found.unread = Counter({key: count for key, count in keys.items() if key not in {*READ_KEYS, group_by}})
     return found
 
@@ -120,28 +120,28 @@ def is_hub(source: Source) -> bool:
 
 
 def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | None]:
-    """Return a source's records (of a JSON file as they are read) or rows, and the recipe that words the rows."""
+    """Return a source's records (of a JSON file as they are read) or rows, and the mapping that words the rows."""
     if hub_dir is not None and is_hub(source):
         records = read_hub(str(source.data), hub_dir)
-        if source.recipe is None:
+        if source.mapping is None:
             return records, None
-        recipe = load_recipe(source.recipe)
-        return rows_of(pd.DataFrame(records).astype(object).fillna("").map(str), recipe, source.data), recipe
+        mapping = load_mapping(source.mapping)
+        return rows_of(pd.DataFrame(records).astype(object).fillna("").map(str), mapping, source.data), mapping
     if source.data.is_dir():
-        return read_folders(source.data), load_recipe(source.recipe or "folder")
-    if source.recipe is not None:
-        recipe = load_recipe(source.recipe)
-        return read_rows(source.data, recipe), recipe
+        return read_folders(source.data), load_mapping(source.mapping or "folder")
+    if source.mapping is not None:
+        mapping = load_mapping(source.mapping)
+        return read_rows(source.data, mapping), mapping
     if source.data.suffix in TABLE_ENDINGS and source.data.suffix != ".jsonl":
-        raise ValueError(f"{source.data} is a table: name the recipe that says what its columns are (--recipe)")
+        raise ValueError(f"{source.data} is a table: name the mapping that says what its columns are (--mapping)")
     return iter_annotations(source.data), None
 
 
-def _in_words(raw, recipe: dict | None, number: int) -> tuple[dict, str | None]:
-    if recipe is None:
+def _in_words(raw, mapping: dict | None, number: int) -> tuple[dict, str | None]:
+    if mapping is None:
         return raw, None
     try:
-        return make_record(raw, recipe)
+        return make_record(raw, mapping)
     except ValueError as error:
         raise DataError(str(error), record=number) from error
 

@@ -1,4 +1,4 @@
-"""Tables become records: a recipe says which column is what, and how a row is put into words."""
+"""Tables become records: a mapping says which column is what, and how a row is put into words."""
 
 import ast
 import difflib
@@ -10,7 +10,7 @@ import pandas as pd
 
 from common.yaml_files import load_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
+MAPPINGS = Path(__file__).parent / "mappings"
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
 KEYS = {
     *("source", "join", "id", "images", "group", "group_pattern", "label", "skin_type", "age", "sex", "site", "split"),
@@ -20,31 +20,31 @@ PLACE = re.compile(r"\{([^{}]+)\}")
 
 
 def shipped() -> list[str]:
-    """Return the names of the recipes that come with the project."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    """Return the names of the mappings that come with the project."""
+    return sorted(file.stem for file in MAPPINGS.glob("*.yaml"))
 
 
-def load_recipe(name: str | Path) -> dict:
-    """Return a recipe by the name of a shipped one ("ham10000") or the path of a YAML file.
+def load_mapping(name: str | Path) -> dict:
+    """Return a mapping by the name of a shipped one ("ham10000") or the path of a YAML file.
 
     Raises:
-        ValueError: no such recipe, not YAML, an unknown key, or a key that is missing.
+        ValueError: no such mapping, not YAML, an unknown key, or a key that is missing.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else MAPPINGS / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"recipe: no file {name}; shipped are {', '.join(shipped())}")
+        raise ValueError(f"mapping: no file {name}; shipped are {', '.join(shipped())}")
     try:
-        recipe = load_yaml(path)
+        mapping = load_yaml(path)
     except ValueError as error:
-        raise ValueError(f"recipe {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {path}: expected lines of the form 'key: value'")
-    for key in recipe:
+        raise ValueError(f"mapping {error}") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"mapping {path}: expected lines of the form 'key: value'")
+    for key in mapping:
         if key not in KEYS:
-            raise ValueError(f"recipe {path}: unknown key {key!r}{suggest(str(key), KEYS)}")
-    if missing := {"images", "questions", "answer"} - set(recipe):
-        raise ValueError(f"recipe {path}: lacks {', '.join(sorted(missing))}")
-    return recipe
+            raise ValueError(f"mapping {path}: unknown key {key!r}{suggest(str(key), KEYS)}")
+    if missing := {"images", "questions", "answer"} - set(mapping):
+        raise ValueError(f"mapping {path}: lacks {', '.join(sorted(missing))}")
+    return mapping
 
 
 def suggest(word: str, known) -> str:
@@ -77,22 +77,22 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip()))
 
 
-def read_rows(path: Path, recipe: dict) -> list[dict]:
-    """Return a table's rows, joined as the recipe says, with its markers of missing values as "".
+def read_rows(path: Path, mapping: dict) -> list[dict]:
+    """Return a table's rows, joined as the mapping says, with its markers of missing values as "".
 
     Raises:
-        ValueError: a column that the recipe names is not there; the message suggests the nearest.
+        ValueError: a column that the mapping names is not there; the message suggests the nearest.
     """
     table = read_table(path)
-    if "join" in recipe:
-        table = _join(table, path.parent / recipe["join"]["file"], recipe["join"]["by"])
-    return rows_of(table, recipe, path)
+    if "join" in mapping:
+        table = _join(table, path.parent / mapping["join"]["file"], mapping["join"]["by"])
+    return rows_of(table, mapping, path)
 
 
-def rows_of(table: pd.DataFrame, recipe: dict, path: Path) -> list[dict]:
+def rows_of(table: pd.DataFrame, mapping: dict, path: Path) -> list[dict]:
     """Return the rows of a table of texts that was read from `path`; see `read_rows`."""
-    _check_columns(path, table, recipe)
-    missing = {"", *map(str, recipe.get("missing", ()))}
+    _check_columns(path, table, mapping)
+    missing = {"", *map(str, mapping.get("missing", ()))}
     return [{c: "" if cell in missing else cell for c, cell in row.items()} for row in table.to_dict("records")]
 
 
@@ -114,60 +114,60 @@ def _join(table: pd.DataFrame, path: Path, key: str) -> pd.DataFrame:
     return table.merge(other[fresh], on=key, how="left", validate="many_to_one").fillna("")
 
 
-def _columns_of(recipe: dict) -> list[str]:
-    """Return the columns that a recipe names."""
-    places = [place for template in recipe["images"] for place in PLACE.findall(template)]
-    label = recipe.get("label", {})
-    lists = [recipe.get(fact, []) for fact in ("group", "age", "sex", "site", "split")]
+def _columns_of(mapping: dict) -> list[str]:
+    """Return the columns that a mapping names."""
+    places = [place for template in mapping["images"] for place in PLACE.findall(template)]
+    label = mapping.get("label", {})
+    lists = [mapping.get(fact, []) for fact in ("group", "age", "sex", "site", "split")]
     lists += [label.get("names", {}) if label.get("one_hot") else label.get("columns", [])]
-    lists += [recipe.get("skin_type", {}).get("columns", []), recipe.get("skin_type", {}).get("scales", {})]
-    single = [recipe.get("id"), recipe.get("skip", {}).get("column"), recipe.get("group_pattern", {}).get("column")]
+    lists += [mapping.get("skin_type", {}).get("columns", []), mapping.get("skin_type", {}).get("scales", {})]
+    single = [mapping.get("id"), mapping.get("skip", {}).get("column"), mapping.get("group_pattern", {}).get("column")]
     return [*places, *(column for names in lists for column in names), *(column for column in single if column)]
 
 
-def _check_columns(path: Path, table: pd.DataFrame, recipe: dict) -> None:
-    optional = set(recipe.get("optional", ()))
-    for column in _columns_of(recipe):
+def _check_columns(path: Path, table: pd.DataFrame, mapping: dict) -> None:
+    optional = set(mapping.get("optional", ()))
+    for column in _columns_of(mapping):
         if column in table.columns:
             continue
         if column not in optional:
             near = suggest(column, table.columns)
             raise ValueError(f"{path}: no column {column!r}{near or f'; there are {list(table.columns)[:12]}'}")
         table[column] = ""
-    for text, columns in recipe.get("texts", {}).items():
+    for text, columns in mapping.get("texts", {}).items():
         if not set(columns) & set(table.columns):
             raise ValueError(f"{path}: none of the columns {columns} for {text!r}{suggest(columns[0], table.columns)}")
 
 
-def make_record(row: dict, recipe: dict) -> tuple[dict, str | None]:
-    """Put a row into the form that `records.parse_record` takes; also return why the recipe leaves it out, or None.
+def make_record(row: dict, mapping: dict) -> tuple[dict, str | None]:
+    """Put a row into the form that `records.parse_record` takes; also return why the mapping leaves it out, or None.
 
     Raises:
-        ValueError: a code that the recipe does not know, or several diagnoses at once.
+        ValueError: a code that the mapping does not know, or several diagnoses at once.
     """
-    label = _label(row, recipe.get("label", {}))
-    texts = {name: _first(row, columns) for name, columns in recipe.get("texts", {}).items()}
+    label = _label(row, mapping.get("label", {}))
+    texts = {name: _first(row, columns) for name, columns in mapping.get("texts", {}).items()}
     values = {**row, **texts, "label": label}
-    images = [name for name in (_fill(template, row) for template in recipe["images"]) if name]
-    sample_id = row[recipe["id"]] if "id" in recipe else ", ".join(images)
+    images = [name for name in (_fill(template, row) for template in mapping["images"]) if name]
+    sample_id = row[mapping["id"]] if "id" in mapping else ", ".join(images)
     record = {
         "id": sample_id,
         "images": images,
         "label": label or None,
-        "group": _group(row, recipe) or None,
-        "skin_type": _skin_type(row, recipe.get("skin_type", {})) or None,
-        **{fact: _first(row, recipe.get(fact, [])) or None for fact in ("age", "sex", "site", "split")},
-        "question": _fill(_choose(recipe["questions"], sample_id), values),
-        "answer": _fill(recipe["answer"], values),
+        "group": _group(row, mapping) or None,
+        "skin_type": _skin_type(row, mapping.get("skin_type", {})) or None,
+        **{fact: _first(row, mapping.get(fact, [])) or None for fact in ("age", "sex", "site", "split")},
+        "question": _fill(_choose(mapping["questions"], sample_id), values),
+        "answer": _fill(mapping["answer"], values),
     }
-    return record, _reason_to_skip(row, recipe, values)
+    return record, _reason_to_skip(row, mapping, values)
 
 
-def _reason_to_skip(row: dict, recipe: dict, values: dict) -> str | None:
-    skip = recipe.get("skip")
+def _reason_to_skip(row: dict, mapping: dict, values: dict) -> str | None:
+    skip = mapping.get("skip")
     if skip and re.search(skip["matching"], row[skip["column"]]):
         return f"{skip['column']} is {row[skip['column']]!r}"
-    empty = [place for place in PLACE.findall(recipe["answer"]) if not values.get(place)]
+    empty = [place for place in PLACE.findall(mapping["answer"]) if not values.get(place)]
     return f"no {empty[0]} to answer with" if empty else None
 
 
@@ -197,7 +197,7 @@ def _label(row: dict, spec: dict) -> str:
 
 
 def _decode(code: str, spec: dict, columns: list[str]) -> str:
-    """Return what a code stands for; codes stand for themselves when the recipe lists no names."""
+    """Return what a code stands for; codes stand for themselves when the mapping lists no names."""
     if not code or "names" not in spec:
         return code
     if code not in spec["names"]:
@@ -216,11 +216,11 @@ def _heaviest(text: str) -> str:
     return max(weights, key=weights.get) if weights else ""
 
 
-def _group(row: dict, recipe: dict) -> str:
-    if pattern := recipe.get("group_pattern"):
+def _group(row: dict, mapping: dict) -> str:
+    if pattern := mapping.get("group_pattern"):
         match = re.search(pattern["matching"], row[pattern["column"]])
         return next((part for part in match.groups() if part), "") if match else ""
-    return _first(row, recipe.get("group", []))
+    return _first(row, mapping.get("group", []))
 
 
 def _skin_type(row: dict, spec: dict) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
-from qwen_vl_utils import smart_resize
 
+from data_prep.images import count_image_tokens
 from planning.activations import Activations
 from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes
@@ -97,10 +97,10 @@ def estimate_lengths(split: Dataset, *, token_side: int, min_pixels: int, max_pi
         min_pixels: smallest area after resizing, px^2.
         max_pixels: largest area after resizing, px^2.
     """
-    total, image, limits = [], [], {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    total, image = [], []
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "cell": token_side}
     for messages, sizes in zip(split["messages"], split["image_sizes"], strict=True):
-        resized = [smart_resize(h, w, factor=token_side, **limits) for w, h in sizes]
-        image.append(sum(height * width // token_side**2 for height, width in resized))
+        image.append(sum(count_image_tokens(height, width, **limits) for width, height in sizes))
         text = sum(len(turn["content"]) for turn in messages) // CHARACTERS_PER_TOKEN
         total.append(image[-1] + text + SYSTEM_TOKENS + TURN_TOKENS * len(messages) + IMAGE_ENDS * len(sizes))
     return SampleLengths(total=total, image=image)

@@ -9,7 +9,7 @@ from datasets.fingerprint import Hasher
 from transformers import ProcessorMixin
 
 from data_prep import fingerprint
-from data_prep.images import count_image_tokens
+from data_prep.images import count_image_tokens, fit_options
 from data_prep.records import to_chat
 
 
@@ -33,7 +33,7 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
         dataset: a split in the schema of `data_prep`.
         processor: the model's processor with the pixel limits of the run.
     """
-    rules = processor.tokenizer.get_vocab(), processor.chat_template, _sizing(processor)
+    rules = processor.tokenizer.get_vocab(), processor.chat_template, fit_options(processor.image_processor)
     key = Hasher.hash([fingerprint(dataset), dataset["id"][:], *rules])
     folder = Path(config.HF_DATASETS_CACHE) / "sample_lengths"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,18 +54,11 @@ def _count_tokens(batch: dict, processor: ProcessorMixin) -> dict[str, list[int]
 
 
 def _image_tokens(sample_id: str, sizes: list[list[int]], processor: ProcessorMixin) -> int:
-    sizing = _sizing(processor)
+    options = fit_options(processor.image_processor)
     try:
-        return sum(count_image_tokens(height, width, **sizing) for width, height in sizes)
+        return sum(count_image_tokens(height, width, **options) for width, height in sizes)
     except ValueError as error:
         raise ValueError(f"sample {sample_id!r}: {error}") from error
-
-
-def _sizing(processor: ProcessorMixin) -> dict[str, int]:
-    """Return what decides how many tokens an image costs: the keywords of `count_image_tokens`."""
-    own = processor.image_processor
-    limits = {"min_pixels": own.size["shortest_edge"], "max_pixels": own.size["longest_edge"]}
-    return {**limits, "cell": own.patch_size * own.merge_size}
 
 
 def check_lengths(lengths: SampleLengths, sample_ids: list[str], max_length: int | None, *, split: str) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from collator import VisionSFTCollator, collate_prompts, fit_size, load_pixels
+from collator import VisionSFTCollator, collate_prompts, load_pixels
 from data_prep.convert import prepare
-from data_prep.images import ImageFacts, inspect_image, load_image
+from data_prep.images import ImageFacts, fit_options, fit_size, inspect_image, load_image
 from data_prep.sources import Source
 from evaluation.examples import decode
 
@@ -269,7 +269,7 @@ def test_the_tables_hold_as_many_cases_as_promised():
 def test_a_turned_photo_is_the_same_in_training_evaluation_and_prediction(tmp_path, processor):
     turned = marked(6)(tmp_path)
     upright = Image.fromarray(np.rot90(np.asarray(Image.open(turned)), -1))
-    fit = partial(fit_size, sizing=processor.image_processor)
+    fit = partial(fit_size, **fit_options(processor.image_processor))
     messages = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "melanoma"}]
     examples = [{"id": "x", "images": [image], "messages": messages} for image in (str(turned), upright)]
     trained = [VisionSFTCollator(processor)([example])["pixel_values"] for example in examples]

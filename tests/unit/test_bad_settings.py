@@ -1,4 +1,4 @@
-"""Every kind of odd or bad YAML file, and what becomes of it: settings, recipes of tables, lists of sources."""
+"""Every kind of odd or bad YAML file, and what becomes of it: settings, mappings of tables, lists of sources."""
 
 import os
 import time
@@ -8,7 +8,7 @@ import pytest
 
 from common.yaml_files import read_yaml
 from data_prep.__main__ import main as data_prep
-from data_prep.tables import load_recipe
+from data_prep.tables import load_mapping
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
@@ -105,26 +105,26 @@ def test_what_is_no_file_is_not_opened(tmp_path, make):
         read_yaml(tmp_path / "x.yaml", "--config")
 
 
-RECIPE = "images: ['{file}']\nquestions: ['What?']\nanswer: '{label}'\n"
+MAPPING = "images: ['{file}']\nquestions: ['What?']\nanswer: '{label}'\n"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (RECIPE + "answer: x\n", 'not YAML: while constructing a mapping found duplicate key "answer"'),
+        (MAPPING + "answer: x\n", 'not YAML: while constructing a mapping found duplicate key "answer"'),
         (LAUGHS, "not YAML: alias of &a: write the value out"),
         ("a: !!python/name:os.system", "not YAML: could not determine a constructor"),
-        (RECIPE.encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff"),
+        (MAPPING.encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff"),
         ("- a", "expected lines of the form 'key: value'"),
-        (RECIPE + "lable: {}\n", "unknown key 'lable'; did you mean 'label'?"),
+        (MAPPING + "lable: {}\n", "unknown key 'lable'; did you mean 'label'?"),
         ("images: [a]", "lacks answer, questions"),
     ],
 )
-def test_a_bad_recipe_of_a_table_gives_one_line(tmp_path, content, reason):
+def test_a_bad_mapping_of_a_table_gives_one_line(tmp_path, content, reason):
     path = written(tmp_path, content)
     with pytest.raises(ValueError) as error:
-        load_recipe(path)
-    assert str(error.value).startswith(f"recipe {path}: {reason}") and "\n" not in str(error.value)
+        load_mapping(path)
+    assert str(error.value).startswith(f"mapping {path}: {reason}") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

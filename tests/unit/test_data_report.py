@@ -1,5 +1,7 @@
 """One page about a data set: right numbers, nothing from outside, nothing executed."""
 
+import base64
+import io
 import json
 import re
 
@@ -52,3 +54,13 @@ def test_the_page_is_whole_and_runs_nothing(report):
 def test_inspect_wants_a_prepared_folder(tmp_path):
     with pytest.raises(ValueError, match="is not a data set that `python -m data_prep convert` wrote"):
         data_prep(["inspect", str(tmp_path)])
+
+
+def test_a_small_image_is_shown_at_the_size_that_the_model_gets(write_records, tmp_path):
+    path, images = write_records([{"id": "small", "image": "s.png", "question": "What?", "answer": "It is this."}])
+    Image.new("RGB", (60, 40), "red").save(images / "s.png")
+    data_prep(["convert", "--annotations", str(path), "--images", str(images), "--out", str(tmp_path / "set")])
+    data_prep(["inspect", str(tmp_path / "set")])
+    (shown,) = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", (tmp_path / "set" / "report.html").read_text())
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (10 * 28, 7 * 28)
+    assert json.loads((tmp_path / "set" / "report.json").read_text())["budget"][0]["mean"] == 10 * 7

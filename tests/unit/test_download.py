@@ -79,13 +79,13 @@ def hub(monkeypatch):
     monkeypatch.setattr(download, "load_dataset", lambda name: splits)
 
 
-def test_a_hub_data_set_with_a_recipe_is_a_source(hub, tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
+def test_a_hub_data_set_with_a_mapping_is_a_source(hub, tmp_path):
+    mapping = tmp_path / "r.yaml"
+    mapping.write_text(
         "id: id\nimages: ['{image}']\nlabel: {columns: [dx]}\ngroup: [patient]\nsplit: [split]\n"
         "questions: ['What is it?']\nanswer: 'This is {label}.'\n"
     )
-    source = Source(download.Path("someone/skin"), recipe=str(recipe))
+    source = Source(download.Path("someone/skin"), mapping=str(mapping))
     prepared = prepare([source], hub_dir=tmp_path / "hub", show_progress=False, split=(1, 0, 0))
     train = prepared.splits["train"]
     assert train["id"] == ["train-000000", "train-000001", "train-000002", "train-000003"]
@@ -96,7 +96,7 @@ def test_a_hub_data_set_with_a_recipe_is_a_source(hub, tmp_path):
     assert "leak" in {finding.kind for finding in prepared.findings}  # one picture stands in train and test
 
 
-def test_a_hub_data_set_of_chats_needs_no_recipe(tmp_path, monkeypatch):
+def test_a_hub_data_set_of_chats_needs_no_mapping(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Acne."}]
     features = Features(
         {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(ImageFeature())}

@@ -9,7 +9,7 @@ import sklearn.datasets
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 
-from data_prep.images import count_image_tokens, load_image
+from data_prep.images import count_image_tokens, fit_size, load_image
 
 
 def saved(tmp_path, image, name, **options):
@@ -81,7 +81,7 @@ def truncated_jpeg():
 
 
 @pytest.mark.parametrize("cell", [28, 32])
-def test_count_image_tokens_follows_the_familys_rule(cell):
+def test_size_and_tokens_of_an_image_follow_the_familys_rule(cell):
     rng = np.random.default_rng(0)
     for height, width in np.exp2(rng.uniform(3, 12, size=(3000, 2))).astype(int).tolist():
         limits = {"min_pixels": int(rng.choice([cell**2, 50176])), "max_pixels": int(rng.choice([200704, 1003520]))}
@@ -89,6 +89,7 @@ def test_count_image_tokens_follows_the_familys_rule(cell):
             continue
         expected = smart_resize(height, width, cell, **limits)
         if min(expected) > 0:
+            assert fit_size(width, height, **limits, cell=cell) == expected[::-1]
             assert count_image_tokens(height, width, **limits, cell=cell) == expected[0] * expected[1] // cell**2
 
 

@@ -1,4 +1,4 @@
-"""Every shipped recipe reads its source's true column layout, bad cells included."""
+"""Every shipped mapping reads its source's true column layout, bad cells included."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data_prep.convert import InvalidRecordsError, prepare
+from data_prep.__main__ import main as data_prep
+from data_prep.convert import InvalidRecordsError, prepare, prepare_dataset
 from data_prep.sources import Source
-from data_prep.tables import load_recipe, make_record, read_rows, read_table, shipped
+from data_prep.tables import load_mapping, make_record, read_rows, read_table, shipped
 
 SCIN_CASES = "case_id,source,age_group,sex_at_birth,fitzpatrick_skin_type,image_1_path,image_2_path,image_3_path\n"
 SCIN_LABELS = (
@@ -28,8 +29,8 @@ DERM1M = (
     "filename,caption,truncated_caption,source,source_type,disease_label,hierarchical_disease_label,skin_concept,"
     "body_location,symptoms,age,gender\n"
 )
-# recipe -> the table as its makers write it, and what its rows become: (id, images, label, group, skin type, age, sex,
-# site), or the reason why a row is left out, or the error that it is.
+# mapping -> the table as its makers write it, and what its rows become: (id, images, label, group, skin type, age,
+# sex, site), or the reason why a row is left out, or the error that it is.
 TABLES = {
     "ham10000": (
         "lesion_id,image_id,dx,dx_type,age,sex,localization,dataset\n"
@@ -109,9 +110,9 @@ TABLES = {
 }  # fmt: skip
 
 
-def outcome(row, recipe):
+def outcome(row, mapping):
     try:
-        record, reason = make_record(row, recipe)
+        record, reason = make_record(row, mapping)
     except ValueError as error:
         return error
     keys = ("id", "images", "label", "group", "skin_type", "age", "sex", "site")
@@ -119,11 +120,11 @@ def outcome(row, recipe):
 
 
 def check_rows(path, name, expected):
-    recipe = load_recipe(name)
-    rows = read_rows(path, recipe)
+    mapping = load_mapping(name)
+    rows = read_rows(path, mapping)
     assert len(rows) == len(expected)
     for row, wanted in zip(rows, expected, strict=True):
-        found = outcome(row, recipe)
+        found = outcome(row, mapping)
         if isinstance(wanted, ValueError):
             assert isinstance(found, ValueError) and str(found).startswith(str(wanted))
         else:
@@ -131,7 +132,7 @@ def check_rows(path, name, expected):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_recipe_reads_its_sources_layout(tmp_path, name):
+def test_a_mapping_reads_its_sources_layout(tmp_path, name):
     text, expected = TABLES[name]
     (tmp_path / "table.csv").write_text("\ufeff" + text, encoding="utf-8")
     check_rows(tmp_path / "table.csv", name, expected)
@@ -181,10 +182,10 @@ def test_scin_cases_have_one_to_three_images_and_weighted_labels(tmp_path):
     check_rows(cases, "scin", [first, "no label to answer with", broken, last])
 
 
-def test_every_shipped_recipe_is_tested():
+def test_every_shipped_mapping_is_tested():
     assert set(shipped()) == {*TABLES, "isic2019", "scin", "folder"}
     for name in shipped():
-        load_recipe(name)
+        load_mapping(name)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".jsonl"])
@@ -209,7 +210,7 @@ def test_a_wrong_column_name_suggests_the_nearest(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("DDI_ID,DDI_fil,skin_tone,disease\n1,a.png,12,x\n")
     with pytest.raises(ValueError, match=r"t\.csv: no column 'DDI_file'; did you mean 'DDI_fil'\?"):
-        read_rows(path, load_recipe("ddi"))
+        read_rows(path, load_mapping("ddi"))
 
 
 @pytest.mark.parametrize(
@@ -221,13 +222,13 @@ def test_a_wrong_column_name_suggests_the_nearest(tmp_path):
         ("a: [", "not YAML"),
     ],
 )
-def test_a_wrong_recipe_gives_one_line(tmp_path, text, message):
+def test_a_wrong_mapping_gives_one_line(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError) as error:
-        load_recipe(tmp_path / "r.yaml")
+        load_mapping(tmp_path / "r.yaml")
     assert message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="recipe: no file ham; shipped are ddi, derm1m"):
-        load_recipe("ham")
+    with pytest.raises(ValueError, match="mapping: no file ham; shipped are ddi, derm1m"):
+        load_mapping("ham")
 
 
 def draw(path: Path, colour):
@@ -276,7 +277,28 @@ def test_sources_mix_by_their_weights(tmp_path):
         prepare([mixed[0], Source(tmp_path / "b")], show_progress=False)
 
 
-def test_a_table_without_a_recipe_is_refused(tmp_path):
+def test_a_table_without_a_mapping_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is a table: name the recipe that says what its columns are"):
+    with pytest.raises(ValueError, match="is a table: name the mapping that says what its columns are"):
         prepare([Source(tmp_path / "t.csv")], show_progress=False)
+
+
+def test_recipe_is_an_alias_of_mapping(tmp_path, capsys):
+    for number in range(2):
+        draw(tmp_path / f"{number}.png", ("red", "blue")[number])
+    table, mapping = tmp_path / "t.csv", tmp_path / "m.yaml"
+    table.write_text("file,label\n0.png,nevus\n1.png,melanoma\n")
+    mapping.write_text("images: ['{file}']\nlabel: {columns: [label]}\nquestions: [What?]\nanswer: '{label}'\n")
+    sources = tmp_path / "sources.yaml"
+    sources.write_text(f"- {{data: t.csv, images: ., recipe: {mapping}}}")
+    options = ["--split", "1", "0", "0", "--annotations", str(table), "--images", str(tmp_path)]
+    for command in (
+        ["check", *options, "--mapping", str(mapping)],
+        ["check", *options, "--recipe", str(mapping)],
+        ["check", *options[:4], "--sources", str(sources)],
+    ):
+        assert data_prep(command) == 0
+        assert "train            2 samples       2 images   melanoma 1, nevus 1" in capsys.readouterr().out
+    for name in ("mapping", "recipe"):
+        made = prepare_dataset(table, tmp_path, **{name: str(mapping)}, split=(1, 0, 0), show_progress=False)
+        assert made["train"]["label"] == ["nevus", "melanoma"]
