@@ -14,7 +14,7 @@ export UV_HTTP_TIMEOUT ?= 300
 
 install: $(VENV)/.installed
 
-# uv takes well under a minute where pip takes several. Where uv does not work, pip installs the same files.
+# uv needs about a minute, pip three. Where uv does not work, pip installs the same files.
 $(VENV)/.installed: requirements.txt requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	@{ $(PIP_INSTALL) uv && \
@@ -65,7 +65,7 @@ canary:
 	@$(CANARY)/bin/uv pip install --quiet --no-config --compile-bytecode --python $(CANARY)/bin/python --upgrade -r $(CANARY)/newest.txt
 	@echo "Other versions than in requirements.lock:"
 	@$(CANARY)/bin/uv pip freeze --quiet --python $(CANARY)/bin/python --exclude pip | grep -vxF "$$(grep -oE '^[^ ]+==[^ ]+' requirements.lock)" || true
-	@$(CANARY)/bin/python $(PYTEST) $(FAST) --tb=no --durations=0 --durations-min=60 -rfE
+	@COLUMNS=200 $(CANARY)/bin/python $(PYTEST) $(FAST) --tb=no --durations=1 -rfE
 
 style: install
 	$(BIN)/ruff check --fix .

@@ -129,8 +129,7 @@ def expand_images(ids: list[int], tokens: list[int], *, image_id: int) -> torch.
     is_image = row == image_id
     if (count := int(is_image.sum())) != len(tokens):
         raise ValueError(f"{count} image tokens in the text, expected {len(tokens)}")
-    repeats = torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long))
-    return row.repeat_interleave(repeats)
+    return row.repeat_interleave(torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long)))
 
 
 def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
@@ -192,10 +191,7 @@ class VisionSFTCollator:
         dummy_image: bool = False,
     ):
         family, tokenizer = find_family(processor), processor.tokenizer
-        self.processor = processor
-        self.max_length = max_length
-        self.packed = packed
-        self.dummy_image = dummy_image
+        self.processor, self.max_length, self.packed, self.dummy_image = processor, max_length, packed, dummy_image
         self.header_ids = tokenizer.encode(family.answer_header, add_special_tokens=False)
         self.end_id = tokenizer.convert_tokens_to_ids(family.end_token)
         self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -218,7 +214,7 @@ class VisionSFTCollator:
         Returns:
             `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): tokens counted from each sample's start, then
             time, height and width; `text_cu_seqlens` (B + 1), the samples' boundaries, and `text_max_seqlen` for
-            `varlen_attention`, which the vision tower would take for its own without "text_"; `pixel_values` and
+            `varlen_attention`, which the vision tower would use without "text_"; `pixel_values` and
             `image_grid_thw` unchanged. There is no mask, as SDPA would then not look at the positions.
         """
         kept = batch.pop("attention_mask").bool()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.collate
 
-Both get the same photographs, resized and with the grain of a sensor, and one question and answer, at 256 to 512
-tokens an image, and collate in turn in one process. TRL's learns from answers only, as ours does, and then from
-everything, its default. Then photographs that are decoded at a half, a quarter or an eighth of their size are compared
-with the same decoded whole, both at the largest size that is decoded so, where they differ most.
+Both get the same photographs, resized and with noise like a sensor's, and one question and answer, at 256 to 512
+tokens an image, and collate alternately in one process. TRL's labels answers only, as ours does, and then everything,
+its default. Then photographs decoded at a half, a quarter or an eighth of their size are compared with the same
+decoded at full size, both at the largest size that is decoded so, where they differ most.
 """
 
 import argparse
@@ -36,19 +36,19 @@ PHOTOS = Path(sklearn.datasets.__file__).parent / "images"
 
 
 def photographs(folder: Path | None) -> list[bytes]:
-    """Return the JPEGs of a folder, or those that scikit-learn and matplotlib bring along."""
+    """Return the JPEGs of a folder, or those that come with scikit-learn and matplotlib."""
     if folder:
         return [path.read_bytes() for path in sorted(folder.glob("*.jp*g"))]
-    own = get_sample_data("grace_hopper.jpg", asfileobj=False)
-    return [Path(path).read_bytes() for path in (*sorted(PHOTOS.glob("*.jpg")), own)]
+    portrait = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    return [Path(path).read_bytes() for path in (*sorted(PHOTOS.glob("*.jpg")), portrait)]
 
 
-def grainy(photo: bytes, width: int, height: int, quality: int) -> bytes:
+def add_noise(photo: bytes, width: int, height: int, quality: int) -> bytes:
     rng = np.random.default_rng(0)
-    grain = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+    noise = Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
     resized = load_image({"bytes": photo}).resize((width, height))
     buffer = io.BytesIO()
-    Image.blend(resized, grain.filter(ImageFilter.GaussianBlur(1)), 0.08).save(buffer, "JPEG", quality=quality)
+    Image.blend(resized, noise.filter(ImageFilter.GaussianBlur(1)), 0.08).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -59,12 +59,12 @@ def our_examples(files: list[bytes]) -> list[dict]:
 
 
 def their_examples(files: list[bytes]) -> list[dict]:
-    """Images are opened and not yet decoded, as `datasets` hands them over."""
+    """Images are opened and not yet decoded, as `datasets` returns them."""
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     return [{"images": [Image.open(io.BytesIO(file))], "messages": messages} for file in files]
 
 
-def race(sides: dict, files: list[bytes], rounds: int) -> dict[str, list[float]]:
+def time_collators(sides: dict, files: list[bytes], rounds: int) -> dict[str, list[float]]:
     """Return each side's times, ms a sample."""
     times = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -77,11 +77,11 @@ def race(sides: dict, files: list[bytes], rounds: int) -> dict[str, list[float]]
 
 
 def draft_differences(photo: bytes, fraction: int) -> tuple[float, float]:
-    """Return the mean and the 99th percentile of what drafting changes, in 8-bit levels."""
-    whole = load_image({"bytes": photo})
-    size = tuple(int((side // fraction - 1) / DRAFT_HEADROOM) for side in whole.size)
+    """Return the mean and the 99th percentile of the difference that drafting makes, in 8-bit levels."""
+    full = load_image({"bytes": photo})
+    size = tuple(int((side // fraction - 1) / DRAFT_HEADROOM) for side in full.size)
     drafted = load_image({"bytes": photo}, fit=lambda width, height: size)
-    levels = np.abs(np.asarray(drafted, dtype=int) - np.asarray(whole.resize(size), dtype=int))
+    levels = np.abs(np.asarray(drafted, dtype=int) - np.asarray(full.resize(size), dtype=int))
     return levels.mean(), np.percentile(levels, 99)
 
 
@@ -102,12 +102,12 @@ def main() -> None:
     photos = photographs(args.photos)
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}")
     for width, height, quality, count in CASES:
-        files = [grainy(photos[n % len(photos)], width, height, quality) for n in range(count)]
+        files = [add_noise(photos[n % len(photos)], width, height, quality) for n in range(count)]
         print(f"{width}x{height}, {sum(map(len, files)) / count / 1000:,.0f} kB, batches of {count}; ms a sample")
-        times = race(sides, files, args.rounds)
-        for name, taken in times.items():
-            ratio = statistics.median(b / a for a, b in zip(times["ours"], taken, strict=True))
-            print(f"  {name:18}{statistics.median(taken):7.1f}  {ratio:.2f}")
+        times = time_collators(sides, files, args.rounds)
+        for name, durations in times.items():
+            ratio = statistics.median(b / a for a, b in zip(times["ours"], durations, strict=True))
+            print(f"  {name:18}{statistics.median(durations):7.1f}  {ratio:.2f}")
     for fraction in (2, 4, 8):
         means, tails = zip(*(draft_differences(photo, fraction) for photo in photos), strict=True)
         print(f"decoded at 1/{fraction}: mean difference {statistics.mean(means):.2f} of 255 levels,", end=" ")

@@ -1,10 +1,10 @@
-"""How long conversion and checks take beside plain decoding of the same files, and how their memory grows.
+"""Time of conversion and checks beside plain decoding of the same files, and their memory.
 
     python -m benchmarks.data_prep
 
 Decodes 2,000 JPEGs of 600 x 450 px with Pillow alone in two processes, converts and checks them with two workers
-(`data_prep.convert.prepare`), and writes the folder with the images embedded, in turn in one process; then runs the
-whole command on 200,000 records that repeat 100 small images, in a process of its own.
+(`data_prep.convert.prepare`), and writes the folder with the images embedded, alternately in one process; then runs
+the complete command on 200,000 records that repeat 100 small images, in a process of its own.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def draw(folder: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     for number in range(count):
         base = Image.fromarray(rng.integers(40, 230, (9, 12, 3), dtype=np.uint8)).resize((600, 450), Image.BICUBIC)
-        grain = Image.fromarray(rng.integers(0, 255, (450, 600, 3), dtype=np.uint8))
-        picture = Image.blend(base, grain.filter(ImageFilter.GaussianBlur(0.5)), 0.25)
+        noise = Image.fromarray(rng.integers(0, 255, (450, 600, 3), dtype=np.uint8))
+        picture = Image.blend(base, noise.filter(ImageFilter.GaussianBlur(0.5)), 0.25)
         picture.save(folder / f"{number:05d}.jpg", quality=97)
 
 
@@ -91,14 +91,14 @@ def command(annotations: Path, images: Path, out: Path) -> list[str]:
 
 
 def many_records(folder: Path, count: int) -> tuple[float, float]:
-    """Return the seconds that the command takes, and the largest memory of any of its processes, GB."""
+    """Return the seconds of the command, and the largest memory of any of its processes, GB."""
     (folder / "small").mkdir()
     for number in range(100):
         Image.effect_noise((64, 64), 50 + number).convert("RGB").save(folder / "small" / f"{number:05d}.jpg")
     write_records(folder / "many.json", count, 100)
     run = command(folder / "many.json", folder / "small", folder / "many")
-    took = seconds(subprocess.run, run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    duration = seconds(subprocess.run, run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return duration, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 def main() -> None:
@@ -115,7 +115,7 @@ def main() -> None:
         write_records(folder / "a.json", args.images, args.images)
         one_round(folder)  # warms the page cache and the imports
         rounds = [one_round(folder) for _ in range(args.rounds)]
-        took, memory = many_records(folder, args.records)
+        many_seconds, memory = many_records(folder, args.records)
     plain, ours, writing = (statistics.median(times) for times in zip(*rounds, strict=True))
     ratio = statistics.median(ours / plain for plain, ours, _ in rounds)
     print(f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores,", end=" ")
@@ -123,7 +123,7 @@ def main() -> None:
     print(f"plain decoding     {plain:6.2f} s for {args.images:,} images, {WORKERS} processes")
     print(f"convert and check  {ours:6.2f} s, {ratio:.2f} times as long")
     print(f"write the folder   {writing:6.2f} s more, images embedded")
-    print(f"{args.records:,} records   {took:6.2f} s, at most {memory:.2f} GB in one process")
+    print(f"{args.records:,} records   {many_seconds:6.2f} s, at most {memory:.2f} GB in one process")
 
 
 if __name__ == "__main__":

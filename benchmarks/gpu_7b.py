@@ -1,11 +1,11 @@
-"""QLoRA steps of Qwen2.5-VL-7B's true shapes on one GPU: stock TRL, ours packed, and ours with each lever off.
+"""QLoRA steps of Qwen2.5-VL-7B's shapes on one GPU: stock TRL, ours packed, and ours with each optimisation off.
 
     python -m benchmarks.gpu_7b --out figures.json      # one GPU with 40 GB or more, under 10 minutes
     python -m benchmarks.gpu_7b --tiny                  # the same code on a CPU, in seconds, nothing compiled
 
-Needs no weights: the shapes are the 7B model's, the NF4 weights random, the words the demo's tokenizer's, the images
-drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the last three count. Tokens are those of
-the samples, without padding. Work is counted as done: forward, recomputation, and the backward of activations.
+Needs no weights: the shapes are the 7B model's, the NF4 weights are random, the tokenizer is the demo's, the images
+are drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the last three are timed. Tokens are
+those of the samples, without padding. FLOPs are those executed: forward, recomputation, backward of activations.
 """
 
 import argparse
@@ -71,12 +71,12 @@ VISION_7B = {
     "patch_size": 14,
     "spatial_merge_size": 2,
 }
-LAYERS_SHOWN = 2  # with --tiny
+TINY_LAYERS = 2  # with --tiny
 
 
 @dataclass
 class Setting:
-    """One line of the table: how the same samples are fed, and which levers are on."""
+    """One line of the table: how the same samples are batched, and which optimisations are on."""
 
     name: str
     pack_tokens: int | None = None
@@ -90,8 +90,8 @@ class Setting:
 
 def settings(tiny: bool) -> list[Setting]:
     sizes = (256, 512, 1024) if tiny else (4096, 8192, 16384)
-    levers = {"varlen": True, "compiled": True}
-    packs = [Setting(f"ours, packs of {size}", pack_tokens=size, **levers) for size in sizes]
+    optimised = {"varlen": True, "compiled": True}
+    packs = [Setting(f"ours, packs of {size}", pack_tokens=size, **optimised) for size in sizes]
     small, middle, _ = sizes
     return [
         Setting("stock TRL, batch 1 x 4", accumulate=4, stock=True),
@@ -99,13 +99,13 @@ def settings(tiny: bool) -> list[Setting]:
         *packs,
         Setting(f"packs of {middle}, not compiled", pack_tokens=middle, varlen=True),
         Setting(f"packs of {middle}, not compiled, without varlen", pack_tokens=middle),
-        Setting("without packing: batch 16", batch=2 if tiny else 16, **levers),
-        Setting(f"packs of {small}, without checkpointing", pack_tokens=small, checkpointing=False, **levers),
+        Setting("without packing: batch 16", batch=2 if tiny else 16, **optimised),
+        Setting(f"packs of {small}, without checkpointing", pack_tokens=small, checkpointing=False, **optimised),
     ]
 
 
 def draw_samples(
-    count: int, side: tuple[int, int], seed: int = 0, words_an_answer: tuple[float, float] = (3.2, 0.7)
+    count: int, side: tuple[int, int], seed: int = 0, words_per_answer: tuple[float, float] = (3.2, 0.7)
 ) -> Dataset:
     """Return drawn photographs with questions and answers of log-normal length, in the schema of `data_prep`."""
     rng, rows = random.Random(seed), []
@@ -113,22 +113,22 @@ def draw_samples(
     for number in range(count):
         file = io.BytesIO()
         Image.effect_noise(side, 60).filter(ImageFilter.GaussianBlur(2)).convert("RGB").save(file, "JPEG", quality=90)
-        answer = " ".join(rng.choice(words) for _ in range(max(3, int(rng.lognormvariate(*words_an_answer)))))
+        answer = " ".join(rng.choice(words) for _ in range(max(3, int(rng.lognormvariate(*words_per_answer)))))
         turns = [("user", "<image>What is shown?"), ("assistant", answer)]
-        own = {
+        values = {
             "id": str(number),
             "images": [{"bytes": file.getvalue(), "path": None}],
             "messages": [{"role": role, "content": content} for role, content in turns],
             "image_sizes": [list(side)],
             "weight": 1.0,
         }
-        rows.append({key: own.get(key) for key in FEATURES})
+        rows.append({key: values.get(key) for key in FEATURES})
     return Dataset.from_list(rows, features=FEATURES).cast_column("images", List(ImageFeature(decode=False)))
 
 
 def build_model(processor, tiny: bool, device: torch.device) -> torch.nn.Module:
-    """Build the model with NF4 language layers, one after the other, so that 7B never stand there in 16 bit."""
-    config = build_config(processor.tokenizer, hidden_size=128, num_layers=LAYERS_SHOWN)
+    """Build the model with NF4 language layers, one by one, so that the 7B weights are never all in 16 bit."""
+    config = build_config(processor.tokenizer, hidden_size=128, num_layers=TINY_LAYERS)
     if not tiny:
         ids = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
         config = Qwen2_5_VLConfig(
@@ -155,7 +155,7 @@ def build_model(processor, tiny: bool, device: torch.device) -> torch.nn.Module:
 
 
 def quantise(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Put random NF4 weights in place of a layer's linear ones."""
+    """Replace a layer's linear modules with NF4 ones of random weights."""
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
@@ -172,8 +172,8 @@ def quantise(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return layer
 
 
-class Clock(TrainerCallback):
-    """Notes when each optimizer step ends."""
+class StepTimer(TrainerCallback):
+    """Record when each optimizer step ends."""
 
     def __init__(self, device: torch.device):
         self.device, self.ends = device, []
@@ -185,7 +185,7 @@ class Clock(TrainerCallback):
 
 
 def stock_examples(train: Dataset) -> Dataset:
-    """Return the samples as stock TRL takes them: images without markers, placed by TRL itself."""
+    """Return the samples for stock TRL: images without markers, which TRL places itself."""
 
     def plain(row: dict) -> dict:
         turns = [{**turn, "content": turn["content"].replace("<image>", "").strip()} for turn in row["messages"]]
@@ -196,17 +196,17 @@ def stock_examples(train: Dataset) -> Dataset:
 
 
 def make_trainer(
-    setting: Setting, model, processor, train: Dataset, lengths, clock: Clock, steps: int, folder: Path, workers=4
+    setting: Setting, model, processor, train: Dataset, lengths, timer: StepTimer, steps: int, folder: Path, workers=4
 ):
     args = SFTConfig(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=setting.batch,
         gradient_accumulation_steps=setting.accumulate, gradient_checkpointing=setting.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=clock.device.type == "cuda",
-        use_cpu=clock.device.type == "cpu", learning_rate=1e-4, max_length=None, report_to="none", logging_steps=1000,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=timer.device.type == "cuda",
+        use_cpu=timer.device.type == "cpu", learning_rate=1e-4, max_length=None, report_to="none", logging_steps=1000,
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True, dataloader_num_workers=workers,
         dataset_kwargs={"skip_prepare_dataset": True}, accelerator_config={"even_batches": False},
     )  # fmt: skip
-    common = {"model": model, "args": args, "processing_class": processor, "callbacks": [clock]}
+    common = {"model": model, "args": args, "processing_class": processor, "callbacks": [timer]}
     if setting.stock:
         collator = DataCollatorForVisionLanguageModeling(processor)
         return SFTTrainer(**common, train_dataset=stock_examples(train), data_collator=collator)
@@ -226,9 +226,9 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     if setting.varlen:
         use_varlen(base)
     model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05))
-    clock = Clock(device)
+    timer = StepTimer(device)
     if not setting.checkpointing:
-        base.gradient_checkpointing_disable()  # a trainer before may have left it on
+        base.gradient_checkpointing_disable()  # the previous setting's trainer may have switched it on
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -236,12 +236,12 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     torch.compiler.reset()
     trainer = None
     try:
-        trainer = make_trainer(setting, model, processor, train, lengths, clock, steps, folder)
+        trainer = make_trainer(setting, model, processor, train, lengths, timer, steps, folder)
         if setting.stock:
             pin_trainable_to_float32(trainer.model)
         with torch.compiler.set_stance("default" if setting.compiled else "force_eager"):
             trainer.train()
-        seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-4:]))
+        seconds = statistics.median(b - a for a, b in pairwise(timer.ends[-4:]))
         tokens = tokens_a_step(trainer, setting, lengths)
         memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
         return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "memory_gb": memory}
@@ -258,19 +258,19 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
 
 
 def tokens_a_step(trainer: SFTTrainer, setting: Setting, lengths: list[int]) -> float:
-    """Return the mean number of the samples' tokens in a step; padding is no token."""
+    """Return the mean number of the samples' tokens in a step; padding does not count."""
     if setting.pack_tokens is not None:
         return sum(lengths) / len(trainer.get_train_dataloader())
     return statistics.mean(lengths) * setting.batch * setting.accumulate
 
 
-def work(base, setting: Setting, found: dict, image_share: float) -> float:
-    """Return the FLOP/s of the linear layers: 2 a weight and token forward, again for the backward of activations, and
-    for the recomputation; the frozen tower runs forward only, on four patches an image token."""
+def flops_per_second(base, setting: Setting, result: dict, image_share: float) -> float:
+    """Return the FLOP/s of the linear layers: 2 per weight and token for the forward pass, 2 for the backward of
+    activations, 2 for recomputation; the frozen tower runs forward only, on four patches per image token."""
     linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
     tower = sum(p.numel() for p in base.model.visual.parameters())
     passes = 3 if setting.checkpointing else 2
-    return found["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
+    return result["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
 
 
 def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
@@ -288,13 +288,13 @@ def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
 
 @torch.inference_mode()
 def tower_times(base, processor, train: Dataset, images: int = 12) -> dict[str, float]:
-    """Return the seconds of the tower's forward pass over some images with SDPA and with varlen, in turn."""
+    """Return the seconds of the tower's forward pass over some images with SDPA and with varlen, alternately."""
     batch = VisionSFTCollator(processor, packed=True)([train[n] for n in range(images)])
     parameter = next(base.model.visual.parameters())
     pixels = batch["pixel_values"].to(parameter), batch["image_grid_thw"].to(parameter.device)
     times = {"sdpa": [], "varlen": []}
     for _ in range(6):
-        for name, taken in times.items():
+        for name, durations in times.items():
             base.config._attn_implementation = "sdpa"
             if name == "varlen":
                 use_varlen(base)
@@ -302,16 +302,16 @@ def tower_times(base, processor, train: Dataset, images: int = 12) -> dict[str, 
             base.model.visual(*pixels)
             if parameter.is_cuda:
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+            durations.append(time.perf_counter() - start)
+    return {name: statistics.median(durations[2:]) for name, durations in times.items()}
 
 
 def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
-    """Return how far loss and gradients of a pack are from those of the padded samples with SDPA, relative.
+    """Return the relative differences of a pack's loss and gradients from those of the padded samples with SDPA.
 
-    With SDPA that is what the arithmetic's rounding does; with varlen it should be no more.
+    With SDPA the difference is rounding; with varlen it should be no larger.
     """
-    samples, found = [train[n] for n in range(6)], {}
+    samples, results = [train[n] for n in range(6)], {}
     model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.0))
     device = next(base.parameters()).device
     for parameter in model.parameters():
@@ -327,16 +327,16 @@ def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
             loss = model(**batch, use_cache=False).loss
         loss.backward()
         gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
-        found[name] = (loss.detach(), gradient)
+        results[name] = (loss.detach(), gradient)
         model.zero_grad()
     model.unload()
-    (loss, gradient), *others = found.values()
+    (reference_loss, reference_gradient), *others = results.values()
     return {
         name: {
-            "loss": ((own - loss).abs() / loss).item(),
-            "gradient": ((own_gradient - gradient).norm() / gradient.norm()).item(),
+            "loss": ((loss - reference_loss).abs() / reference_loss).item(),
+            "gradient": ((gradient - reference_gradient).norm() / reference_gradient.norm()).item(),
         }
-        for name, (own, own_gradient) in zip(list(found)[1:], others, strict=True)
+        for name, (loss, gradient) in zip(list(results)[1:], others, strict=True)
     }
 
 
@@ -359,19 +359,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and small images, on a CPU too")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--only", nargs="+", help="settings whose name holds one of these words")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures, rewritten after each setting")
+    parser.add_argument("--only", nargs="+", help="settings whose name contains one of these words")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each setting")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ValueError("no GPU here: --tiny runs the same code on a CPU")
     disable_progress_bars()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    about = {
+    environment = {
         "date": str(date.today()), "machine": machine, "torch": torch.__version__,
         "transformers": transformers.__version__, "trl": trl.__version__,
     }  # fmt: skip
-    print(", ".join(about.values()))
+    print(", ".join(environment.values()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processor = build_processor(["the lesion shows a brown network with regular borders. What is shown?"])
@@ -381,10 +381,10 @@ def main() -> None:
         lengths, image_share = measured.total, sum(measured.image) / sum(measured.total)
         print(f"{len(lengths)} samples of {statistics.mean(lengths):.0f} tokens on average, {image_share:.0%} image")
         base = build_model(processor, args.tiny, device)
-        about["agreement"] = agreement(base, processor, train)
-        about["tower_seconds"] = tower_times(base, processor, train)
-        print(f"beside padded SDPA, relative: {about['agreement']}")
-        print(f"tower, seconds for 12 images: {about['tower_seconds']}", flush=True)
+        environment["agreement"] = agreement(base, processor, train)
+        environment["tower_seconds"] = tower_times(base, processor, train)
+        print(f"beside padded SDPA, relative: {environment['agreement']}")
+        print(f"tower, seconds for 12 images: {environment['tower_seconds']}", flush=True)
         ceiling = matmul_ceiling(device) if device.type == "cuda" else None
         if not args.tiny:
             compile_layers(base)
@@ -392,14 +392,14 @@ def main() -> None:
         for setting in settings(args.tiny):
             if args.only and not any(word in setting.name for word in args.only):
                 continue
-            steps = args.steps if setting.compiled else min(args.steps, 4)  # compiling takes the first ones
-            found = measure(setting, base, processor, train, lengths, steps, folder / "run")
-            if "error" not in found:
-                found["flops"] = work(base, setting, found, image_share)
-            rows.append({"name": setting.name, **found})
+            steps = args.steps if setting.compiled else min(args.steps, 4)  # the first ones are spent on compiling
+            result = measure(setting, base, processor, train, lengths, steps, folder / "run")
+            if "error" not in result:
+                result["flops"] = flops_per_second(base, setting, result, image_share)
+            rows.append({"name": setting.name, **result})
             print(rows[-1], flush=True)
             if args.out:
-                args.out.write_text(json.dumps({**about, "ceiling": ceiling, "rows": rows}, indent=1))
+                args.out.write_text(json.dumps({**environment, "ceiling": ceiling, "rows": rows}, indent=1))
     print(f"bf16 matmul ceiling: {ceiling / 1e12:.0f} TFLOP/s\n" if ceiling else "", table(rows, ceiling), sep="\n")
 
 

@@ -26,9 +26,9 @@ def main() -> None:
         lengths = [min(length, budget) for length in drawn]
         start = time.perf_counter()
         sampler = PackSampler(lengths, budget)
-        took = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         filled = fill_rate(sampler, lengths, budget)
-        print(f"packs of {budget:>6}: {len(sampler):>8,} in {took:5.2f} s, {filled:.1%} full")
+        print(f"packs of {budget:>6}: {len(sampler):>8,} in {seconds:5.2f} s, {filled:.1%} full")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train on several machines under Slurm, and go on by itself after a preemption or at the time limit.
+# Train on several machines under Slurm, and resume by itself after a preemption or the time limit.
 #   sbatch configs/slurm.sh --config configs/skin.yaml --output_dir /shared/outputs/skin
 # The output folder, the data and this folder must be on storage that all machines share.
 #SBATCH --job-name=train_sft
@@ -14,13 +14,13 @@
 #SBATCH --signal=B:TERM@120
 set -uo pipefail
 
-STOPPED=75  # exit code of a run that was asked to stop and has saved; `accelerate launch` makes 1 of it
+STOPPED=75  # exit code of a run that saved and stopped after a signal; `accelerate launch` turns it into 1
 GPUS="${SLURM_GPUS_ON_NODE:-1}"
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS MAIN
 
-asked=false
-trap 'asked=true; kill -TERM "$run"' TERM
+signalled=false
+trap 'signalled=true; kill -TERM "$run"' TERM
 
 # One launcher on each machine; SLURM_NODEID is the machine's number. One that fails ends the others.
 srun --kill-on-bad-exit=1 bash -c '
@@ -36,8 +36,8 @@ while kill -0 "$run" 2> /dev/null; do  # a signal ends `wait`, and not the run
   code=$?
 done
 
-# The recipe's resume_from_checkpoint: auto goes on from the newest whole checkpoint. A run that fails by itself is left.
-if [ "$code" -eq "$STOPPED" ] || { "$asked" && [ "$code" -ne 0 ]; }; then
+# With resume_from_checkpoint: auto the next start resumes from the newest complete checkpoint. A failed run is not requeued.
+if [ "$code" -eq "$STOPPED" ] || { "$signalled" && [ "$code" -ne 0 ]; }; then
   echo "stopped, exit code $code: queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi

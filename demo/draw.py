@@ -1,4 +1,4 @@
-"""Draw a small dermatology set: four conditions told apart by shape and colour, on skin of six tones."""
+"""Draw a small dermatology set: four conditions that differ in shape and colour, on skin of six tones."""
 
 import argparse
 import json
@@ -65,7 +65,7 @@ DRAW = {
 
 
 def draw_image(condition: str, skin_type: str, rng: random.Random) -> Image.Image:
-    """Return a drawn lesion: place, size, light and blur vary, and so does the tone of the skin."""
+    """Return a drawn lesion of random position, size, light and blur, on skin of the given type."""
     light = rng.uniform(0.9, 1.05)
     skin = tuple(min(255, round(channel * light)) for channel in SKIN_TONES[skin_type])
     image = Image.new("RGB", (SIZE, SIZE), skin)
@@ -76,10 +76,10 @@ def draw_image(condition: str, skin_type: str, rng: random.Random) -> Image.Imag
 
 
 def make_record(number: int, condition: str, skin_type: str, rng: random.Random) -> dict:
-    """Return a LLaVA record; every third one has two turns, the tone first and then the diagnosis."""
+    """Return a LLaVA record; every third one has two turns, first the skin tone and then the diagnosis."""
     question = rng.choice(list(QUESTIONS))
     turns = [(question, QUESTIONS[question].format(condition))]
-    if number % 3 == 0:  # the first answer must not give the second one away
+    if number % 3 == 0:  # the first answer must not reveal the second
         tone = "light" if skin_type in ("I", "II", "III") else "dark"
         turns.insert(0, ("Is the skin light or dark?", f"The skin is {tone}."))
     turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
@@ -97,7 +97,7 @@ def make_record(number: int, condition: str, skin_type: str, rng: random.Random)
 
 
 def write_demo(folder: Path, *, count: int = 600, seed: int = 7) -> Path:
-    """Write `count` images and their annotation file to `folder`, always the same, and return the file's path."""
+    """Write `count` images and an annotation file, the same for each seed, and return the file's path."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     records = []

@@ -50,7 +50,7 @@ def build_processor(texts: list[str], *, family: str = DEFAULT) -> ProcessorMixi
     kind = FAMILIES[family]
     size = dict(zip(("shortest_edge", "longest_edge"), kind.pixel_limits, strict=True))
     return kind.processor(
-        image_processor=kind.image_processor(patch_size=kind.token_side // 2, size=size, **kind.tiny_images),
+        image_processor=kind.image_processor(patch_size=kind.token_side // 2, size=size),
         video_processor=kind.video_processor(),
         tokenizer=build_tokenizer(texts),
         chat_template=getattr(chat_template_utils, f"{kind.chat_template}_chat_template"),

@@ -78,10 +78,7 @@ def loading_settings(adapter: str | None, *, base: str | None, quantization: str
     """Return the keywords of `load_model`: those that the adapter's run recorded, changed by the options."""
     settings = read_run_facts(adapter) if adapter else {}
     if adapter and not settings and quantization == "auto":
-        print(
-            f"{adapter} does not say how its base was loaded; using 16 bit (--quantization changes it)",
-            file=sys.stderr,
-        )
+        print(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)", file=sys.stderr)
     settings = {"quantization": None, "dtype": "bfloat16", **settings}
     if quantization != "auto":
         settings["quantization"] = None if quantization == "none" else quantization

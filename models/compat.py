@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 def set_attention(model: PreTrainedModel, name: str, function: Callable) -> None:
     """Register an attention function and let the complete model call it, with SDPA's masks.
 
-    `set_attn_implementation` would take a name with "flash" in it for a package or a kernel on the Hub.
+    `set_attn_implementation` takes names with "flash" for packages, or for kernels on the Hub.
     """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -23,10 +23,7 @@ def get_attention(model: PreTrainedModel) -> str:
 
 
 def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Keep NF4 weights in the layout that training needs.
-
-    On CPUs with AVX512-BF16, an evaluation would repack them in place, and the next backward pass would crash.
-    """
+    """Keep evaluation from repacking NF4 weights in place: on CPUs with AVX512-BF16, training would then crash."""
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

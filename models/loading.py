@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
-from models.families import Family, families_of, family_of
+from models.families import FAMILIES, NAMES, Family, families_of, family_of
 
 
 def load_processor(
@@ -48,10 +48,8 @@ def load_processor(
         )
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("processor", model_name_or_path, error)) from error
-    try:
-        families_of(processor)
-    except ValueError as error:
-        raise ValueError(f"{model_name_or_path!r}: {error}") from error
+    if not families_of(processor):
+        raise ValueError(_unknown_family(model_name_or_path, f"its processor is a {type(processor).__name__}"))
     _set_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
     processor.tokenizer.padding_side = "right"
     return processor
@@ -60,6 +58,10 @@ def load_processor(
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0]
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
+
+
+def _unknown_family(name: str, reason: str) -> str:
+    return f"{name!r}: expected a model of {NAMES}; {reason}"
 
 
 def _set_limits(sizing: BaseImageProcessor, *, min_pixels: int | None, max_pixels: int | None) -> None:
@@ -77,12 +79,7 @@ def _set_limits(sizing: BaseImageProcessor, *, min_pixels: int | None, max_pixel
 def load_config(
     model_name_or_path: str, *, revision: str | None = None, local_files_only: bool = False
 ) -> PreTrainedConfig:
-    """Load the configuration of a base model, without its weights.
-
-    Args:
-        model_name_or_path: Hub id or local folder.
-        revision: Hub branch, tag or commit.
-        local_files_only: download nothing.
+    """Load the configuration of a base model; the arguments are those of `load_processor`.
 
     Raises:
         ValueError: no model there, an adapter, or a model of an unknown family.
@@ -94,10 +91,8 @@ def load_config(
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
-    try:
-        family_of(config)
-    except ValueError as error:
-        raise ValueError(f"{model_name_or_path!r}: {error}") from error
+    if config.model_type not in FAMILIES:
+        raise ValueError(_unknown_family(model_name_or_path, f"its model_type is {config.model_type}"))
     return config
 
 

@@ -4,17 +4,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode", "put_nf4_layers", "storage_key", "tree_leaves"]
-
-
-def put_nf4_layers(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
-    """Replace linear layers as `from_pretrained` does, on a model without weights."""
-    return replace_with_bnb_linear(
-        model, modules_to_not_convert=config.llm_int8_skip_modules, quantization_config=config
-    )
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "replace_with_bnb_linear", "storage_key", "tree_leaves"]
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:

@@ -1,6 +1,7 @@
 """The plan that `plan_run.py` prints: tokens, steps, memory by part and by setting, time, warnings."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,6 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from data_prep import join_folds, load_splits
 from models.families import family_of
-from models.loading import load_processor
 from models.lora import count_trainable
 from planning.activations import trace_model
 from planning.estimates import (
@@ -28,7 +28,7 @@ from planning.estimates import (
     trained_bytes,
 )
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
-from training.data import sample_by_weight
+from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, measure_lengths
 from training.memory_probe import SPARE
 from training.settings import Settings, TrainingSettings
@@ -68,30 +68,16 @@ def find_data(settings: Settings, *, offline: bool) -> DatasetDict | None:
 
 def find_processor(settings: Settings, *, offline: bool) -> ProcessorMixin | None:
     """Return the model's processor; None if it cannot be loaded."""
-    limits = {"min_pixels": settings.data.min_pixels, "max_pixels": settings.data.max_pixels}
-    options = {"revision": settings.model.model_revision, "local_files_only": offline}
-    try:
-        return load_processor(settings.model.model_name_or_path, **limits, **options)
-    except ValueError:
-        return None
+    with suppress(ValueError):
+        return open_processor(settings, local_files_only=offline)
+    return None
 
 
 def print_plan(
     settings: Settings, splits: DatasetDict | None, processor: ProcessorMixin | None, *, gpu: float | None = None,
     offline: bool = False,
 ) -> int:  # fmt: skip
-    """Print the plan of a run.
-
-    Args:
-        settings: of the run.
-        splits: of the data, if there is any.
-        processor: of the model, if it can be loaded.
-        gpu: memory of the GPU, GB.
-        offline: download nothing.
-
-    Returns:
-        1 if the run does not fit `gpu`, else 0.
-    """
+    """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`."""
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
@@ -164,14 +150,7 @@ def print_steps(lengths: SampleLengths | None, args: TrainingSettings, pack_toke
 def plan_memory(
     config: PreTrainedConfig, settings: Settings, share: float, batch: int
 ) -> dict[tuple[bool, bool], MemoryPlan]:
-    """Return the plans by (quantised, checkpointing), and print how many parameters train.
-
-    Args:
-        config: of the model.
-        settings: of the run.
-        share: of the tokens that are image.
-        batch: tokens of a batch.
-    """
+    """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train."""
     model = settings.model
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
     lora, nested = settings.lora_options(), model.use_bnb_nested_quant

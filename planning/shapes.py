@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from models.families import family_of, published_config
 from models.loading import check_quantized, linear_names, load_config, nf4_config
 from models.lora import build_lora_config, check_targets
-from planning.compat import put_nf4_layers
+from planning.compat import replace_with_bnb_linear
 
 BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
 CODES = 16 * 4, 256 * 4  # bytes of the lookup tables: NF4's 16 values, and the 256 values of quantised scales
@@ -75,7 +75,8 @@ def weight_bytes(
     """
     model, family = build_without_weights(config, dtype), family_of(config)
     if quantized:
-        model = put_nf4_layers(model, nf4_config(family, dtype, double_quant=double_quant))
+        nf4 = nf4_config(family, dtype, double_quant=double_quant)
+        replace_with_bnb_linear(model, modules_to_not_convert=nf4.llm_int8_skip_modules, quantization_config=nf4)
     check_quantized(model, quantized=quantized)
     in_4_bit = {m.weight: (m.in_features * m.out_features) for m in model.modules() if isinstance(m, Linear4bit)}
     embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # the same if tied

@@ -9,21 +9,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and two tests 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of lengths that an earlier version may have counted otherwise
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import common.cli  # noqa: F401  switches telemetry off, as the commands do
+
 import pytest
 from PIL import Image
 
-import train_sft
+# What loads torch is imported where it is needed, so that a test of data starts within two seconds.
 from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
-from demo.tiny_model import save_tiny_model
 from helpers.processes import ForkServer
 from helpers.runs import TEXTS, train_args
-from models.loading import load_processor
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A folder with a Qwen2.5-VL of 0.6 M random weights and its processor."""
+    from demo.tiny_model import save_tiny_model
+
     folder = tmp_path_factory.mktemp("base")
     save_tiny_model(folder, TEXTS, hidden_size=64, num_layers=2)
     return folder
@@ -31,6 +33,8 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture
 def processor(tiny_base):
+    from models.loading import load_processor
+
     return load_processor(str(tiny_base), min_pixels=28 * 28, max_pixels=112 * 112)
 
 
@@ -75,6 +79,8 @@ def write_records(tmp_path):
 @pytest.fixture(scope="session")
 def adapter(tiny_base, demo_data, tmp_path_factory):
     """A run of 30 NF4 steps that has learnt to say something; who changes its files puts them back."""
+    import train_sft
+
     out = tmp_path_factory.mktemp("run") / "adapter"
     settings = {"max_steps": 30, "save_steps": 30, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
     train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))

@@ -30,9 +30,10 @@ class TrainingData:
     facts: dict
 
 
-def open_processor(settings: Settings) -> ProcessorMixin:
+def open_processor(settings: Settings, *, local_files_only: bool = False) -> ProcessorMixin:
+    options = {"revision": settings.model.model_revision, "local_files_only": local_files_only}
     limits = {"min_pixels": settings.data.min_pixels, "max_pixels": settings.data.max_pixels}
-    return load_processor(settings.model.model_name_or_path, **limits, revision=settings.model.model_revision)
+    return load_processor(settings.model.model_name_or_path, **limits, **options)
 
 
 def load_data(settings: Settings, processor: ProcessorMixin) -> TrainingData:

@@ -153,7 +153,7 @@ def test_a_pack_has_the_logits_loss_and_gradients_of_separate_samples(processor,
     pack = VisionSFTCollator(processor, packed=True)(SAMPLES[:3])
     together = model(**pack, use_cache=False)
     together.loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     logits, losses = [], []
     for one in SAMPLES[:3]:
@@ -165,7 +165,9 @@ def test_a_pack_has_the_logits_loss_and_gradients_of_separate_samples(processor,
     loss.backward()
     assert (together.logits - torch.cat(logits, dim=1)).abs().max() < 1e-4
     assert together.loss.item() == pytest.approx(loss.item(), abs=1e-5)
-    assert all(torch.allclose(found[name], p.grad, atol=1e-5) for name, p in model.named_parameters() if name in found)
+    assert all(
+        torch.allclose(gradients[name], p.grad, atol=1e-5) for name, p in model.named_parameters() if name in gradients
+    )
 
 
 @torch.no_grad()
@@ -218,8 +220,8 @@ def test_a_resumed_run_leaves_the_same_adapter_file(base, demo_data, adapter, tm
     shutil.copytree(adapter / "checkpoint-2", tmp_path / "checkpoint-2")
     train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS))
     files = [folder / "adapter_model.safetensors" for folder in (adapter, adapter / "checkpoint-2", tmp_path)]
-    whole, half, resumed = (file.read_bytes() for file in files)
-    assert resumed == whole != half
+    complete, half, resumed = (file.read_bytes() for file in files)
+    assert resumed == complete != half
 
 
 def weights(folder):
@@ -228,8 +230,8 @@ def weights(folder):
 
 def test_recomputed_activations_leave_the_same_adapter(base, demo_data, adapter, tmp_path):
     train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS, gradient_checkpointing="true"))
-    expected, found = weights(adapter), weights(tmp_path)
-    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
+    expected, recomputed = weights(adapter), weights(tmp_path)
+    assert all(torch.allclose(recomputed[name], value, atol=1e-6) for name, value in expected.items())
 
 
 @pytest.mark.slow
@@ -237,15 +239,15 @@ def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, tmp_path
     settings = {**SETTINGS, "learning_rate": 1e-3}
     for name in ("true", "false"):
         train_sft.main(train_args(base, demo_data, tmp_path / name, **settings, compile_layers=name))
-    expected, found = weights(tmp_path / "false"), weights(tmp_path / "true")
-    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in expected.items())
+    expected, compiled = weights(tmp_path / "false"), weights(tmp_path / "true")
+    assert all(torch.allclose(compiled[name], value, atol=1e-5) for name, value in expected.items())
 
 
 def test_the_merged_model_has_the_adapters_logits(adapter, tmp_path, capsys):
     merge_adapter.main(["--adapter", str(adapter), "--out", str(tmp_path / "model"), "--dtype", "float16"])
     out = capsys.readouterr().out
-    found, effect = map(float, re.search(r"logits +([\d.]+)% from .* base's by ([\d.]+)%", out).groups())
-    assert found < 1 < 10 < effect
+    distance, effect = map(float, re.search(r"logits +([\d.]+)% from .* base's by ([\d.]+)%", out).groups())
+    assert distance < 1 < 10 < effect
 
 
 def test_an_adapter_answers_about_images(adapter, demo_data, tmp_path, capsys):

@@ -156,8 +156,8 @@ def test_memory_of_all_layers_follows_from_a_few(name, checkpointing, train_visi
     config.vision_config.depth, config.vision_config.deepstack_visual_indexes = 2, [0]
     lora = {**LORA, "train_vision": train_vision}
     step = {"tokens": 512, "image_tokens": 300, "checkpointing": checkpointing, "dtype": torch.bfloat16}
-    whole = trace_step(add_lora(build_without_weights(config, torch.bfloat16), lora), **step)
-    assert trace_model(config, lora, **step) == whole
+    complete = trace_step(add_lora(build_without_weights(config, torch.bfloat16), lora), **step)
+    assert trace_model(config, lora, **step) == complete
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -189,10 +189,10 @@ def plan_7b(*, checkpointing):
 def test_the_plan_meets_what_was_measured_on_an_h100():
     """GB reserved, from benchmarks/README.md."""
     plan, without = plan_7b(checkpointing=True), plan_7b(checkpointing=False)
-    for own, tokens, measured in ((plan, 8192, 12.9), (without, 4096, 49.4)):
-        found = (own.total(tokens) - CONTEXT) / 1e9
-        print(f"{tokens} tokens: {found:.1f} planned / {measured} reserved = {found / measured:.3f}")
-        assert found == pytest.approx(measured, rel=0.15)
+    for case, tokens, measured in ((plan, 8192, 12.9), (without, 4096, 49.4)):
+        planned = (case.total(tokens) - CONTEXT) / 1e9
+        print(f"{tokens} tokens: {planned:.1f} planned / {measured} reserved = {planned / measured:.3f}")
+        assert planned == pytest.approx(measured, rel=0.15)
 
 
 @cache
@@ -263,8 +263,8 @@ def test_lengths_and_steps():
 
 def test_probable_mistakes_give_warnings():
     splits = {"train": {"label": ["nevus", "melanoma"]}, "test": {"label": ["nevus", None]}}
-    found = find_warnings(splits, learning_rate=2e-4, samples_per_step=4, warmup=2, steps=2)
-    assert found == [
+    warnings = find_warnings(splits, learning_rate=2e-4, samples_per_step=4, warmup=2, steps=2)
+    assert warnings == [
         "learning_rate 0.0002 is high for steps of 4 samples: above 0.0001",
         "warmup_steps: 2 are few; Adam's averages need some steps before the full rate",
         "warmup_steps: 2 cover all 2 steps of the run; the rate never reaches its peak",

@@ -1,4 +1,4 @@
-"""Attention in segments gives the numbers of one call a segment, forward and backward, in tower and language model."""
+"""Attention in segments equals one call for each segment, forward and backward, in tower and language model."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
     sides = [torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2)]
     copies = [side.detach().clone().requires_grad_() for side in sides]
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    found, weights = varlen_attention(
+    output, weights = varlen_attention(
         Layer(), *sides, None, scaling=0.3, is_causal=causal, text_cu_seqlens=offsets, text_max_seqlen=max(lengths)
     )
     parts = [
@@ -35,21 +35,21 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
         if b > a
     ]
     expected = torch.cat(parts, dim=2).transpose(1, 2)
-    assert weights is None and found.shape == (1, total, 4, 8)
-    assert torch.allclose(found, expected, atol=1e-6)
-    pull = torch.randn_like(found)
-    (found * pull).sum().backward()
-    (expected * pull).sum().backward()
+    assert weights is None and output.shape == (1, total, 4, 8)
+    assert torch.allclose(output, expected, atol=1e-6)
+    upstream = torch.randn_like(output)
+    (output * upstream).sum().backward()
+    (expected * upstream).sum().backward()
     assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(sides, copies, strict=True))
 
 
-def test_dropout_is_refused_and_not_forgotten():
+def test_dropout_is_refused():
     sides = [torch.randn(1, 2, 4, 8)] * 3
     with pytest.raises(ValueError, match=r"attention_dropout: expected 0 with attn_implementation: varlen, found 0.1"):
         varlen_attention(Layer(), *sides, None, dropout=0.1, text_cu_seqlens=torch.tensor([0, 4]), text_max_seqlen=4)
 
 
-def test_tower_padded_batch_and_generation_are_those_of_sdpa(tiny_base, processor, demo_splits):
+def test_tower_padded_batch_and_generation_equal_those_of_sdpa(tiny_base, processor, demo_splits):
     plain = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
     ours = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
     use_varlen(ours)

@@ -1,4 +1,4 @@
-"""The tensors that the model sees: images where the markers stand, labels on the answers and nowhere else."""
+"""The tensors of a batch: images at their markers, labels on the answers and nowhere else."""
 
 import io
 
@@ -50,7 +50,7 @@ def collate(processor):
 
 
 def expected_ids(processor, messages):
-    """Spell the supervised ids out turn by turn: each answer's own tokens and <|im_end|>."""
+    """Return the supervised ids turn by turn: each answer's tokens and <|im_end|>."""
     tokenizer = processor.tokenizer
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     return [token for text in answers for token in [*tokenizer.encode(text), tokenizer.encode("<|im_end|>")[0]]]
@@ -114,7 +114,7 @@ def to_chat_with(images, messages):
     return filled
 
 
-def test_images_stand_where_the_markers_stand(processor, collate):
+def test_images_are_at_the_positions_of_their_markers(processor, collate):
     batch = collate([example("second image in a later turn")])
     text = processor.tokenizer.decode(batch["input_ids"][0])
     red, green = "<|image_pad|>" * 16, "<|image_pad|>" * 8
@@ -151,12 +151,12 @@ def test_a_batch_equals_the_processors(processor, shape, side):
         assert ours[key].dtype == value.dtype and torch.allclose(ours[key], value, atol=1e-6), key
 
 
-def test_an_image_is_resized_as_the_family_does(processor):
+def test_an_image_is_resized_as_by_qwen_vl_utils(processor):
     for size in [(600, 450), (31, 300), (900, 90)]:
         photo = Image.effect_noise(size, 60).convert("RGB")
-        own = load_pixels({"images": [photo]}, processor)[0]
+        ours = load_pixels({"images": [photo]}, processor)[0]
         theirs = fetch_image({"image": photo, "min_pixels": 28 * 28, "max_pixels": 112 * 112})
-        assert own.size == theirs.size and own.tobytes() == theirs.tobytes()
+        assert ours.size == theirs.size and ours.tobytes() == theirs.tobytes()
 
 
 def test_a_large_jpeg_costs_as_many_tokens_as_its_own_size_says(processor):
@@ -212,7 +212,7 @@ def test_a_sample_with_the_wrong_number_of_markers_raises(collate):
         collate([{"id": "x", "images": [RED, RED], "messages": chat("<image>What?", "melanoma")}])
 
 
-def test_a_text_that_smuggles_in_an_answer_raises(collate):
+def test_a_text_with_tokens_of_an_answer_raises(collate):
     smuggled = chat("Hi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>", "No")
     with pytest.raises(ValueError, match="sample 'x': 2 answers to learn from, expected 1"):
         collate([{"id": "x", "images": [], "messages": smuggled}])
@@ -220,13 +220,13 @@ def test_a_text_that_smuggles_in_an_answer_raises(collate):
         collate([{"id": "x", "images": [], "messages": chat("Only a question")}])
 
 
-def test_a_text_that_smuggles_in_an_image_raises(collate):
+def test_a_text_with_an_image_token_raises(collate):
     smuggled = {"id": "x", "images": [], "messages": chat("<|image_pad|>?", "No")}
     with pytest.raises(ValueError, match="sample 'x': 1 image tokens in the text, expected 0"):
         collate([example("one image"), smuggled])
 
 
-def test_an_image_that_vanished_names_the_sample(collate, tmp_path):
+def test_a_missing_image_names_the_sample(collate, tmp_path):
     gone = {"id": "x", "images": [str(tmp_path / "gone.jpg")], "messages": chat("<image>?", "melanoma")}
     with pytest.raises(ValueError, match="sample 'x', image 0: no such file"):
         collate([gone])
@@ -271,7 +271,7 @@ def model(request, tiny_base):
     return model
 
 
-def test_a_pack_is_the_samples_behind_each_other(pack, collate):
+def test_a_pack_is_the_concatenation_of_the_samples(pack, collate):
     examples = [example(name) for name in CASES]
     row, alone = pack(examples), [collate([one]) for one in examples]
     for name in ("input_ids", "labels"):
@@ -314,18 +314,19 @@ def test_packed_loss_and_gradients_equal_those_of_separate_samples(pack, collate
     count = (packed["labels"] != -100).sum()
     loss = model(**packed, use_cache=False).loss
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    packed_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    total = sum(model(**(own := collate([one]))).loss * (own["labels"] != -100).sum() for one in examples) / count
+    batches = [collate([one]) for one in examples]
+    total = sum(model(**batch).loss * (batch["labels"] != -100).sum() for batch in batches) / count
     total.backward()
     assert loss.item() == pytest.approx(total.item(), abs=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            assert torch.allclose(found[name], parameter.grad, atol=1e-5), name
+            assert torch.allclose(packed_gradients[name], parameter.grad, atol=1e-5), name
 
 
 @torch.no_grad()
-def test_a_changed_sample_moves_no_logit_of_another(pack, model):
+def test_a_changed_sample_changes_no_logit_of_another(pack, model):
     names = ["one image", "several turns", "second image in a later turn"]
     examples = [example(name) for name in names]
     before = pack(examples)
@@ -340,6 +341,6 @@ def test_a_changed_sample_moves_no_logit_of_another(pack, model):
     assert (logits[0][b - 1] - logits[1][d - 1]).abs().max() > 1e-3
 
 
-def test_a_sample_over_the_limit_is_named_in_a_pack_too(processor):
+def test_a_sample_over_max_length_is_named_in_a_pack_too(processor):
     with pytest.raises(ValueError, match=r"sample 'one image': \d+ tokens, 16 of them image; max_length is 40"):
         VisionSFTCollator(processor, max_length=40, packed=True)([example("no image"), example("one image")])

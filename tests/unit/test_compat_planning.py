@@ -6,7 +6,7 @@ from bitsandbytes.nn import Linear4bit
 
 from models.families import FAMILIES, published_config
 from models.loading import nf4_config
-from planning.compat import FakeTensorMode, TorchDispatchMode, put_nf4_layers, storage_key, tree_leaves
+from planning.compat import FakeTensorMode, TorchDispatchMode, replace_with_bnb_linear, storage_key, tree_leaves
 from planning.shapes import build_without_weights
 
 pytestmark = pytest.mark.canary
@@ -48,7 +48,8 @@ def test_linear_layers_of_a_model_without_weights_become_nf4():
     config.text_config.num_hidden_layers = config.vision_config.depth = 1
     config.text_config.layer_types = ["full_attention"]
     family = FAMILIES[config.model_type]
-    model = put_nf4_layers(build_without_weights(config, torch.bfloat16), nf4_config(family, torch.bfloat16))
+    model, nf4 = build_without_weights(config, torch.bfloat16), nf4_config(family, torch.bfloat16)
+    replace_with_bnb_linear(model, modules_to_not_convert=nf4.llm_int8_skip_modules, quantization_config=nf4)
     layers = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 7 and all(name.startswith(family.language_layers) for name in layers), (
         f"transformers: replace_with_bnb_linear no longer replaces exactly the language layers: {layers}"

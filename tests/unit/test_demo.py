@@ -1,4 +1,4 @@
-"""The demo's data is the same everywhere, and gives no answer away."""
+"""The demo's data is the same everywhere, and no question contains its answer."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ def test_the_drawn_set_is_the_same_every_time(tmp_path):
     assert len(set(digests[0])) == 13
 
 
-def test_no_question_and_no_earlier_answer_gives_the_label_away(demo_raw):
+def test_no_question_and_no_earlier_answer_contains_the_label(demo_raw):
     records = json.loads((demo_raw / "annotations.json").read_text())
     for record in records:
         *before, last = [turn["value"] for turn in record["conversations"]]

@@ -1,4 +1,6 @@
-"""Exactly the language model is in NF4, exactly the LoRA weights train, and anything else raises."""
+"""Exactly the language model's linear layers are in NF4, exactly the LoRA weights train, and all else raises."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -71,18 +73,18 @@ def test_check_quantized_raises_when_a_layer_is_in_the_wrong_precision(tiny_base
         ({"target_modules": ["q_proj", "v_proj"]}, {"language model": 4}),
     ],
 )
-def test_lora_reaches_what_was_asked_and_nothing_else(tiny_base, flags, adapted):
+def test_lora_reaches_exactly_the_requested_parts(tiny_base, flags, adapted):
     model = adapt(tiny_base, **flags)
-    found = {}
-    for name in model.targeted_module_names:
-        part = "language model" if "language_model" in name else "merger" if "merger" in name else "vision tower"
-        found[part] = found.get(part, 0) + 1
-    assert found == adapted
+    parts = Counter(
+        "language model" if "language_model" in name else "merger" if "merger" in name else "vision tower"
+        for name in model.targeted_module_names
+    )
+    assert parts == adapted
     counts = count_trainable(model)
     assert {part for part, count in counts.items() if count} == set(adapted)
     assert sum(counts.values()) == model.get_nb_trainable_parameters()[0]
-    asked = {flag: flags.get(flag, False) for flag in ("train_vision", "train_merger")}
-    check_trainable(model, **asked)
+    requested = {flag: flags.get(flag, False) for flag in ("train_vision", "train_merger")}
+    check_trainable(model, **requested)
 
 
 def test_a_target_that_no_language_layer_has_is_named(tiny_base):
@@ -92,7 +94,7 @@ def test_a_target_that_no_language_layer_has_is_named(tiny_base):
         check_targets(model, ["q_proj", "qproj", "qkv"])
 
 
-def test_an_adapter_is_no_base_model(tiny_base, tmp_path):
+def test_an_adapter_as_base_model_is_refused(tiny_base, tmp_path):
     adapt(tiny_base).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is an adapter; name its base model"):
         load(tmp_path)
@@ -135,7 +137,7 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("flags", [{}, {"train_vision": True, "train_merger": True}])
-def test_gradients_end_at_the_tower_and_those_of_lora_stay(tiny_base, processor, demo_splits, flags):
+def test_detached_vision_inputs_change_no_gradient_of_lora(tiny_base, processor, demo_splits, flags):
     model = adapt(tiny_base, **flags)
     for parameter in model.parameters():
         if parameter.requires_grad:  # B is zero at first, and A would have no gradient
@@ -146,13 +148,13 @@ def test_gradients_end_at_the_tower_and_those_of_lora_stay(tiny_base, processor,
     reached, tower = [], model.get_base_model().model.visual
     before = gradients(model.train(), batch)
     assert before.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    end = detach_vision_inputs(model)
+    hook = detach_vision_inputs(model)
     tower.blocks[0].register_forward_pre_hook(lambda block, inputs: reached.append(inputs[0].requires_grad))
     after = gradients(model, batch)
     assert reached and not any(reached)
     for name, gradient in before.items():
         assert torch.equal(gradient, after[name]), name
-    end.remove()
+    hook.remove()
 
 
 def test_pixel_limits_take_effect_and_are_saved(tiny_base, tmp_path):
@@ -188,7 +190,7 @@ def test_a_cpu_computes_in_float32():
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.float32
 
 
-def test_training_goes_on_after_an_evaluation_in_nf4(tiny_base, processor):
+def test_training_continues_after_an_evaluation_in_nf4(tiny_base, processor):
     """On CPUs with AVX512-BF16 an evaluation repacks the weights, and the next training step used to crash."""
     model = adapt(tiny_base)
     assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, Linear4bit))
