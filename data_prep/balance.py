@@ -1,4 +1,4 @@
-"""How often a training sample is drawn: rare labels more often, sources in the shares that were asked for."""
+"""Sampling weights of training samples: higher for rare labels, and by the requested shares of the sources."""
 
 import random
 from bisect import bisect_left
@@ -17,7 +17,7 @@ def sampling_weights(
         labels: label of each sample; those without one count as one label.
         sources: source of each sample.
         balance: "none", "sqrt" (between) or "full" (all labels equally often).
-        shares: relative share of each source; as many samples as it has when None.
+        shares: relative share of each source; by their numbers of samples when None.
 
     Raises:
         ValueError: an unknown mode.
@@ -27,16 +27,16 @@ def sampling_weights(
     counts = Counter(labels)
     weights = [counts[label] ** -MODES[balance] for label in labels]
     if shares:
-        held = defaultdict(float)
+        totals = defaultdict(float)
         for source, weight in zip(sources, weights, strict=True):
-            held[source] += weight
-        weights = [shares[source] * weight / held[source] for source, weight in zip(sources, weights, strict=True)]
+            totals[source] += weight
+        weights = [shares[source] * weight / totals[source] for source, weight in zip(sources, weights, strict=True)]
     scale = len(weights) / sum(weights) if weights else 1.0
     return [weight * scale for weight in weights]
 
 
 def effective_counts(labels: list[str | None], weights: list[float]) -> dict[str | None, float]:
-    """Return how many samples of each label an epoch draws on average."""
+    """Return the mean number of samples of each label in an epoch."""
     counts = defaultdict(float)
     for label, weight in zip(labels, weights, strict=True):
         counts[label] += weight
@@ -44,7 +44,7 @@ def effective_counts(labels: list[str | None], weights: list[float]) -> dict[str
 
 
 def draw(weights: list[float], *, seed: int) -> list[int]:
-    """Return as many indices as there are weights, each about as often as its weight says.
+    """Return as many indices as there are weights, each in proportion to its weight (systematic sampling).
 
     One random offset and even steps from there: an index with weight w appears floor(w) or ceil(w) times.
     """

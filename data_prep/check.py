@@ -1,4 +1,4 @@
-"""What is wrong, or worth knowing, about a data set: findings that name record, id and file."""
+"""Checks of a data set: findings name record, id and file."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -8,10 +8,10 @@ from .records import IMAGE_MARKER, DataError
 
 LONG_ANSWER = 2000  # characters
 
-# Kinds of findings, the worst first. Errors would hurt training; warnings deserve a look; notes are counted.
+# Kinds of findings, the worst first. Errors would harm training; warnings should be reviewed; notes are counted.
 ERRORS = {
     "unusable": "records that cannot be used",
-    "leak": "groups or pictures that stand in more than one of the given splits",
+    "leak": "groups or pictures in more than one of the given splits",
     "contradiction": "one picture under different labels",
     "giveaway": "questions that contain the answer's label",
     "tiny": f"images under {PATCH_CELL} px a side",
@@ -21,11 +21,11 @@ WARNINGS = {
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
     "private": "images with GPS, dates, names or comments (not copied into the data set)",
-    "rare label": "labels with too few groups to stand in every split",
+    "rare label": "labels with too few groups for every split",
 }
 NOTES = {
     "short answer": "answers of one word",
-    "turned": "images stored lying or mirrored, turned upright by their EXIF orientation",
+    "turned": "images stored rotated or mirrored, turned upright by their EXIF orientation",
     "converted": "images stored in another colour mode than RGB, and converted to it",
 }
 KINDS = {**ERRORS, **WARNINGS, **NOTES}
@@ -33,14 +33,14 @@ KINDS = {**ERRORS, **WARNINGS, **NOTES}
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found.
+    """Result of a check.
 
     Attributes:
         kind: key of `KINDS`.
-        detail: what exactly, with the value.
-        record: 0-based place in its source; None when it is about no single record.
+        detail: the problem, with the value.
+        record: 0-based position in its source; None when the finding is not about one record.
         sample_id: the record's id.
-        source: name of the file, or of the Hub data set, that the record stands in.
+        source: name of the record's file or Hub data set.
         file: image file, as the record names it.
         others: ids of the other samples concerned.
     """
@@ -79,13 +79,13 @@ def check_records(errors: list[DataError]) -> list[Finding]:
 
 
 def check_texts(samples: list[dict]) -> list[Finding]:
-    """Look at questions and answers. A question may offer labels to choose from, but not name the right one alone."""
+    """Check questions and answers. A question may list labels to choose from, but not contain only the right one."""
     labels = {sample["label"].lower() for sample in samples if sample["label"]}
     findings = []
     for sample in samples:
         for question, answer in _pairs(sample["messages"]):
             if _gives_away(question.lower(), answer.lower(), (sample["label"] or "").lower(), labels):
-                findings.append(_about(sample, "giveaway", f"{sample['label']!r} stands in {question[:80]!r}"))
+                findings.append(_about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
             if len(answer.split()) == 1:
                 findings.append(_about(sample, "short answer", repr(answer[:80])))
             if len(answer) > LONG_ANSWER:
@@ -109,7 +109,7 @@ def _about(sample: dict, kind: str, detail: str, file: str | None = None, others
 
 
 def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Finding]:
-    """Look at each image once, named by the first sample that uses it."""
+    """Check each image once; the finding names the first sample that uses it."""
     findings, seen = [], set()
     for sample in samples:
         for path, name in zip(sample["images"], sample["files"], strict=True):
@@ -129,7 +129,7 @@ def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Findi
 
 
 def check_copies(samples: list[dict], exact: list[list[str]], near: list[list[str]]) -> list[Finding]:
-    """Report image files that are copies; `exact` and `near` are sets of paths, each named by its first sample."""
+    """Report copied image files, from lists of paths; a finding names the first sample of its list."""
     first, name_of = {}, {}
     for sample in samples:
         for path, name in zip(sample["images"], sample["files"], strict=True):
@@ -145,7 +145,7 @@ def check_copies(samples: list[dict], exact: list[list[str]], near: list[list[st
 
 
 def check_labels(samples: list[dict], picture_of: dict[str, str]) -> list[Finding]:
-    """Report pictures that carry more than one label; `picture_of` maps each path to one path of its copies."""
+    """Report pictures with more than one label; `picture_of` maps each path to one path of its copies."""
     users = defaultdict(list)
     for sample in samples:
         for path, name in zip(sample["images"], sample["files"], strict=True):
@@ -162,28 +162,28 @@ def check_labels(samples: list[dict], picture_of: dict[str, str]) -> list[Findin
 
 
 def check_splits(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
-    """Report groups that cross splits (only given splits can do that), and labels that some split lacks."""
+    """Report groups in several splits (which only given splits can cause), and labels that are not in every split."""
     members = defaultdict(list)
     for sample, group, split in zip(samples, groups, splits, strict=True):
         members[group].append((sample, split))
     findings = []
     for group in members.values():
-        where = sorted({split for _, split in group})
-        if len(where) > 1:
+        names = sorted({split for _, split in group})
+        if len(names) > 1:
             first, others = group[0][0], [sample["id"] for sample, _ in group[1:]]
-            findings.append(_about(first, "leak", f"stands in {' and '.join(where)}", others=others))
+            findings.append(_about(first, "leak", f"is in {' and '.join(names)}", others=others))
     return findings + _rare_labels(samples, groups, splits)
 
 
 def _rare_labels(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
-    found, held = defaultdict(set), defaultdict(set)
+    splits_of, groups_of = defaultdict(set), defaultdict(set)
     for sample, group, split in zip(samples, groups, splits, strict=True):
         if sample["label"] is not None:
-            found[sample["label"]].add(split)
-            held[sample["label"]].add(group)
+            splits_of[sample["label"]].add(split)
+            groups_of[sample["label"]].add(group)
     findings = []
-    for label in sorted(found):
-        if missing := sorted(set(splits) - found[label]):
-            detail = f"{label!r} has {len(held[label])} group(s), none in {', '.join(missing)}"
+    for label in sorted(splits_of):
+        if missing := sorted(set(splits) - splits_of[label]):
+            detail = f"{label!r} has {len(groups_of[label])} group(s), none in {', '.join(missing)}"
             findings.append(Finding("rare label", detail))
     return findings

@@ -1,4 +1,4 @@
-"""What a source names and the disk does not hold, fetched when asked for: linked images, data sets of the Hub."""
+"""Downloads on request: linked images, and data sets of the Hub."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ CONNECTIONS = 16
 
 
 def link_path(link: str, folder: Path) -> Path:
-    """Return where a linked image lies: the file that `file://` names, else its place in the download folder."""
+    """Return the path of a linked image: that of a `file://` link, else one in the download folder."""
     parts = urlsplit(link)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
@@ -29,16 +29,16 @@ def link_path(link: str, folder: Path) -> Path:
 
 
 def fetch_links(links: dict[str, Path], *, show_progress: bool) -> dict[str, str]:
-    """Download each web address to its path unless it is there already; return the reasons for those that failed."""
-    wanted = {path: link for link, path in links.items() if not link.startswith("file:") and not path.exists()}
+    """Download each web address to its path unless the file exists; return the reasons of the failures by path."""
+    missing = {path: link for link, path in links.items() if not link.startswith("file:") and not path.exists()}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        results = pool.map(_fetch, wanted.values(), wanted)
-        reasons = list(tqdm(results, total=len(wanted), desc="links", disable=not show_progress or not wanted))
-    return {str(path): reason for path, reason in zip(wanted, reasons, strict=True) if reason is not None}
+        results = pool.map(_download, missing.values(), missing)
+        reasons = list(tqdm(results, total=len(missing), desc="links", disable=not show_progress or not missing))
+    return {str(path): reason for path, reason in zip(missing, reasons, strict=True) if reason is not None}
 
 
-def _fetch(link: str, path: Path) -> str | None:
-    """Download one file, whole or not at all; return why it could not be, or None."""
+def _download(link: str, path: Path) -> str | None:
+    """Download one file, completely or not at all; return the reason for a failure, or None."""
     try:
         request = urllib.request.Request(link, headers={"User-Agent": "Mozilla/5.0 (data_prep)"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
@@ -66,7 +66,7 @@ def read_hub(dataset_id: str, folder: Path) -> list[dict]:
 
 
 def records_of(splits: DatasetDict, folder: Path) -> list[dict]:
-    """Return a data set's rows as records: images as file names, classes by their names, the split when several."""
+    """Return a data set's rows as records: images as file names, classes as names, `split` if there are several."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for name, dataset in splits.items():
@@ -77,9 +77,11 @@ def records_of(splits: DatasetDict, folder: Path) -> list[dict]:
                 dataset = dataset.cast_column(column, List(Image(decode=False)))
         given = {"split": name} if len(splits) > 1 else {}
         for number, row in enumerate(dataset):
-            at = f"{name}-{number:06d}"
-            values = {key: _value(value, dataset.features[key], folder, f"{at}-{key}") for key, value in row.items()}
-            records.append({"id": at, **given, **values})
+            row_id = f"{name}-{number:06d}"
+            values = {
+                key: _value(value, dataset.features[key], folder, f"{row_id}-{key}") for key, value in row.items()
+            }
+            records.append({"id": row_id, **given, **values})
     return records
 
 
@@ -96,6 +98,6 @@ def _value(value, feature, folder: Path, name: str):
 
 
 def _to_file(image: dict, path: Path) -> str:
-    """Write an undecoded image and return its file's name; what it is follows from its content, not from its name."""
+    """Write an undecoded image and return its file's name, without a suffix: its content tells the format."""
     path.write_bytes(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
     return path.name

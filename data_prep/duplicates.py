@@ -34,14 +34,14 @@ def close_hashes(hashes: np.ndarray) -> list[tuple[int, int]]:
 
     Exact: two such hashes agree in at least one of their eight bytes, so only hashes that share a byte are compared.
     """
-    found = set()
+    pairs = set()
     for band in range(BANDS):
         keys = (hashes >> np.uint64(8 * band)) & np.uint64(0xFF)
         order = np.argsort(keys, kind="stable")
         edges = np.flatnonzero(np.diff(keys[order])) + 1
         for bucket in np.split(order, edges):
-            found.update(_close_in_bucket(hashes, bucket))
-    return sorted(found)
+            pairs.update(_close_in_bucket(hashes, bucket))
+    return sorted(pairs)
 
 
 def _close_in_bucket(hashes: np.ndarray, bucket: np.ndarray, block: int = 2048) -> set[tuple[int, int]]:

@@ -15,10 +15,10 @@ from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
 from data_prep.images import PATCH_CELL, count_image_tokens, fit_size, load_image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-LADDER = (256, 384, 512, 768, 1024, 1280)  # tokens an image at most
+TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table
 MIN_PIXELS = 64 * PATCH_CELL**2
-SHOWN = 8  # findings of one kind
-SAMPLES = 10
+MAX_FINDINGS = 8  # of one kind on the page
+NUM_SAMPLES = 10  # on the page
 NO_LABEL = "(no label)"
 
 
@@ -32,9 +32,9 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
     splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
     lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
     findings = [Finding(**{**row, "others": tuple(row["others"])}) for row in map(json.loads, lines)]
-    facts = summarise(splits, findings, max_pixels)
-    (folder / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
-    page = _render(folder.resolve().name, splits, findings, facts)
+    statistics = summarise(splits, findings, max_pixels)
+    (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")
+    page = _render(folder.resolve().name, splits, findings, statistics)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
@@ -43,8 +43,8 @@ def summarise(splits: DatasetDict, findings: list[Finding], max_pixels: int | No
     """Return the report's numbers: samples, images, labels by split, skin types, token costs, findings by kind."""
     labels = {name: dict(Counter(label or NO_LABEL for label in split["label"])) for name, split in splits.items()}
     sizes = [tuple(size) for split in splits.values() for sizes in split["image_sizes"] for size in sizes]
-    budget = [_budget(splits, sizes, tokens * PATCH_CELL**2) for tokens in LADDER] if sizes else []
-    suggested = next((row["max_pixels"] for row in budget if row["shrunk"] <= 5), LADDER[-1] * PATCH_CELL**2)
+    budget = [_budget(splits, sizes, tokens * PATCH_CELL**2) for tokens in TOKEN_LIMITS] if sizes else []
+    suggested = next((row["max_pixels"] for row in budget if row["shrunk"] <= 5), TOKEN_LIMITS[-1] * PATCH_CELL**2)
     kinds = Counter(finding.kind for finding in findings)
     return {
         "samples": {name: len(split) for name, split in splits.items()},
@@ -59,7 +59,7 @@ def summarise(splits: DatasetDict, findings: list[Finding], max_pixels: int | No
 
 
 def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) -> dict:
-    """Return what the limit costs and cuts: mean tokens, share of images shrunk (%), longest sample (tokens)."""
+    """Return the effect of a limit: mean tokens an image, share of images shrunk (%), longest sample (tokens)."""
 
     def tokens(width: int, height: int) -> int:
         return count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
@@ -67,9 +67,9 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
     cost = {size: tokens(*size) for size in set(sizes)}
     longest = 0
     for split in splits.values():
-        for messages, own in zip(split["messages"], split["image_sizes"], strict=True):
+        for messages, image_sizes in zip(split["messages"], split["image_sizes"], strict=True):
             text = sum(len(message["content"]) // 3 + 8 for message in messages) + 16
-            longest = max(longest, text + sum(cost[tuple(size)] + 2 for size in own))
+            longest = max(longest, text + sum(cost[tuple(size)] + 2 for size in image_sizes))
     return {
         "max_pixels": max_pixels,
         "most": max_pixels // PATCH_CELL**2,
@@ -79,71 +79,73 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
     }
 
 
-def _render(name: str, splits: DatasetDict, findings: list[Finding], facts: dict) -> str:
+def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    place = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
-    thumbs = Thumbnails(splits, place)
+    positions = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
+    thumbs = Thumbnails(splits, positions)
     return environment.get_template("data_report.html").render(
         name=name,
-        cards=_cards(facts),
+        cards=_cards(statistics),
         splits=list(splits),
-        labels=_label_rows(facts),
-        charts=_charts(splits, facts),
-        budget=[{**row, "chosen": row["max_pixels"] == facts["max_pixels"]} for row in facts["budget"]],
-        advice=_advice(facts),
+        labels=_label_rows(statistics),
+        charts=_charts(splits, statistics),
+        budget=[{**row, "chosen": row["max_pixels"] == statistics["max_pixels"]} for row in statistics["budget"]],
+        advice=_advice(statistics),
         findings=_finding_groups(findings, thumbs),
-        samples=_samples(splits, place, facts["max_pixels"]),
-        max_pixels=facts["max_pixels"],
+        samples=_samples(splits, positions, statistics["max_pixels"]),
+        max_pixels=statistics["max_pixels"],
     )
 
 
-def _cards(facts: dict) -> list[dict]:
-    counts = facts["findings"]
+def _cards(statistics: dict) -> list[dict]:
+    counts = statistics["findings"]
     errors = sum(count for kind, count in counts.items() if kind in ERRORS)
-    looks = sum(count for kind, count in counts.items() if kind in WARNINGS)
-    labels = {label for split in facts["labels"].values() for label in split} - {NO_LABEL}
-    numbers = [(name, count, "") for name, count in facts["samples"].items()]
-    numbers += [("images", facts["images"], ""), ("labels", len(labels), "")]
-    numbers += [("errors", errors, "bad" if errors else ""), ("worth a look", looks, "look" if looks else "")]
+    warnings = sum(count for kind, count in counts.items() if kind in WARNINGS)
+    labels = {label for split in statistics["labels"].values() for label in split} - {NO_LABEL}
+    numbers = [(name, count, "") for name, count in statistics["samples"].items()]
+    numbers += [("images", statistics["images"], ""), ("labels", len(labels), "")]
+    numbers += [("errors", errors, "bad" if errors else ""), ("warnings", warnings, "look" if warnings else "")]
     return [{"name": name, "value": f"{value:,}", "tone": tone} for name, value, tone in numbers]
 
 
-def _label_rows(facts: dict) -> list[dict]:
+def _label_rows(statistics: dict) -> list[dict]:
     totals = Counter()
-    for split in facts["labels"].values():
+    for split in statistics["labels"].values():
         totals.update(split)
-    whole = max(1, totals.total())
+    total = max(1, totals.total())
     return [
         {
             "label": label,
-            "counts": [split.get(label, 0) for split in facts["labels"].values()],
-            "share": 100 * n / whole,
+            "counts": [split.get(label, 0) for split in statistics["labels"].values()],
+            "share": 100 * n / total,
         }
         for label, n in totals.most_common()
     ]
 
 
-def _advice(facts: dict) -> str:
-    row = next((row for row in facts["budget"] if row["max_pixels"] == facts["suggested_max_pixels"]), None)
+def _advice(statistics: dict) -> str:
+    row = next((row for row in statistics["budget"] if row["max_pixels"] == statistics["suggested_max_pixels"]), None)
     if row is None:
         return ""
     settings = f"max_pixels: {row['max_pixels']} with max_length: {row['max_length']}"
     return f"Suggested: {settings}, which shrinks {row['shrunk']:.1f} % of the images."
 
 
-def _charts(splits: DatasetDict, facts: dict) -> list[dict]:
-    charts = [_label_chart(facts)]
-    if set(facts["skin_types"]) != {"unknown"}:
-        charts.append(_bar_chart(facts["skin_types"], "Skin types", "samples"))
-    sizes = [size for split in splits.values() for own in split["image_sizes"] for size in own]
+def _charts(splits: DatasetDict, statistics: dict) -> list[dict]:
+    charts = [_label_chart(statistics)]
+    if set(statistics["skin_types"]) != {"unknown"}:
+        charts.append(_bar_chart(statistics["skin_types"], "Skin types", "samples"))
+    sizes = [size for split in splits.values() for image_sizes in split["image_sizes"] for size in image_sizes]
     if sizes:
         tokens = [
-            count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=facts["max_pixels"])
+            count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
             for width, height in sizes
         ]
         longer = [max(size) for size in sizes]
         charts.append(_histogram(longer, "Image sizes", "longer side, px", COLOURS[0]))
-        charts.append(_histogram(tokens, f"Tokens an image, max_pixels {facts['max_pixels']:,}", "tokens", COLOURS[2]))
+        charts.append(
+            _histogram(tokens, f"Tokens an image, max_pixels {statistics['max_pixels']:,}", "tokens", COLOURS[2])
+        )
     answers = [
         len(message["content"])
         for split in splits.values()
@@ -163,14 +165,14 @@ def _figure(title: str, rows: int = 8):
     return figure, axes
 
 
-def _label_chart(facts: dict) -> dict:
+def _label_chart(statistics: dict) -> dict:
     """Draw each split's share of each label, the twenty most frequent ones."""
-    rows = _label_rows(facts)[:20][::-1]
+    rows = _label_rows(statistics)[:20][::-1]
     figure, axes = _figure("Label shares by split", len(rows) * 1.4)
-    height = 0.8 / len(facts["samples"])
-    for number, (split, count) in enumerate(facts["samples"].items()):
+    height = 0.8 / len(statistics["samples"])
+    for number, (split, count) in enumerate(statistics["samples"].items()):
         shares = [100 * row["counts"][number] / max(1, count) for row in rows]
-        places = [index + (len(facts["samples"]) / 2 - number - 0.5) * height for index in range(len(rows))]
+        places = [index + (len(statistics["samples"]) / 2 - number - 0.5) * height for index in range(len(rows))]
         axes.barh(places, shares, height=height * 0.92, color=COLOURS[number % len(COLOURS)], label=split)
     axes.set_yticks(range(len(rows)), [shorten(row["label"]) for row in rows])
     axes.set_xlabel("% of the split")
@@ -195,47 +197,47 @@ def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
 
 
 class Thumbnails:
-    """Small JPEGs of samples' first images, by sample id; each is made once."""
+    """Small JPEGs of the samples' first images by sample id, each encoded once."""
 
-    def __init__(self, splits: DatasetDict, place: dict[str, tuple[str, int]]):
-        self.splits, self.place, self.made = splits, place, {}
+    def __init__(self, splits: DatasetDict, positions: dict[str, tuple[str, int]]):
+        self.splits, self.positions, self.encoded = splits, positions, {}
 
     def __call__(self, sample_id: str | None) -> str | None:
-        if sample_id not in self.place:
+        if sample_id not in self.positions:
             return None
-        if sample_id not in self.made:
-            split, row = self.place[sample_id]
+        if sample_id not in self.encoded:
+            split, row = self.positions[sample_id]
             images = self.splits[split][row]["images"]
-            self.made[sample_id] = encode_image(load_image(images[0]), 144) if images else None
-        return self.made[sample_id]
+            self.encoded[sample_id] = encode_image(load_image(images[0]), 144) if images else None
+        return self.encoded[sample_id]
 
 
 def _finding_groups(findings: list[Finding], thumbs: Thumbnails) -> list[dict]:
     groups = []
     for kind, title in KINDS.items():
-        found = [finding for finding in findings if finding.kind == kind]
-        if not found:
+        matches = [finding for finding in findings if finding.kind == kind]
+        if not matches:
             continue
         shown = [
             {
                 "text": str(finding),
                 "thumbs": [t for t in map(thumbs, (finding.sample_id, *finding.others[:2])) if t is not None],
             }
-            for finding in found[:SHOWN]
+            for finding in matches[:MAX_FINDINGS]
         ]
         tone = "bad" if kind in ERRORS else "look" if kind in WARNINGS else ""
-        more = len(found) - len(shown)
-        groups.append({"title": title, "count": len(found), "shown": shown, "more": more, "tone": tone})
+        more = len(matches) - len(shown)
+        groups.append({"title": title, "count": len(matches), "shown": shown, "more": more, "tone": tone})
     return groups
 
 
-def _samples(splits: DatasetDict, place: dict[str, tuple[str, int]], max_pixels: int) -> list[dict]:
-    """Return random samples, the same ones every time, with their images at the size that training uses."""
-    chosen = random.Random(0).sample(sorted(place), min(SAMPLES, len(place)))
+def _samples(splits: DatasetDict, positions: dict[str, tuple[str, int]], max_pixels: int) -> list[dict]:
+    """Return random samples, the same ones every time, with their images at the size of training."""
+    chosen = random.Random(0).sample(sorted(positions), min(NUM_SAMPLES, len(positions)))
     fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
     samples = []
     for sample_id in chosen:
-        split, row = place[sample_id]
+        split, row = positions[sample_id]
         sample = splits[split][row]
         images = [encode_image(load_image(image, fit=fit), 520) for image in sample["images"]]
         samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})

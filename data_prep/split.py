@@ -1,4 +1,4 @@
-"""Which sample goes to which split: whole groups, and each label in its share."""
+"""Assigns samples to splits: complete groups, stratified by label."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -48,37 +48,38 @@ def assign_splits(
 ) -> list[str]:
     """Return the split of each sample, the same for the same samples and seed in any order.
 
-    Groups stay whole. They are dealt out largest first, each to the split that lacks most of what the group holds, so
-    that every label comes near its share in each split; single samples, at the end, even out what is left.
+    A group's samples get the same split. Groups are assigned largest first, each to the split that needs its labels
+    most, so that each label's share in each split is close to the requested one; single samples, assigned last, even
+    out the differences.
 
     Args:
         sample_ids: unique ids.
         fractions: share of each split; they add up to 1.
         seed: another seed gives another split.
-        groups: group of each sample; each is its own when None.
-        labels: label of each sample; all alike when None.
+        groups: group of each sample; one group a sample when None.
+        labels: label of each sample; the same for all when None.
         names: name of each split.
 
     Raises:
-        ValueError: the fractions do not add up to 1, or the first split would be empty.
+        ValueError: the first split would be empty.
     """
     labels = labels or [None] * len(sample_ids)
     members = defaultdict(list)
     for index, group in enumerate(groups or sample_ids):
         members[group].append(index)
     totals = Counter(labels)
-    lacking = [{label: share * count for label, count in totals.items()} for share in fractions]
+    missing = [{label: share * count for label, count in totals.items()} for share in fractions]
 
     def rank(indices: list[int]) -> tuple:
-        drawn = min(hashlib.sha256(f"{seed}:{sample_ids[i]}".encode()).hexdigest() for i in indices)
-        return -len(indices), min(totals[labels[i]] for i in indices), drawn
+        random_order = min(hashlib.sha256(f"{seed}:{sample_ids[i]}".encode()).hexdigest() for i in indices)
+        return -len(indices), min(totals[labels[i]] for i in indices), random_order
 
     result = [names[0]] * len(sample_ids)
     for indices in sorted(members.values(), key=rank):
         counts = Counter(labels[i] for i in indices)
-        best = _neediest(counts, lacking, fractions, totals)
+        best = _neediest(counts, missing, fractions, totals)
         for label, count in counts.items():
-            lacking[best][label] -= count
+            missing[best][label] -= count
         for index in indices:
             result[index] = names[best]
     if names[0] not in result:
@@ -86,22 +87,22 @@ def assign_splits(
     return result
 
 
-def _neediest(counts: Counter, lacking: list[dict], fractions: tuple[float, ...], totals: Counter) -> int:
-    """Return the split that lacks the largest part of its share of a group's labels.
+def _neediest(counts: Counter, missing: list[dict], fractions: tuple[float, ...], totals: Counter) -> int:
+    """Return the index of the split that misses the largest part of its share of a group's labels.
 
-    Splits that the group would overfill by more than half of itself are left out; when all are, the one that it
-    overfills least wins. Ties go to the larger split, then to the one that lacks most samples of any label.
+    Splits that the group would exceed by more than half of its size are excluded; when all are, the one that it
+    exceeds least is returned. Ties go to the larger split, then to the one that misses most samples of any label.
     """
 
     def need(split: int) -> tuple[float, float, float]:
-        lacks, share = lacking[split], fractions[split]
-        of_labels = sum(count * lacks[label] / (share * totals[label]) for label, count in counts.items())
-        return round(of_labels, 9), share, sum(lacks.values())
+        missed, share = missing[split], fractions[split]
+        score = sum(count * missed[label] / (share * totals[label]) for label, count in counts.items())
+        return round(score, 9), share, sum(missed.values())
 
     def excess(split: int) -> tuple[float, float]:
-        lacks, share = lacking[split], fractions[split]
-        return round(max((count - lacks[label]) / share for label, count in counts.items()), 9), -sum(lacks.values())
+        missed, share = missing[split], fractions[split]
+        return round(max((count - missed[label]) / share for label, count in counts.items()), 9), -sum(missed.values())
 
     open_splits = [split for split, share in enumerate(fractions) if share > 0]
-    fitting = [s for s in open_splits if all(count <= 2 * lacking[s][label] for label, count in counts.items())]
+    fitting = [s for s in open_splits if all(count <= 2 * missing[s][label] for label, count in counts.items())]
     return max(fitting, key=need) if fitting else min(open_splits, key=excess)

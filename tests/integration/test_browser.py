@@ -67,7 +67,7 @@ def test_the_data_report_fits_and_loads_whole(data_page, tmp_path, width):
     assert seen["images"] > 20 and seen["broken"] == 0
     assert seen["width"] <= width
     assert seen["title"] == "Data report: prepared"
-    assert seen["headings"][:3] == ["Labels", "What an image costs", "Findings"]
+    assert seen["headings"][:3] == ["Labels", "Tokens per image", "Findings"]
 
 
 LABELS = ["melanoma", "vitiligo", "psoriasis", "urticaria", "dermatofibroma", "actinic keratosis or Bowen's disease"]

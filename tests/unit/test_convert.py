@@ -246,7 +246,7 @@ def test_given_splits_are_kept_and_validation_comes_out_of_train(write_records):
     assert prepared.findings == []
     path, _ = write_records([{**records[0], "group": "p1"}, {**records[20], "group": "p1"}, *records[21:]])
     [leak] = [f for f in prepare([Source(path)], show_progress=False).findings if f.kind == "leak"]
-    assert leak.detail == "stands in test and train"
+    assert leak.detail == "is in test and train"
     path, _ = write_records([{**records[0], "split": "tset"}])
     with pytest.raises(ValueError, match=r"field 'split': expected train, validation or test, found 'tset'"):
         prepare([Source(path)], show_progress=False)
