@@ -20,7 +20,7 @@ from collator import build_labels
 from common.yaml_files import read_yaml
 from data_prep.images import clean_copy, inspect_image, load_image
 from data_prep.reading import Flaw
-from data_prep.records import FACTS, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
+from data_prep.records import ATTRIBUTES, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -43,7 +43,7 @@ fair = st.tuples(texts, texts).map(lambda two: [{"role": "user", "content": two[
 chats = fair | st.lists(turns, max_size=4) | values
 keys = {"conversations": chats, "messages": chats, "question": contents, "answer": contents, "system": values}
 keys |= {"id": values, "image": paths, "images": st.lists(paths, max_size=2) | values, "video": values, "more": values}
-records = st.fixed_dictionaries({}, optional=keys | dict.fromkeys(FACTS, values)) | values
+records = st.fixed_dictionaries({}, optional=keys | dict.fromkeys(ATTRIBUTES, values)) | values
 
 
 def check_sample(sample: dict) -> None:
