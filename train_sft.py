@@ -21,7 +21,7 @@ from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
-from training.run_record import describe_run, finish_card, tracked_facts, write_facts, write_run_facts
+from training.run_record import describe_run, finish_card, tracked_facts, write_run_record
 from training.signals import StopCallback, end_early
 from training.trackers import TrackCallback, start_trackers
 
@@ -47,14 +47,12 @@ def main(argv: list[str] | None = None) -> int | None:
     identity = describe_identity(settings, base, data.splits["train"])
     check_same_everywhere(identity)
     check_resumable(checkpoint, identity, allow_change=settings.training.allow_config_change)
-    facts = tracked_facts(settings, base, data.facts)
-    trackers = start_trackers(settings, facts, resumed=checkpoint is not None)
+    trackers = start_trackers(settings, tracked_facts(settings, base, data.facts), resumed=checkpoint is not None)
 
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
     model = build_model(settings)
-    write_run_facts(settings, base)
-    write_facts(settings, model, base, data.facts)
+    write_run_record(settings, model, base, data.facts)
     recompute = decide_checkpointing(model, processor, data, settings)
 
     # Trainer
@@ -63,9 +61,7 @@ def main(argv: list[str] | None = None) -> int | None:
     trainer.add_callback(stop)
     trainer.add_callback(TrackCallback(trackers))
     background = push_checkpoints(trainer, repo_id)
-    print_rank0(
-        *describe_run(trainer, data.lengths["train"], settings.pack_tokens), *describe_resuming(trainer, checkpoint)
-    )
+    print_rank0(*describe_run(trainer, data, settings), *describe_resuming(trainer, checkpoint))
 
     # Train
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

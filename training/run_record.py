@@ -13,7 +13,7 @@ from common.files import LOADING_SETTINGS
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, progress
-from training.lengths import SampleLengths
+from training.data import TrainingData
 from training.settings import Settings
 from training.trackers import code_commit
 from training.trainer import TRAINING_ARGS, SafeSFTTrainer
@@ -38,18 +38,14 @@ def reported_settings(settings: Settings) -> dict:
     return reported
 
 
-def write_run_facts(settings: Settings, base: dict) -> None:
-    """Note beside the adapter how its base model is loaded, to the commit, so that predict.py loads the same."""
-    if PartialState().is_main_process:
-        options = settings.loading_options()
-        text = json.dumps({**options, "revision": base["commit"] or options["revision"]}, indent=2)
-        (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
-
-
-def write_facts(settings: Settings, model: PeftModel, base: dict, data_facts: dict) -> None:
-    """Note what the model card will print_rank0 about the run; its progress is added at the end."""
+def write_run_record(settings: Settings, model: PeftModel, base: dict, data_facts: dict) -> None:
+    """Write how the base model is loaded, to the commit, so that predict.py loads the same; and what the model card
+    will say about the run, to which the progress is added at the end."""
     if not PartialState().is_main_process:
         return
+    options = settings.loading_options()
+    text = json.dumps({**options, "revision": base["commit"] or options["revision"]}, indent=2)
+    (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
     trainable, total = model.get_nb_trainable_parameters()
     parts = {part: count for part, count in count_trainable(model).items() if count}
     add_facts(
@@ -73,9 +69,10 @@ def tracked_facts(settings: Settings, base: dict, data_facts: dict) -> dict:
     }
 
 
-def describe_run(trainer: SafeSFTTrainer, lengths: SampleLengths, pack_tokens: int | None) -> list[str]:
+def describe_run(trainer: SafeSFTTrainer, data: TrainingData, settings: Settings) -> list[str]:
     """Return the table that is printed at the start of a run: its data, what it trains, its steps, its device."""
-    args, tokens, images = trainer.args, sum(lengths.total), sum(lengths.image)
+    args, lengths, pack_tokens = trainer.args, data.lengths["train"], settings.pack_tokens
+    tokens, images = sum(lengths.total), sum(lengths.image)
     validation = f", {len(trainer.eval_dataset):,} validation" if trainer.eval_dataset is not None else ""
     loader = trainer.get_train_dataloader()
     rows = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
@@ -104,7 +101,7 @@ def mixed_precision(trainer: SafeSFTTrainer) -> str:
     expected = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "no"
     actual = trainer.accelerator.mixed_precision
     if actual != expected:
-        rule = f"the recipe's bf16 and fp16 print_rank0 {expected}"
+        rule = f"the recipe's bf16 and fp16 say {expected}"
         raise ValueError(f"mixed_precision: accelerate's configuration says {actual}, {rule}")
     return "off" if actual == "no" else actual
 
