@@ -196,14 +196,15 @@ def stock_examples(train: Dataset) -> Dataset:
 
 
 def make_trainer(
-    setting: Setting, model, processor, train: Dataset, lengths, timer: StepTimer, steps: int, folder: Path, workers=4
+    setting: Setting, model, processor, train: Dataset, lengths, timer: StepTimer, steps: int, folder: Path
 ):
     args = SFTConfig(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=setting.batch,
         gradient_accumulation_steps=setting.accumulate, gradient_checkpointing=setting.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=timer.device.type == "cuda",
         use_cpu=timer.device.type == "cpu", learning_rate=1e-4, max_length=None, report_to="none", logging_steps=1000,
-        save_strategy="no", remove_unused_columns=False, disable_tqdm=True, dataloader_num_workers=workers,
+        save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
+        dataloader_num_workers=4 if timer.device.type == "cuda" else 0,
         dataset_kwargs={"skip_prepare_dataset": True}, accelerator_config={"even_batches": False},
     )  # fmt: skip
     common = {"model": model, "args": args, "processing_class": processor, "callbacks": [timer]}
@@ -355,13 +356,13 @@ def table(rows: list[dict], ceiling: float | None) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and small images, on a CPU too")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="settings whose name contains one of these words")
     parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each setting")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ValueError("no GPU here: --tiny runs the same code on a CPU")

@@ -112,7 +112,7 @@ def by_trainer(
     if setting.varlen:
         use_varlen(base)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(setting, adapt(base), processor, train, lengths, timer, steps, Path(folder), workers=0)
+        trainer = make_trainer(setting, adapt(base), processor, train, lengths, timer, steps, Path(folder))
         trainer.model_accepts_loss_kwargs = True
         trainer.remove_callback(PrinterCallback)
         if setting.stock:
