@@ -1,1 +1,1 @@
-"""What knows nothing of this project: command line, files, YAML, console, the Hub client, plots, HTML."""
+"""Tools independent of this project: command line, files, YAML, console, the Hub client, plots, HTML."""

@@ -1,4 +1,4 @@
-"""How every command of this project ends: quietly, or with one clear line."""
+"""Command lines: argument parsing, errors in one line, exit codes."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# TRL reports each start of a trainer to its makers; what is trained on patients' images is nobody else's business.
+# TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -40,12 +40,12 @@ def positive_int(text: str) -> int:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call `main` and return the exit code: 0, its own, 1 after an error that a user can mend, 130 after Ctrl-C.
+    """Call `main` and return the exit code: 0 or that of `main`, 1 after a user error, 130 after Ctrl-C.
 
     Such errors are `ValueError` and `OSError`; they print as one line. `--debug` shows the traceback, and any other
     error is a bug and shows it anyway.
     """
-    # Versions are pinned, so what the libraries will rename one day is of no use to who runs a command.
+    # Versions are pinned: users of a command need no warnings about future versions.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return main() or 0

@@ -23,7 +23,7 @@ def digest_of_file(path: Path) -> str:
 
 
 def atomic_write(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a file so that whoever reads it, even after a kill, finds the old content or the new one.
+    """Write a file so that readers get either the old or the new content, even if the process is killed.
 
     Args:
         path: file to write or replace.

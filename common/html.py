@@ -11,7 +11,7 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def encode_figure(figure: Figure, alt: str) -> dict:
-    """Return a figure as the page's template takes it."""
+    """Return a figure as a dict for the page's template: `png` in base64, and `alt`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}

@@ -1,4 +1,4 @@
-"""Pictures from the numbers of a run."""
+"""Plots of a run's metrics."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def plot_training(log_history: list[dict], path: Path) -> None:
     Args:
         log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn. The first is the
             mean over answer tokens, the last the trainer's mean over validation batches of their means.
-        path: PNG to write; replaced atomically, so that a killed run never leaves half a picture.
+        path: PNG to write; replaced atomically, so that it is complete even if the run is killed.
     """
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))

@@ -1,4 +1,4 @@
-"""Prepare a data set once, train on it many times."""
+"""Prepare a data set for training: convert, check, inspect, push."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ EXAMPLES = {
     "inspect": "example: python -m data_prep inspect data/skin",
     "push": "example: python -m data_prep push data/skin you/skin",
 }
-MAX_SHOWN = 10  # findings of one kind that `check` prints
+MAX_PRINTED = 10  # findings of one kind
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,28 +38,28 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="convert | check | inspect | push")
     command = commands.add_parser("convert", help="sources -> a checked data set folder", epilog=EXAMPLES["convert"])
     command.add_argument("--out", type=Path, required=True, help="folder to write the data set to")
-    command.add_argument("--overwrite", action="store_true", help="replace the data set that --out holds")
+    command.add_argument("--overwrite", action="store_true", help="replace the data set in --out")
     command.add_argument(
         "--on-error", choices=("fail", "drop"), default="fail",
-        help="fail: list all problems and stop (default); drop: keep those records out, listed in rejected.jsonl",
+        help="fail: list all problems and stop (default); drop: skip those records, and list them in rejected.jsonl",
     )  # fmt: skip
-    command.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation, besides test")
+    command.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation; test is separate")
     command.add_argument(
         "--balance", choices=tuple(MODES), default="none",
-        help="draw rare labels more often in training: full evens the labels out, sqrt goes half the way",
+        help="sample rare labels more often in training: full makes labels equally frequent, sqrt is half as strong",
     )  # fmt: skip
     command.set_defaults(function=convert)
     _add_common_options(command)
-    command = commands.add_parser("check", help="the checks alone; exit code 1 if one fails", epilog=EXAMPLES["check"])
+    command = commands.add_parser("check", help="only the checks; exit code 1 if one fails", epilog=EXAMPLES["check"])
     command.set_defaults(function=check)
     _add_common_options(command)
     command = commands.add_parser("inspect", help="a page about a data set folder", epilog=EXAMPLES["inspect"])
-    command.add_argument("folder", type=Path, help="what convert wrote")
+    command.add_argument("folder", type=Path, help="output of convert")
     command.add_argument("--max-pixels", type=positive_int, help="image limit, px^2 (default: the suggested one)")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(function=inspect)
     command = commands.add_parser("push", help="a data set folder -> the Hub, private", epilog=EXAMPLES["push"])
-    command.add_argument("folder", type=Path, help="what convert wrote")
+    command.add_argument("folder", type=Path, help="output of convert")
     command.add_argument("repo_id", help='"name" or "owner/name"')
     command.add_argument("--public", action="store_true", help="make a new repository public")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -71,24 +71,27 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--annotations", type=Path, help="JSON or JSON Lines file, table, folder of class folders, or Hub data set id"
     )
-    command.add_argument("--images", type=Path, help="folder that the records' image paths start from")
+    command.add_argument("--images", type=Path, help="folder that image paths are relative to")
     command.add_argument(
         "--mapping", "--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}"
     )
     command.add_argument("--sources", type=Path, help="YAML list of several: data, images, mapping, format, weight")
-    command.add_argument("--format", choices=FORMATS, help="recognised record by record when not given")
+    command.add_argument("--format", choices=FORMATS, help="recognised for each record when not given")
     command.add_argument(
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
         help="shares of the three splits (default: 0.8 0.1 0.1)",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=42, help="of the split (default: 42)")
-    command.add_argument("--group-by", metavar="KEY", help="key or column that must not cross splits, as patient_id")
+    command.add_argument("--group-by", metavar="KEY", help="key or column of undivided groups, as patient_id")
     command.add_argument(
         "--stratify-by", choices=STRATA, default="label",
-        help="what keeps its share in each split (default: label)",
+        help="attribute with the same shares in each split (default: label)",
     )  # fmt: skip
     command.add_argument(
-        "--fetch-links", type=Path, metavar="FOLDER", help="take http, https and file links, downloading into FOLDER"
+        "--fetch-links",
+        type=Path,
+        metavar="FOLDER",
+        help="accept http, https and file links; download into FOLDER",
     )
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -165,16 +168,16 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print what the checks find; return 1 when something would hurt training, so that a pipeline stops."""
+    """Print the findings; return 1 if there are errors, so that a pipeline stops."""
     with TemporaryDirectory() as folder:
         prepared = prepare(read_sources(args), **_common(args), on_error="drop", hub_dir=Path(folder))
     for kind in count_findings(prepared.findings):
-        found = [finding for finding in prepared.findings if finding.kind == kind]
-        print(f"\n{KINDS[kind]}: {len(found)}")
-        for finding in found[:MAX_SHOWN]:
+        matches = [finding for finding in prepared.findings if finding.kind == kind]
+        print(f"\n{KINDS[kind]}: {len(matches)}")
+        for finding in matches[:MAX_PRINTED]:
             print(f"  {finding}")
-        if len(found) > MAX_SHOWN:
-            print(f"  ... and {len(found) - MAX_SHOWN} more")
+        if len(matches) > MAX_PRINTED:
+            print(f"  ... and {len(matches) - MAX_PRINTED} more")
     print()
     print(_summary(prepared.splits))
     print_counts(prepared.findings)
@@ -208,11 +211,11 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset_dict.json").is_file()):
         raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")
     if any(out.iterdir()) and not overwrite:
-        raise ValueError(f"--out: {out} already holds a data set; choose another folder or add --overwrite")
+        raise ValueError(f"--out: {out} already contains a data set; choose another folder or add --overwrite")
 
 
 def _check_writable(out: Path) -> None:
-    """Find out before the images are decoded."""
+    """Raise before the images are decoded, not after."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = unfinished_path(out)
@@ -244,7 +247,7 @@ def _write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def _check_space(splits: DatasetDict, folder: Path) -> None:
-    """Every sample holds its images, so that several questions about one image take several times its size."""
+    """Raise if the disk is too full. Every sample has its own copy of its images."""
     uses = Counter(
         image["path"]
         for split in splits.cast_column("images", List(Image(decode=False))).values()
@@ -268,7 +271,7 @@ def _summary(splits: DatasetDict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    disable_progress_bars()  # of the writing of each split; decoding has a bar of its own
+    disable_progress_bars()  # of `datasets`; decoding has its own bar
     args = build_parser().parse_args(argv)
     return args.function(args)
 

@@ -1,4 +1,4 @@
-"""The one way in for an image: an upright RGB picture, or an error that says why not."""
+"""Loading of images: an upright RGB picture, or an error with the reason."""
 
 import io
 import os
@@ -15,10 +15,10 @@ import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
-# Names another limit, px, that holds for every command and its workers: what was prepared can be trained on.
+# Sets another limit, px, for every command and its workers: a prepared data set stays usable for training.
 PIXELS_VARIABLE = "DATA_PREP_MAX_IMAGE_PIXELS"
 PILLOWS_LIMIT = 178_956_970  # Pillow opens no larger image
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # EPS, for one, is a program
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # not EPS, which runs programs
 MAX_ASPECT_RATIO = 200  # MAX_RATIO of qwen_vl_utils
 PATCH_CELL = 28  # px; in Qwen2.5-VL one language-model token covers a square of this side (patch 14 x merge 2)
 ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
@@ -29,20 +29,20 @@ PRIVATE_TAGS = {
     "person or device": {0x013B, 0x8298, 0xA430, 0xA431, 0xA435, 0x9C9D},
     "text": {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F},  # description, comment, title, keywords
 }
-LYING = (5, 6, 7, 8)  # orientations that swap width and height
-# How much larger than asked for a JPEG is decoded at least. Less would be sharper than what the model was trained on.
+SWAPPED_SIDES = (5, 6, 7, 8)  # orientations that swap width and height
+# A JPEG is decoded at least this much larger than requested. Less would give sharper images than the pretraining's.
 DRAFT_HEADROOM = 4 / 3
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 Fit = Callable[[int, int], tuple[int, int]]
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` refuses, or was told not to
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` has its own limit
 
 
 def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | None = None) -> Image.Image:
     """Decode an image and return it upright, in RGB, alpha over white.
 
     Args:
-        source: a path, a PIL image, or what `datasets.Image(decode=False)` gives: `{"bytes", "path"}`.
+        source: a path, a PIL image, or the `{"bytes", "path"}` of `datasets.Image(decode=False)`.
         fit: takes the upright width and height, px, and returns those to resize to. A JPEG that is more than
             `2 * DRAFT_HEADROOM` times as wide and high is then decoded at a half, a quarter or an eighth of its size.
 
@@ -64,29 +64,29 @@ def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | Non
 
 def _decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
     check_size(image.width, image.height)
-    # Only kinds of files that can hold several pictures have this attribute. In an MPO, which phones write, the others
-    # are previews and depth maps.
+    # Only formats with several pictures have this attribute. In an MPO, written by phones, the others are previews or
+    # depth maps.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ValueError("several frames or pages, expected one picture")
     if fit is None:
         return _to_rgb(image)
-    turned = image.getexif().get(ORIENTATION, 1) in LYING
+    turned = image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
     size = fit(*(image.size[::-1] if turned else image.size))
     return _to_rgb(_draft(image, size[::-1] if turned else size)).resize(size)
 
 
 def _draft(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return a JPEG at the given size if it can be decoded at a fraction that is still larger, else as it is."""
-    whole = image.size
-    drafted = image.draft(None, tuple(int(side * DRAFT_HEADROOM) + 1 for side in size))  # does nothing but for JPEG
-    if image.size == whole:
+    """Return a JPEG at the given size if it can be decoded at a fraction of its size that is still larger."""
+    full_size = image.size
+    drafted = image.draft(None, tuple(int(side * DRAFT_HEADROOM) + 1 for side in size))  # only affects JPEG
+    if image.size == full_size:
         return image
-    return image.resize(size, box=drafted[1])  # the box leaves out what sides that do not divide were rounded up by
+    return image.resize(size, box=drafted[1])  # the box excludes the pixels added by rounding up
 
 
 @contextmanager
 def _plain_reasons():
-    """Turn what Pillow's decoders raise for damaged files into ValueError."""
+    """Turn the errors of Pillow's decoders for damaged files into ValueError."""
     try:
         yield
     except UnidentifiedImageError as error:
@@ -96,12 +96,12 @@ def _plain_reasons():
     except (ValueError, MemoryError):
         raise
     except Exception as error:
-        # Damaged bytes lead decoders to raise anything: OSError, SyntaxError, struct.error, ...
+        # For damaged bytes decoders raise any type: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"broken image: {error}") from error
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not a plain file before it is opened: reading a pipe or a device could hang."""
+    """Raise unless it is a regular file, before it is opened: reading a pipe or a device could hang."""
     try:
         info = path.stat()
     except FileNotFoundError as error:
@@ -115,7 +115,7 @@ def _check_file(path: Path) -> None:
 
 
 def max_image_pixels() -> int:
-    """Return how many px an image may have: 50 million, or what the environment says."""
+    """Return the largest number of pixels of an image: 50 million, or that of the environment variable."""
     text = os.environ.get(PIXELS_VARIABLE) or str(MAX_IMAGE_PIXELS)
     if not text.isdecimal() or not 1 <= int(text) <= PILLOWS_LIMIT:
         raise ValueError(f"{PIXELS_VARIABLE}: expected a whole number from 1 to {PILLOWS_LIMIT}, found {text!r:.60}")
@@ -123,7 +123,7 @@ def max_image_pixels() -> int:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a size in px that the model cannot take, or that would fill the memory."""
+    """Raise ValueError for a size, px, that the model does not support or that needs too much memory."""
     if width * height > (limit := max_image_pixels()):
         raise ValueError(f"too large: {width} x {height} px, at most {limit:,} px in all")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -133,7 +133,7 @@ def check_size(width: int, height: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # phone photos are stored lying on their side
+        image = ImageOps.exif_transpose(image)  # phone photos are stored rotated
     if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -146,16 +146,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What one pass over an image file found.
+    """Properties of an image file.
 
     Attributes:
         size: upright width and height, px.
         mode: colour mode as stored.
         digest: 128-bit hash of the file, the same for exact copies.
         hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
-        thumbnail: 8 x 8 RGB, to tell a chance hit of the hash from a copy.
-        turned: the file is stored lying or mirrored, and EXIF says so.
-        private: kinds of metadata that do not belong into a data set: "GPS", "date", "person or device", "text".
+        thumbnail: 8 x 8 RGB, to distinguish equal hashes by chance from copies.
+        turned: the file is stored rotated or mirrored, according to its EXIF data.
+        private: kinds of private metadata: "GPS", "date", "person or device", "text".
     """
 
     size: tuple[int, int]
@@ -168,7 +168,7 @@ class ImageInfo:
 
 
 def inspect_image(path: str) -> ImageInfo | str:
-    """Decode an image whole and return what there is to know of it, or the reason why it cannot be used."""
+    """Decode an image completely and return its properties, or the reason why it cannot be used."""
     try:
         _check_file(Path(path))
         data = Path(path).read_bytes()
@@ -197,20 +197,20 @@ def perceptual_hash(grey: Image.Image) -> int:
 
 
 def private_metadata(image: Image.Image) -> tuple[str, ...]:
-    """Return which kinds of private metadata an opened image file carries."""
+    """Return the kinds of private metadata in an opened image file."""
     exif = image.getexif()
     tags = {*exif, *exif.get_ifd(EXIF_IFD)}
-    found = [kind for kind, wanted in PRIVATE_TAGS.items() if wanted & tags]
+    kinds = [kind for kind, private in PRIVATE_TAGS.items() if private & tags]
     texts = {key for key, value in image.info.items() if isinstance(value, str)} if image.format == "PNG" else set()
     if texts or {"comment", "photoshop", "xmp"} & set(image.info):
-        found.append("text")
-    return tuple(dict.fromkeys(found))
+        kinds.append("text")
+    return tuple(dict.fromkeys(kinds))
 
 
 def clean_copy(path: str) -> tuple[bytes, str]:
-    """Return an image file without its metadata, and the ending of its name: the same pixels and the same way up.
+    """Return an image file with the same pixels and orientation but no metadata, and its suffix.
 
-    A JPEG loses the segments that hold metadata and keeps its coded pixels; anything else becomes an upright PNG.
+    A JPEG loses its metadata segments and keeps its encoded pixels; other formats become an upright PNG.
     """
     data = Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
@@ -247,22 +247,22 @@ def is_link(name: str) -> bool:
 
 
 def resolve_image(name: str, image_dir: Path) -> Path:
-    """Return the absolute path of an image inside `image_dir` (which is resolved already).
+    """Return the absolute path of an image inside `image_dir`, a resolved path.
 
     Raises:
-        ValueError: the name is an address, or leads out of the folder.
+        ValueError: the name is an address, or the path is outside the folder.
     """
-    shown = repr(name if len(name) <= 100 else name[:100] + "...")
+    quoted = repr(name if len(name) <= 100 else name[:100] + "...")
     if is_link(name) or name.startswith("data:"):
-        raise ValueError(f"{shown} is an address, expected a path inside the image folder")
+        raise ValueError(f"{quoted} is an address, expected a path inside the image folder")
     if "\0" in name:
-        raise ValueError(f"{shown} holds a NUL character")
+        raise ValueError(f"{quoted} contains a NUL character")
     try:
         path = (image_dir / name).resolve()
     except (RuntimeError, OSError) as error:  # links that lead to each other
-        raise ValueError(f"{shown} cannot be followed: {error.__class__.__name__}") from error
+        raise ValueError(f"{quoted} cannot be followed: {error.__class__.__name__}") from error
     if not path.is_relative_to(image_dir):
-        raise ValueError(f"{shown} leads out of the image folder")
+        raise ValueError(f"{quoted} is outside the image folder")
     return path
 
 

@@ -20,7 +20,7 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
 
     Args:
         dataset_path: an annotation file, a folder written by `python -m data_prep convert`, or a Hub data set id. An
-            annotation file is always split alike (seed 42), so that a test split stays one whoever trains on the rest.
+            annotation file always gets the same split (seed 42), so that test samples are never trained on.
         image_dir: the annotation file's image folder; an error with anything else.
         show_progress: show a progress bar.
 
@@ -44,8 +44,8 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
 def fingerprint(rows: Iterable[dict]) -> str:
     """Return a SHA-256 over a split's content that is the same on every machine, whatever the order of the samples.
 
-    It covers ids, messages, labels and image sizes (`FINGERPRINTED`). It does not cover where the files lie, nor the
-    pixels, which would take minutes to read: a retouched image of the same size gives the same fingerprint.
+    It covers ids, messages, labels and image sizes (`FINGERPRINTED`). It does not cover paths, nor the
+    pixels, which would take minutes to read: an edited image of the same size gives the same fingerprint.
     """
     rows = rows.select_columns(list(FINGERPRINTED)) if isinstance(rows, Dataset) else rows
     digests = set()
@@ -65,8 +65,8 @@ def join_folds(splits: DatasetDict, fold: int | None) -> DatasetDict:
     if not folds and fold is None:
         return splits
     if fold is None or f"fold_{fold}" not in folds:
-        held = f"has the folds {', '.join(folds)}" if folds else "has no folds"
-        raise ValueError(f"fold: the data set {held}, and the fold named is {fold}")
+        available = f"has the folds {', '.join(folds)}" if folds else "has no folds"
+        raise ValueError(f"fold: the data set {available}, and the requested one is {fold}")
     train = concatenate_datasets([splits[name] for name in folds if name != f"fold_{fold}"])
     others = {name: split for name, split in splits.items() if name not in folds}
     return DatasetDict({"train": train, "validation": splits[f"fold_{fold}"], **others})

@@ -1,4 +1,4 @@
-"""A prepared data set goes to the Hugging Face Hub: private, without file names, with a card."""
+"""Pushes a prepared data set to the Hugging Face Hub: private, without file names, with a card."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ CARD = """---
 # {name}
 
 Questions and answers about skin images, prepared for fine-tuning a vision-language model. `messages` is a chat whose
-`<image>` markers stand for `images`, in order; `group` names what must not cross splits; `weight` is how often
-training draws a sample.
+`<image>` markers stand for `images`, in order; samples with one `group` are in one split; `weight` is the
+sampling weight in training.
 
 | split | samples | images |
 |---|---|---|
@@ -51,7 +51,7 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
 
 
 def _without_names(split: Dataset, name: str, numbers: dict[str, str]) -> Dataset:
-    """Number ids and groups, which are often file names or patients, and drop the images' own names."""
+    """Replace ids and groups, which are often file names or patients, by numbers, and drop the image names."""
 
     def change(row: dict, index: int) -> dict:
         images = [{"bytes": image["bytes"], "path": None} for image in row["images"]]
@@ -61,7 +61,7 @@ def _without_names(split: Dataset, name: str, numbers: dict[str, str]) -> Datase
 
 
 def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:
-    """Return the card's text: counts, labels and what the checks found; no file names and no paths."""
+    """Return the card's text: counts, labels and findings; no file names and no paths."""
     rows = [
         f"| {name} | {len(split):,} | {sum(len(sizes) for sizes in split['image_sizes']):,} |"
         for name, split in splits.items()

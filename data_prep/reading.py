@@ -66,7 +66,7 @@ def _read_array(text: str, path: Path) -> Iterator:
     decoder, number, line, counted = _Decoder(), 0, 1, 0
     sign, at = ",", _skip_space(text, text.index("[") + 1)
     if text[at : at + 1] == "]":
-        raise ValueError(f"{path}: holds no records")
+        raise ValueError(f"{path}: contains no records")
     try:
         while sign == ",":
             value, end = decoder.decode_at(text, at)

@@ -1,4 +1,4 @@
-"""One schema for every annotation format: a raw record goes in, a chat sample or an error that names it comes out."""
+"""One schema for all annotation formats: a raw record becomes a chat sample or an error that names the record."""
 
 import hashlib
 import json
@@ -10,18 +10,18 @@ from .reading import Flaw, describe, iter_json
 
 IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
-# The key that gives a format away. ShareGPT files use either of the first two.
+# The key that identifies a format. ShareGPT files use either of the first two.
 FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "question"}
 # Attributes of a sample besides its messages and images; each is a text or None.
 ATTRIBUTES = ("label", "group", "skin_type", "age", "sex", "site", "split")
 READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", *ATTRIBUTES}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
-# Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
-# image. `<|...|>` covers all of the family's control tokens; tool_call and its reply are the only others.
+# Tokens that Qwen's tokenizer recognises anywhere: inside a text they would end a turn or add an image. `<|...|>`
+# covers all control tokens of the family but tool_call and its reply.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
-TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # the Hub's rows also hold dates and bytes
-MAX_TEXT = 1_000_000  # characters; several times what the model can read at once
+TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
+MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
 
 
@@ -31,8 +31,8 @@ class DataError(ValueError):
     Attributes:
         record: 0-based position in the annotation file.
         sample_id: the record's id, None when it has none.
-        reason: what is wrong, and with which field.
-        source: name of the file that it stands in, None when there is but one.
+        reason: the field and the problem.
+        source: name of its file, None when there is only one.
     """
 
     def __init__(self, reason: str, *, record: int, sample_id: str | None = None, source: str | None = None):
@@ -42,7 +42,7 @@ class DataError(ValueError):
 
 
 class FieldError(ValueError):
-    """What is wrong with one field; `parse_record` adds which record it was."""
+    """A problem of one field; `parse_record` adds the record."""
 
     def __init__(self, field: str, reason: str):
         super().__init__(f"field '{field}': {reason}")
@@ -101,7 +101,7 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
 
 
 def _given_id(raw: dict) -> str | None:
-    """Return a record's id as it can stand in a message and in a file; `_check_record` refuses it if it is none."""
+    """Return a record's id, shortened and encodable, for messages; `_check_record` checks it."""
     if not isinstance(raw.get("id"), str | int):
         return None
     return str(raw["id"])[:MAX_ID].encode("utf-8", "backslashreplace").decode()
@@ -123,7 +123,7 @@ def _check_record(raw: dict) -> None:
 
 
 def _content_id(raw: dict) -> str:
-    """Name a record without an id by what it says, so that its split does not depend on its place in the file."""
+    """Return an id from the record's content, so that its split does not depend on its position in the file."""
     return "record-" + hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -142,12 +142,12 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
 
 
 def _recognise(raw: dict) -> str:
-    found = [name for name, key in FORMAT_KEYS.items() if key in raw]
-    if len(found) == 1:
-        return found[0]
-    wanted = ", ".join(f"'{key}' ({name})" for name, key in FORMAT_KEYS.items())
-    what = "none of" if not found else "more than one of"
-    raise FieldError(FORMAT_KEYS[found[0]] if found else "conversations", f"the record has {what} {wanted}")
+    formats = [name for name, key in FORMAT_KEYS.items() if key in raw]
+    if len(formats) == 1:
+        return formats[0]
+    expected = ", ".join(f"'{key}' ({name})" for name, key in FORMAT_KEYS.items())
+    count = "more than one of" if formats else "none of"
+    raise FieldError(FORMAT_KEYS[formats[0]] if formats else "conversations", f"the record has {count} {expected}")
 
 
 def _image_paths(raw: dict) -> list[str]:
@@ -175,13 +175,13 @@ def _text(raw: dict, field: str) -> str | None:
 
 
 def _check_text(field: str, text: str, whose: str = "the text") -> None:
-    """Refuse what would be read as more than words, or be cut or garbled somewhere on its way."""
+    """Raise FieldError for a text that is too long, or has special tokens or NUL characters."""
     if len(text) > MAX_TEXT:
         raise FieldError(field, f"{whose} has {len(text):,} characters, at most {MAX_TEXT:,}")
     if "<" in text and (token := SPECIAL_TOKEN.search(text)):
         raise FieldError(field, f"{whose} contains the special token {token.group():.60}")
     if "\0" in text:
-        raise FieldError(field, f"{whose} holds a NUL character")
+        raise FieldError(field, f"{whose} contains a NUL character")
 
 
 def normalise_messages(
@@ -197,7 +197,7 @@ def normalise_messages(
         names: name of each turn, for the error; the field's with the turn's number when None.
 
     Raises:
-        FieldError: what is wrong with it.
+        FieldError: names the field and the rule that was broken.
     """
     if not isinstance(turns, list) or not turns:
         raise FieldError(field, f"expected a list of turns, found {describe(turns)}")
@@ -206,7 +206,7 @@ def normalise_messages(
     if system is not None:
         if not isinstance(system, str):
             raise FieldError("system", f"expected a text, found {describe(system)}")
-        if system.strip():  # an empty one would silence the chat template's own
+        if system.strip():  # an empty one would replace the chat template's default
             messages.insert(0, {"role": "system", "content": system.strip()})
     _check_order(messages, field)
     _check_texts(messages, field)
@@ -230,7 +230,7 @@ def _turn(turn, images: list, name: str) -> dict:
 
 
 def _block(block, images: list, field: str) -> str:
-    """Return the text of one typed block; an image's path, if the block holds one, goes to `images`."""
+    """Return the text of one typed block; append an image's path, if the block has one, to `images`."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text" and isinstance(block.get("text"), str):
         return block["text"]
@@ -258,7 +258,7 @@ def _check_texts(messages: list[dict], field: str) -> None:
     for message in messages:
         _check_text(field, message["content"], f"the {message['role']}'s text")
         if message["role"] != "user" and IMAGE_MARKER in message["content"]:
-            raise FieldError(field, f"an {IMAGE_MARKER} marker stands in the {message['role']}'s text")
+            raise FieldError(field, f"an {IMAGE_MARKER} marker in the {message['role']}'s text")
 
 
 def _place_markers(messages: list[dict], num_images: int, field: str) -> None:

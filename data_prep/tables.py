@@ -1,4 +1,4 @@
-"""Tables become records: a mapping says which column is what, and how a row is put into words."""
+"""Tables become records by a mapping: which columns are the attributes, and the wording of question and answer."""
 
 import ast
 import difflib
@@ -12,11 +12,11 @@ from common.yaml_files import load_yaml
 
 MAPPINGS = Path(__file__).parent / "mappings"
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
-KEYS = {
+MAPPING_KEYS = {
     *("source", "join", "id", "images", "group", "group_pattern", "label", "skin_type", "age", "sex", "site", "split"),
     *("texts", "missing", "skip", "optional", "questions", "answer"),
 }
-PLACE = re.compile(r"\{([^{}]+)\}")
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 def shipped() -> list[str]:
@@ -40,8 +40,8 @@ def load_mapping(name: str | Path) -> dict:
     if not isinstance(mapping, dict):
         raise ValueError(f"mapping {path}: expected lines of the form 'key: value'")
     for key in mapping:
-        if key not in KEYS:
-            raise ValueError(f"mapping {path}: unknown key {key!r}{suggest(str(key), KEYS)}")
+        if key not in MAPPING_KEYS:
+            raise ValueError(f"mapping {path}: unknown key {key!r}{suggest(str(key), MAPPING_KEYS)}")
     if missing := {"images", "questions", "answer"} - set(mapping):
         raise ValueError(f"mapping {path}: lacks {', '.join(sorted(missing))}")
     return mapping
@@ -67,18 +67,18 @@ def read_table(path: Path) -> pd.DataFrame:
         elif path.suffix == ".jsonl":
             table = pd.read_json(path, lines=True, dtype=False).astype(object).fillna("").map(str)
         else:
-            separator = "\t" if path.suffix in (".tsv",) else None  # None: found out, comma or tab
+            separator = "\t" if path.suffix in (".tsv",) else None  # None: detected, comma or tab
             table = pd.read_csv(path, sep=separator, engine="python", **text)
     except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from error
     if table.empty:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{path}: has no rows")
     table.columns = [str(column).strip() for column in table.columns]
     return table.map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip()))
 
 
 def read_rows(path: Path, mapping: dict) -> list[dict]:
-    """Return a table's rows, joined as the mapping says, with its markers of missing values as "".
+    """Return a table's rows, joined by the mapping, with its markers of missing values as "".
 
     Raises:
         ValueError: a column that the mapping names is not there; the message suggests the nearest.
@@ -110,19 +110,19 @@ def _join(table: pd.DataFrame, path: Path, key: str) -> pd.DataFrame:
     for name, side in (("table", table), (path.name, other)):
         if key not in side.columns:
             raise ValueError(f"{name}: no column {key!r} to join by{suggest(key, side.columns)}")
-    fresh = [key, *(column for column in other.columns if column not in table.columns)]
-    return table.merge(other[fresh], on=key, how="left", validate="many_to_one").fillna("")
+    added = [key, *(column for column in other.columns if column not in table.columns)]
+    return table.merge(other[added], on=key, how="left", validate="many_to_one").fillna("")
 
 
 def _columns_of(mapping: dict) -> list[str]:
     """Return the columns that a mapping names."""
-    places = [place for template in mapping["images"] for place in PLACE.findall(template)]
+    names = [name for template in mapping["images"] for name in PLACEHOLDER.findall(template)]
     label = mapping.get("label", {})
     lists = [mapping.get(name, []) for name in ("group", "age", "sex", "site", "split")]
     lists += [label.get("names", {}) if label.get("one_hot") else label.get("columns", [])]
     lists += [mapping.get("skin_type", {}).get("columns", []), mapping.get("skin_type", {}).get("scales", {})]
     single = [mapping.get("id"), mapping.get("skip", {}).get("column"), mapping.get("group_pattern", {}).get("column")]
-    return [*places, *(column for names in lists for column in names), *(column for column in single if column)]
+    return [*names, *(column for columns in lists for column in columns), *(column for column in single if column)]
 
 
 def _check_columns(path: Path, table: pd.DataFrame, mapping: dict) -> None:
@@ -140,7 +140,7 @@ def _check_columns(path: Path, table: pd.DataFrame, mapping: dict) -> None:
 
 
 def make_record(row: dict, mapping: dict) -> tuple[dict, str | None]:
-    """Put a row into the form that `records.parse_record` takes; also return why the mapping leaves it out, or None.
+    """Return a row as the input of `records.parse_record`, and the reason why the mapping skips it, or None.
 
     Raises:
         ValueError: a code that the mapping does not know, or several diagnoses at once.
@@ -167,15 +167,15 @@ def _reason_to_skip(row: dict, mapping: dict, values: dict) -> str | None:
     skip = mapping.get("skip")
     if skip and re.search(skip["matching"], row[skip["column"]]):
         return f"{skip['column']} is {row[skip['column']]!r}"
-    empty = [place for place in PLACE.findall(mapping["answer"]) if not values.get(place)]
+    empty = [name for name in PLACEHOLDER.findall(mapping["answer"]) if not values.get(name)]
     return f"no {empty[0]} to answer with" if empty else None
 
 
 def _fill(template: str, values: dict) -> str:
-    """Put values into `{places}`; "" when one of an image's places is empty."""
-    if any(not values.get(place) for place in PLACE.findall(template)):
+    """Replace the `{placeholders}`; "" when the value of one is empty."""
+    if any(not values.get(name) for name in PLACEHOLDER.findall(template)):
         return ""
-    return PLACE.sub(lambda match: values[match.group(1)], template)
+    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
 def _first(row: dict, columns: list[str]) -> str:
@@ -184,10 +184,10 @@ def _first(row: dict, columns: list[str]) -> str:
 
 def _label(row: dict, spec: dict) -> str:
     if spec.get("one_hot"):
-        hits = [column for column in spec["names"] if row[column] == "1"]
-        if len(hits) > 1:
-            raise ValueError(f"the columns {', '.join(hits)} are 1 at once")
-        return spec["names"][hits[0]] if hits else ""
+        positive = [column for column in spec["names"] if row[column] == "1"]
+        if len(positive) > 1:
+            raise ValueError(f"the columns {', '.join(positive)} are 1 at once")
+        return spec["names"][positive[0]] if positive else ""
     text = _first(row, spec.get("columns", []))
     if spec.get("pick") == "heaviest" and text:
         text = _heaviest(text)
@@ -197,7 +197,7 @@ def _label(row: dict, spec: dict) -> str:
 
 
 def _decode(code: str, spec: dict, columns: list[str]) -> str:
-    """Return what a code stands for; codes stand for themselves when the mapping lists no names."""
+    """Return the name of a code; the code itself when the mapping lists no names."""
     if not code or "names" not in spec:
         return code
     if code not in spec["names"]:

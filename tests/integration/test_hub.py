@@ -282,7 +282,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained,
     assert done.returncode == 1
     assert done.stderr == (
         "error: tester/skin is public on the Hub and should be private; "
-        "ask for what it is (hub_private_repo, --public), or change it there\n"
+        "change the option (hub_private_repo, --public) or the repository\n"
     )
 
 

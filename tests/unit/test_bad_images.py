@@ -313,7 +313,7 @@ def test_a_pixel_limit_that_is_none_is_named(monkeypatch, value):
 
 
 # Names of images that lead out of the image folder, or anywhere else; all are refused before anything is opened.
-OUT, ADDRESS = "leads out of the image folder", "is an address, expected a path inside the image folder"
+OUT, ADDRESS = "is outside the image folder", "is an address, expected a path inside the image folder"
 ESCAPES = [
     ("../secret.png", OUT),
     ("a/../../secret.png", OUT),
@@ -335,7 +335,7 @@ ESCAPES = [
     ("s3://bucket/x.png", ADDRESS),
     ("file:///etc/passwd", ADDRESS),
     ("data:image/png;base64,AAAA", ADDRESS),
-    ("x.png\0.jpg", "holds a NUL character"),
+    ("x.png\0.jpg", "contains a NUL character"),
     ("file:/etc/passwd", "no such file"),
     ("http:/127.0.0.1/x.png", "no such file"),
     ("..\\secret.png", "no such file"),

@@ -59,7 +59,7 @@ def test_all_problems_are_collected_and_raised_once(write_records):
     reasons = {e.record: e.reason for e in error.value.errors}
     assert str(error.value).startswith("7 of 8 records cannot be used\n  a.json: record 1 (id 'b'), image 'gone.jpg'")
     assert reasons[1] == "image 'gone.jpg': no such file"
-    assert "'../a.json' leads out of the image folder" in reasons[2]
+    assert "'../a.json' is outside the image folder" in reasons[2]
     assert "'http://x/y.jpg' is an address" in reasons[3]
     assert reasons[4] == "field 'answer': expected some text, found null"
     assert reasons[5] == "image 'empty.jpg': the file is empty (zero bytes)"
@@ -150,7 +150,7 @@ def test_convert_lists_what_it_dropped(write_records, tmp_path, capsys):
 def test_convert_never_overwrites_unasked(write_records, tmp_path):
     path, images = write_records([flat("red.jpg")])
     convert(path, images, tmp_path / "out")
-    with pytest.raises(ValueError, match="already holds a data set; choose another folder or add --overwrite"):
+    with pytest.raises(ValueError, match="already contains a data set; choose another folder or add --overwrite"):
         convert(path, images, tmp_path / "out")
     convert(path, images, tmp_path / "out", "--overwrite")
     with pytest.raises(ValueError, match="exists and is not a prepared data set"):
@@ -161,7 +161,7 @@ def test_the_command_ends_with_one_line_and_exit_code(write_records, tmp_path):
     path, images = write_records("[]")
     command = [sys.executable, "-m", "data_prep", "convert", "--annotations", path, "--out", tmp_path / "o"]
     failed = subprocess.run([*command, "--images", images], capture_output=True, text=True)
-    assert (failed.returncode, failed.stderr) == (1, f"error: {path}: holds no records\n")
+    assert (failed.returncode, failed.stderr) == (1, f"error: {path}: contains no records\n")
     wrong = subprocess.run([*command, "--formt", "llava"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1 and "--formt" in wrong.stderr
@@ -231,9 +231,9 @@ def test_folds_hold_everything_but_test_and_join_again(demo_raw):
     assert sorted(joined["train"]["id"]) == sorted(i for n in (0, 1, 3) for i in splits[f"fold_{n}"]["id"])
     assert joined["validation"]["id"] == splits["fold_2"]["id"]
     assert joined["test"]["id"] == splits["test"]["id"]
-    with pytest.raises(ValueError, match="has the folds fold_0, fold_1, fold_2, fold_3, and the fold named is None"):
+    with pytest.raises(ValueError, match="has the folds fold_0, fold_1, fold_2, fold_3, and the requested"):
         join_folds(splits, None)
-    with pytest.raises(ValueError, match="has no folds, and the fold named is 1"):
+    with pytest.raises(ValueError, match="has no folds, and the requested one is 1"):
         join_folds(joined, 1)
 
 

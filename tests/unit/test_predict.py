@@ -115,7 +115,7 @@ def test_questions_come_from_a_file_and_bad_lines_are_skipped(adapter, demo_raw,
     assert [row["id"] for row in rows[:3]] == ["a", "line-2", "line-3"]
     assert all(row["prediction"] for row in rows[:3])
     errors = [row["error"] for row in rows[3:]]
-    assert errors[0].startswith("--questions, line 4: '../annotations.json' leads out of the image folder")
+    assert errors[0].startswith("--questions, line 4: '../annotations.json' is outside the image folder")
     assert errors[1].startswith("--questions, line 5: expected") and errors[2] == "gone.jpg: no such file"
 
 

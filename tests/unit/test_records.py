@@ -122,7 +122,7 @@ BAD = [
     ({"question": "a", "answer": "  "}, "field 'answer': expected some text, found a text '  '"),
     ({"question": "a", "answer": None}, "field 'answer': expected some text, found null"),
     ({"question": "a", "answer": 4}, "field 'answer': expected some text, found a number 4"),
-    ({"question": "a", "answer": "b<image>"}, "an <image> marker stands in the assistant's text"),
+    ({"question": "a", "answer": "b<image>"}, "an <image> marker in the assistant's text"),
     ({"question": "a", "answer": "b", "label": ["x"]}, "field 'label': expected a text, found a list"),
     (
         {"question": "a", "answer": "b", "id": True},
