@@ -14,7 +14,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which takes options whole, with dashes or underscores."""
+    """An argument parser with errors of one line, and options in full, with dashes or underscores."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **{"allow_abbrev": False, **options})

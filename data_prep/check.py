@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
-from .images import PATCH_CELL, ImageFacts
+from .images import PATCH_CELL, ImageInfo
 from .records import IMAGE_MARKER, DataError
 
 LONG_ANSWER = 2000  # characters
@@ -108,7 +108,7 @@ def _about(sample: dict, kind: str, detail: str, file: str | None = None, others
     return Finding(kind, detail, sample["record"], sample["id"], sample["origin"], file, tuple(others))
 
 
-def check_images(samples: list[dict], facts: dict[str, ImageFacts]) -> list[Finding]:
+def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Finding]:
     """Look at each image once, named by the first sample that uses it."""
     findings, seen = [], set()
     for sample in samples:
@@ -116,15 +116,15 @@ def check_images(samples: list[dict], facts: dict[str, ImageFacts]) -> list[Find
             if path in seen:
                 continue
             seen.add(path)
-            fact = facts[path]
-            if min(fact.size) < PATCH_CELL:
-                findings.append(_about(sample, "tiny", f"{fact.size[0]} x {fact.size[1]} px", name))
-            if fact.turned:
+            info = infos[path]
+            if min(info.size) < PATCH_CELL:
+                findings.append(_about(sample, "tiny", f"{info.size[0]} x {info.size[1]} px", name))
+            if info.turned:
                 findings.append(_about(sample, "turned", "turned upright", name))
-            if fact.mode != "RGB":
-                findings.append(_about(sample, "converted", f"mode {fact.mode}", name))
-            if fact.private:
-                findings.append(_about(sample, "private", ", ".join(fact.private), name))
+            if info.mode != "RGB":
+                findings.append(_about(sample, "converted", f"mode {info.mode}", name))
+            if info.private:
+                findings.append(_about(sample, "private", ", ".join(info.private), name))
     return findings
 
 

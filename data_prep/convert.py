@@ -1,12 +1,12 @@
 """Annotation files and image folders become a checked, split `DatasetDict` of chat samples."""
 
-import difflib
 import logging
 import os
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from . import check
 from .balance import effective_counts, sampling_weights
 from .download import fetch_links
 from .duplicates import near_pairs
-from .images import ImageFacts, clean_copy, inspect_image, is_link, perceptual_hash
-from .records import FACTS, READ_KEYS, DataError
-from .sources import Collected, Source, merge, mixing_shares, read_source
+from .images import ImageInfo, clean_copy, inspect_image, is_link, perceptual_hash
+from .records import ATTRIBUTES, READ_KEYS, DataError
+from .sources import Collected, Source, mixing_shares, read_source
 from .split import SPLITS, assign_splits, check_fractions, join_groups
+from .tables import suggest
 
 FEATURES = Features(
     {
@@ -33,7 +34,7 @@ FEATURES = Features(
         "weight": Value("float32"),
     }
 )
-STRATA = (*(fact for fact in FACTS if fact not in ("group", "split")), "source")
+STRATA = (*(name for name in ATTRIBUTES if name not in ("group", "split")), "source")
 MAX_LISTED = 20
 GIVEN_SPLITS = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation", "dev": "validation"}
 
@@ -53,16 +54,62 @@ class InvalidRecordsError(ValueError):
         super().__init__("\n  ".join(lines))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `prepare`.
+
+    Attributes:
+        split: shares of train, validation and test, for the samples without a given split.
+        seed: of the split; the same ids and seed give the same split in any order of the records.
+        folds: number of equal parts for cross-validation: `fold_0` and so on in place of train and validation.
+        group_by: key of the records, or column of the table, to group by in place of `group`.
+        stratify_by: attribute whose values keep their share in each split, one of `STRATA`.
+        on_error: "fail" raises with every problem, "drop" skips those records.
+        balance: how training samples are weighted, see `balance.sampling_weights`.
+        num_workers: processes that decode images; all cores when None.
+        show_progress: show a progress bar.
+        clean_dir: folder for copies, without metadata, of the images with private metadata; the data set then has the
+            paths of the copies. None keeps all images as they are, which is safe unless they are embedded somewhere.
+        hub_dir: folder for the images of Hub data sets; None reads no source from the Hub.
+        links_dir: folder for downloads of linked images; None refuses links.
+
+    Raises:
+        ValueError: an unknown value, one fold, or shares that do not add up to 1.
+    """
+
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 42
+    folds: int = 0
+    group_by: str | None = None
+    stratify_by: str = "label"
+    on_error: str = "fail"
+    balance: str = "none"
+    num_workers: int | None = None
+    show_progress: bool = True
+    clean_dir: Path | None = None
+    hub_dir: Path | None = None
+    links_dir: Path | None = None
+
+    def __post_init__(self):
+        if self.on_error not in ("fail", "drop"):
+            raise ValueError(f"on_error: expected 'fail' or 'drop', found {self.on_error!r}")
+        if self.stratify_by not in STRATA:
+            raise ValueError(f"stratify_by: expected one of {', '.join(STRATA)}, found {self.stratify_by!r}")
+        if self.folds and self.folds < 2:
+            raise ValueError(f"folds: expected at least 2, found {self.folds}")
+        check_fractions(self.split)
+
+
 @dataclass
 class Prepared:
-    """What `prepare` made.
+    """Result of `prepare`.
 
     Attributes:
         splits: the data set.
-        findings: everything that the checks found.
-        errors: the records that were kept out, as bad or by their mapping.
+        findings: of all checks.
+        errors: the records that were skipped, as unusable or by their mapping.
         effective: how many samples of each label an epoch draws from the training split on average.
-        groups: group of each sample by its id; samples of one group stay in one split.
+        groups: group of each sample by its id; samples of one group are in one split.
     """
 
     splits: DatasetDict
@@ -86,128 +133,103 @@ def prepare_dataset(
     return prepare([source], **options).splits
 
 
-def prepare(
-    sources: list[Source],
-    *,
-    split: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 42,
-    folds: int = 0,
-    group_by: str | None = None,
-    stratify_by: str = "label",
-    on_error: str = "fail",
-    balance: str = "none",
-    num_workers: int | None = None,
-    show_progress: bool = True,
-    clean_dir: Path | None = None,
-    hub_dir: Path | None = None,
-    links_dir: Path | None = None,
-) -> Prepared:
+def prepare(sources: list[Source], **options) -> Prepared:
     """Read annotations and images, check them, and split them without leaks.
 
-    Samples that share a group, an image, or copies of an image stay in one split. A split that no sample falls into is
-    left out.
+    Samples that share a group, an image, or copies of an image get the same split. Empty splits are left out.
 
     Args:
         sources: one or several; several mix by their weights.
-        split: shares of train, validation and test, for the samples that name no split of their own.
-        folds: number of equal parts, for cross-validation, that everything but test is dealt into: `fold_0` and on
-            instead of train and validation.
-        seed: of the split; the same ids and seed give the same split in any order of the records.
-        group_by: key of the records, or column of the table, to group by instead of `group`.
-        stratify_by: fact whose values keep their share in each split, one of `STRATA`.
-        on_error: "fail" raises with every problem found, "drop" keeps those records out.
-        balance: how training samples are weighted, see `balance.sampling_weights`.
-        num_workers: processes that decode images; all cores when None.
-        show_progress: show a progress bar.
-        clean_dir: folder for copies of the images that carry private metadata, without it; the data set names those
-            copies. None leaves all images as they are, which is right as long as they are not embedded anywhere.
-        hub_dir: folder for the images of Hub data sets; None reads no source from the Hub.
-        links_dir: folder that linked images are downloaded to, and looked for; None refuses links.
+        options: see `Options`.
 
     Raises:
-        InvalidRecordsError: on_error is "fail" and a record cannot be used.
-        ValueError, FileNotFoundError: the file or the folder cannot be used, or no record can.
+        InvalidRecordsError: on_error is "fail" and a record cannot be used, or no record can.
+        ValueError, FileNotFoundError: an option, the file or the folder cannot be used.
     """
-    if on_error not in ("fail", "drop"):
-        raise ValueError(f"on_error: expected 'fail' or 'drop', found {on_error!r}")
-    if stratify_by not in STRATA:
-        raise ValueError(f"stratify_by: expected one of {', '.join(STRATA)}, found {stratify_by!r}")
-    check_fractions(split)
+    options = Options(**options)
     shares = mixing_shares(sources)
-    found = Collected()
-    for number, source in enumerate(sources):
-        own = None if hub_dir is None else hub_dir / f"hub-{number}"
-        merge(found, read_source(source, group_by=group_by, hub_dir=own, links_dir=links_dir))
-    if links_dir is not None:
-        _fetch(found, show_progress)
-    facts = inspect_images(found, num_workers=num_workers, show_progress=show_progress)
-    found.num_renamed = _make_ids_unique(found.samples)
-    if found.errors and on_error == "fail":
-        raise InvalidRecordsError(found.errors, found.num_records)
-    if not found.samples:
-        raise InvalidRecordsError([*found.errors, *found.left_out], found.num_records)
-    _mention(found)
-    picture_of, copies = find_copies(facts)
-    groups = _groups(found.samples, picture_of)
-    strata = [sample[stratify_by] for sample in found.samples]
-    splits = _splits(found.samples, groups, strata, split, seed)
-    if folds:
-        splits = _folds(found.samples, groups, strata, splits, folds, seed)
+    collected = _collect(sources, options)
+    infos = inspect_images(collected, num_workers=options.num_workers, show_progress=options.show_progress)
+    collected.num_renamed = _make_ids_unique(collected.samples)
+    _require_usable(collected, options.on_error)
+    _log_skipped(collected)
+    samples = collected.samples
+    picture_of, copies = find_copies(infos)
+    groups = _group_samples(samples, picture_of)
+    splits = _assign_all(samples, groups, options)
     findings = [
-        *check.check_records(found.errors),
-        *check.check_texts(found.samples),
-        *check.check_images(found.samples, facts),
-        *check.check_copies(found.samples, *copies),
-        *check.check_labels(found.samples, picture_of),
-        *check.check_splits(found.samples, groups, splits),
+        *check.check_records(collected.errors),
+        *check.check_texts(samples),
+        *check.check_images(samples, infos),
+        *check.check_copies(samples, *copies),
+        *check.check_labels(samples, picture_of),
+        *check.check_splits(samples, groups, splits),
     ]
-    effective = _set_weights(found.samples, splits, balance, shares)
-    if clean_dir is not None:
-        _clean_images(found.samples, facts, clean_dir)
-    built = {name: _build(found.samples, splits, name) for name in sorted(set(splits), key=_rank)}
-    group_of = {sample["id"]: group for sample, group in zip(found.samples, groups, strict=True)}
-    return Prepared(DatasetDict(built), findings, [*found.errors, *found.left_out], effective, group_of)
+    effective = _set_weights(samples, splits, options.balance, shares)
+    if options.clean_dir is not None:
+        _clean_images(samples, infos, options.clean_dir)
+    group_of = {sample["id"]: group for sample, group in zip(samples, groups, strict=True)}
+    errors = [*collected.errors, *collected.skipped]
+    return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of)
 
 
-def inspect_images(found: Collected, *, num_workers: int | None, show_progress: bool) -> dict[str, ImageFacts]:
-    """Decode each different image once, in a process pool; move samples with a bad one to the errors.
+def _collect(sources: list[Source], options: Options) -> Collected:
+    """Read all sources and download their linked images."""
+    collected = Collected()
+    for number, source in enumerate(sources):
+        hub_dir = options.hub_dir / f"hub-{number}" if options.hub_dir else None
+        collected.add(read_source(source, group_by=options.group_by, hub_dir=hub_dir, links_dir=options.links_dir))
+    if options.links_dir is not None:
+        _download_links(collected, options.show_progress)
+    return collected
 
-    Adds `image_sizes`, upright `[width, height]` in px, to each sample and returns the facts by path.
+
+def _require_usable(collected: Collected, on_error: str) -> None:
+    if collected.errors and on_error == "fail":
+        raise InvalidRecordsError(collected.errors, collected.num_records)
+    if not collected.samples:
+        raise InvalidRecordsError([*collected.errors, *collected.skipped], collected.num_records)
+
+
+def inspect_images(collected: Collected, *, num_workers: int | None, show_progress: bool) -> dict[str, ImageInfo]:
+    """Decode each image once, in a process pool; move samples with an unusable one to the errors.
+
+    Adds `image_sizes`, upright `[width, height]` in px, to each sample; returns the infos by path.
     """
-    paths = sorted({path for sample in found.samples for path in sample["images"]})
-    facts = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
-    _set_aside(found, {path: fact for path, fact in facts.items() if isinstance(fact, str)})
-    for sample in found.samples:
-        sample["image_sizes"] = [list(facts[path].size) for path in sample["images"]]
-    return {path: fact for path, fact in facts.items() if not isinstance(fact, str)}
+    paths = sorted({path for sample in collected.samples for path in sample["images"]})
+    results = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
+    _reject_samples(collected, {path: result for path, result in results.items() if isinstance(result, str)})
+    for sample in collected.samples:
+        sample["image_sizes"] = [list(results[path].size) for path in sample["images"]]
+    return {path: result for path, result in results.items() if not isinstance(result, str)}
 
 
-def _set_aside(found: Collected, reasons: dict[str, str]) -> None:
-    """Move the samples with an image that cannot be used, for the reason by its path, to the errors."""
-    parsed, found.samples = found.samples, []
-    for sample in parsed:
+def _reject_samples(collected: Collected, reasons: dict[str, str]) -> None:
+    """Move the samples with an image that is in `reasons`, by path, to the errors."""
+    samples, collected.samples = collected.samples, []
+    for sample in samples:
         bad = next((n for n, path in enumerate(sample["images"]) if path in reasons), None)
         if bad is None:
-            found.samples.append(sample)
+            collected.samples.append(sample)
         else:
             reason = f"image {sample['files'][bad]!r}: {reasons[sample['images'][bad]]}"
             about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
-            found.errors.append(DataError(reason, **about))
-    found.errors.sort(key=lambda error: (error.source, error.record))
+            collected.errors.append(DataError(reason, **about))
+    collected.errors.sort(key=lambda error: (error.source, error.record))
 
 
-def _fetch(found: Collected, show_progress: bool) -> None:
-    """Download the linked images; samples whose image cannot be had become errors."""
+def _download_links(collected: Collected, show_progress: bool) -> None:
+    """Download the linked images; samples whose image cannot be downloaded become errors."""
     links = {
         file: Path(path)
-        for sample in found.samples
+        for sample in collected.samples
         for file, path in zip(sample["files"], sample["images"], strict=True)
         if is_link(file)
     }
-    _set_aside(found, fetch_links(links, show_progress=show_progress))
+    _reject_samples(collected, fetch_links(links, show_progress=show_progress))
 
 
-def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageFacts | str]:
+def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageInfo | str]:
     if not paths:
         return []
     perceptual_hash(PILImage.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
@@ -237,28 +259,27 @@ def _make_ids_unique(samples: list[dict]) -> int:
     return renamed
 
 
-def _mention(found: Collected) -> None:
-    """Nothing is kept out, renamed or passed over in silence."""
-    if found.errors:
-        logger.warning("%d of %d records kept out", len(found.errors), found.num_records)
-    for reason, count in Counter(error.reason for error in found.left_out).most_common(5):
-        logger.warning("%d rows left out by the mapping: %s", count, reason)
-    if found.num_renamed:
-        logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", found.num_renamed)
-    for key, count in found.unread.most_common(5):
-        near = difflib.get_close_matches(key.lower(), READ_KEYS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        logger.warning("the key %.80r of %d records is not read%s", key, count, hint)
+def _log_skipped(collected: Collected) -> None:
+    """Warn about records that are skipped or renamed, and keys that are not read."""
+    if collected.errors:
+        logger.warning("%d of %d records rejected", len(collected.errors), collected.num_records)
+    for reason, count in Counter(error.reason for error in collected.skipped).most_common(5):
+        logger.warning("%d rows skipped by the mapping: %s", count, reason)
+    if collected.num_renamed:
+        logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", collected.num_renamed)
+    for key, count in collected.unused_keys.most_common(5):
+        near = suggest(key.lower(), READ_KEYS)
+        logger.warning("the key %.80r of %d records is not read%s", key, count, near)
 
 
-def find_copies(facts: dict[str, ImageFacts]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
+def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
     """Return one path for each path's picture, and the sets of paths that are exact and near copies."""
     by_digest = defaultdict(list)
-    for path in sorted(facts):
-        by_digest[facts[path].digest].append(path)
+    for path in sorted(infos):
+        by_digest[infos[path].digest].append(path)
     firsts = [paths[0] for paths in by_digest.values()]
-    hashes = np.array([facts[path].hashes for path in firsts], dtype=np.uint64).reshape(-1, 2)
-    thumbnails = np.frombuffer(b"".join(facts[path].thumbnail for path in firsts), np.uint8).reshape(-1, 8, 8, 3)
+    hashes = np.array([infos[path].hashes for path in firsts], dtype=np.uint64).reshape(-1, 2)
+    thumbnails = np.frombuffer(b"".join(infos[path].thumbnail for path in firsts), np.uint8).reshape(-1, 8, 8, 3)
     pairs = near_pairs(hashes[:, 0], hashes[:, 1], thumbnails)
     roots = join_groups(len(firsts), [list(pair) for pair in pairs])
     alike = defaultdict(list)
@@ -269,58 +290,48 @@ def find_copies(facts: dict[str, ImageFacts]) -> tuple[dict[str, str], tuple[lis
     return picture_of, (exact, [paths for paths in alike.values() if len(paths) > 1])
 
 
-def _groups(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
-    """Return each sample's group: samples with one `group`, or with copies of one picture, belong together."""
-    together = defaultdict(list)
+def _group_samples(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
+    """Return each sample's group: samples with one `group`, or with copies of one picture, share a group."""
+    members = defaultdict(list)
     for index, sample in enumerate(samples):
         if sample["group"] is not None:
-            together["group", sample["source"], sample["group"]].append(index)
+            members["group", sample["source"], sample["group"]].append(index)
         for path in sample["images"]:
-            together["picture", picture_of[path]].append(index)
-    return join_groups(len(samples), list(together.values()))
+            members["picture", picture_of[path]].append(index)
+    return join_groups(len(samples), list(members.values()))
 
 
-def _splits(
-    samples: list[dict], groups: list[int], strata: list, fractions: tuple[float, float, float], seed: int
-) -> list[str]:
-    """Return each sample's split: the given one, else that of its group, else dealt by group and stratum.
+def _assign_all(samples: list[dict], groups: list[int], options: Options) -> list[str]:
+    """Return each sample's split: the given one, else that of its group, else by group and stratum; then the folds.
 
-    Given train and test splits are kept as they are; a validation split, when none is given, comes out of train.
+    Given train and test splits are kept; a validation split that is not given is taken from train.
     """
+    strata = [sample[options.stratify_by] for sample in samples]
+    assign = partial(_assign, samples, groups, strata, options.seed)
     splits = [_given_split(sample) for sample in samples]
     given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
     splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
-
+    train, validation, _ = options.split
     if None in splits:
-        splits = _deal(samples, groups, strata, splits, {None}, fractions, SPLITS, seed)
-    elif "validation" not in splits and fractions[1] > 0 and "train" in splits:
-        share = fractions[1] / (fractions[0] + fractions[1])
-        splits = _deal(samples, groups, strata, splits, {"train"}, (1 - share, share), SPLITS[:2], seed)
-    return splits
+        splits = assign(splits, {None}, dict(zip(SPLITS, options.split, strict=True)))
+    elif "validation" not in splits and validation > 0 and "train" in splits:
+        share = validation / (train + validation)
+        splits = assign(splits, {"train"}, {"train": 1 - share, "validation": share})
+    folds = {f"fold_{number}": 1 / options.folds for number in range(options.folds)}
+    return assign(splits, {"train", "validation"}, folds) if folds else splits
 
 
-def _folds(
-    samples: list[dict], groups: list[int], strata: list, splits: list[str], folds: int, seed: int
+def _assign(
+    samples: list[dict], groups: list[int], strata: list, seed: int, splits: list, replaced: set, shares: dict
 ) -> list[str]:
-    """Deal everything but the test split into parts of one size, by group and stratum."""
-    if folds < 2:
-        raise ValueError(f"folds: expected at least 2, found {folds}")
-    names = tuple(f"fold_{number}" for number in range(folds))
-    return _deal(samples, groups, strata, splits, {"train", "validation"}, (1 / folds,) * folds, names, seed)
-
-
-def _deal(samples, groups, strata, splits, where: set, shares: tuple, names: tuple[str, ...], seed: int) -> list:
-    """Return the splits with those in `where` dealt anew, by group and stratum, into `names` by their shares."""
-    indices = [index for index, split in enumerate(splits) if split in where]
-    ids = [samples[index]["id"] for index in indices]
-    own, kinds = [groups[index] for index in indices], [strata[index] for index in indices]
-    dealt = assign_splits(ids, shares, seed=seed, groups=own, labels=kinds, names=names)
-    new = dict(zip(indices, dealt, strict=True))
+    """Return the splits with those in `replaced` assigned again, by group and stratum, to the names in `shares`."""
+    indices = [index for index, split in enumerate(splits) if split in replaced]
+    assigned = assign_splits(
+        [samples[index]["id"] for index in indices], tuple(shares.values()), seed=seed, names=tuple(shares),
+        groups=[groups[index] for index in indices], labels=[strata[index] for index in indices],
+    )  # fmt: skip
+    new = dict(zip(indices, assigned, strict=True))
     return [new.get(index, split) for index, split in enumerate(splits)]
-
-
-def _rank(name: str) -> tuple[int, str]:
-    return (SPLITS.index(name) if name in SPLITS else -1), name
 
 
 def _given_split(sample: dict) -> str | None:
@@ -344,21 +355,23 @@ def _set_weights(samples: list[dict], splits: list[str], balance: str, shares) -
     return effective_counts(labels, weights)
 
 
-def _clean_images(samples: list[dict], facts: dict[str, ImageFacts], folder: Path) -> None:
+def _clean_images(samples: list[dict], infos: dict[str, ImageInfo], folder: Path) -> None:
     """Replace each image that carries private metadata by a copy in `folder` that does not."""
     folder.mkdir(parents=True, exist_ok=True)
     copies = {}
-    for path in sorted(path for path, fact in facts.items() if fact.private):
+    for path in sorted(path for path, info in infos.items() if info.private):
         data, ending = clean_copy(path)
-        copy = folder / f"{Path(path).stem}-{facts[path].digest[:8]}{ending}"
+        copy = folder / f"{Path(path).stem}-{infos[path].digest[:8]}{ending}"
         copy.write_bytes(data)
         copies[path] = str(copy)
     for sample in samples:
         sample["images"] = [copies.get(path, path) for path in sample["images"]]
 
 
-def _build(samples: list[dict], splits: list[str], name: str) -> Dataset:
-    rows = [
-        {key: sample[key] for key in FEATURES} for sample, split in zip(samples, splits, strict=True) if split == name
-    ]
-    return Dataset.from_list(rows, features=FEATURES)
+def _build_splits(samples: list[dict], splits: list[str]) -> DatasetDict:
+    """Return a data set with folds first, then train, validation and test."""
+    names = sorted(set(splits), key=lambda name: (SPLITS.index(name) if name in SPLITS else -1, name))
+    rows = {name: [] for name in names}
+    for sample, split in zip(samples, splits, strict=True):
+        rows[split].append({key: sample[key] for key in FEATURES})
+    return DatasetDict({name: Dataset.from_list(rows[name], features=FEATURES) for name in names})

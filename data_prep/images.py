@@ -145,7 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageInfo:
     """What one pass over an image file found.
 
     Attributes:
@@ -167,7 +167,7 @@ class ImageFacts:
     private: tuple[str, ...]
 
 
-def inspect_image(path: str) -> ImageFacts | str:
+def inspect_image(path: str) -> ImageInfo | str:
     """Decode an image whole and return what there is to know of it, or the reason why it cannot be used."""
     try:
         _check_file(Path(path))
@@ -180,7 +180,7 @@ def inspect_image(path: str) -> ImageFacts | str:
         return str(error)
     small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
     grey = small.convert("L")
-    return ImageFacts(
+    return ImageInfo(
         size=upright.size,
         mode=mode,
         digest=xxhash.xxh3_128_hexdigest(data),

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, lo
 from .convert import FEATURES, prepare_dataset
 from .download import HUB_ID
 from .images import load_image
-from .records import FACTS, DataError, FieldError, normalise_messages
+from .records import ATTRIBUTES, DataError, FieldError, normalise_messages
 
 FINGERPRINTED = ("id", "messages", "label", "image_sizes")
 
@@ -121,7 +121,9 @@ def _standard_row(row: dict, index: int, split: str) -> dict:
         sizes = [list(load_image(image).size) for image in images]
     except (FieldError, ValueError, OSError) as error:
         raise DataError(str(error), record=index, sample_id=sample_id) from error
-    texts = {key: None if row.get(key) is None else str(row[key]) for key in (*FACTS, "source") if key in FEATURES}
+    texts = {
+        key: None if row.get(key) is None else str(row[key]) for key in (*ATTRIBUTES, "source") if key in FEATURES
+    }
     weight = row.get("weight") or 1.0
     return {
         **{"id": sample_id, "images": images, "messages": messages},

@@ -12,9 +12,9 @@ IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
 # The key that gives a format away. ShareGPT files use either of the first two.
 FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "question"}
-# What is known about a sample besides its words and images; each is a text or None.
-FACTS = ("label", "group", "skin_type", "age", "sex", "site", "split")
-READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", *FACTS}
+# Attributes of a sample besides its messages and images; each is a text or None.
+ATTRIBUTES = ("label", "group", "skin_type", "age", "sex", "site", "split")
+READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", *ATTRIBUTES}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Tokens that Qwen's tokenizer treats as one symbol wherever they stand: inside a text they would end a turn or add an
@@ -81,8 +81,8 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
         format: one of `FORMATS`; recognised by its keys when None.
 
     Returns:
-        `{record, id, images: [path as written], messages: [{role, content}], **FACTS}`. Content is plain text with one
-        `<image>` where each image stands; facts are text or None.
+        `{record, id, images: [path as written], messages: [{role, content}], **ATTRIBUTES}`. Content is plain text
+        with one `<image>` for each image; attributes are text or None.
 
     Raises:
         DataError: names the record, the field and the rule that was broken.
@@ -138,7 +138,7 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
     else:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
-    return {"images": images, "messages": messages, **{fact: _text(raw, fact) for fact in FACTS}}
+    return {"images": images, "messages": messages, **{name: _text(raw, name) for name in ATTRIBUTES}}
 
 
 def _recognise(raw: dict) -> str:

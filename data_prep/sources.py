@@ -1,4 +1,4 @@
-"""Where samples come from: JSON files, tables, class folders, the Hub; each record parsed, each image found."""
+"""Sources of samples: JSON files, tables, class folders, the Hub; records are parsed, image paths resolved."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from .tables import TABLE_ENDINGS, load_mapping, make_record, read_folders, read
 
 @dataclass
 class Source:
-    """Where samples come from.
+    """A source of samples.
 
     Attributes:
         data: a JSON or JSON Lines file, a table (with `mapping`), a folder of class folders, or a Hub data set id.
@@ -34,21 +34,38 @@ class Source:
 
 @dataclass
 class Collected:
-    """What one source holds: usable samples, errors, and what was renamed or not looked at."""
+    """Content of one or several sources.
+
+    Attributes:
+        samples: usable samples.
+        errors: records that cannot be used.
+        num_records: records in all.
+        num_renamed: samples that got another id, as theirs was taken.
+        unused_keys: how many records have each key that is not read.
+        skipped: rows that the mapping says to skip.
+    """
 
     samples: list[dict] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
     num_records: int = 0
     num_renamed: int = 0
-    unread: Counter = field(default_factory=Counter)
-    left_out: list[DataError] = field(default_factory=list)
+    unused_keys: Counter = field(default_factory=Counter)
+    skipped: list[DataError] = field(default_factory=list)
+
+    def add(self, other: "Collected") -> None:
+        """Add another source's content."""
+        self.samples += other.samples
+        self.errors += other.errors
+        self.skipped += other.skipped
+        self.num_records += other.num_records
+        self.unused_keys += other.unused_keys
 
 
 def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     """Return the weight of each source by its name, None when none has one."""
     names = [_name(source, load_mapping(source.mapping) if source.mapping else None) for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"sources: two are called {Counter(names).most_common(1)[0][0]!r}")
+        raise ValueError(f"sources: two have the name {Counter(names).most_common(1)[0][0]!r}")
     weights = [source.weight for source in sources]
     if all(weight is None for weight in weights):
         return None
@@ -61,15 +78,6 @@ def _name(source: Source, mapping: dict | None) -> str:
     return (mapping or {}).get("source") or source.data.stem
 
 
-def merge(found: Collected, other: Collected) -> None:
-    """Add what another source holds."""
-    found.samples += other.samples
-    found.errors += other.errors
-    found.left_out += other.left_out
-    found.num_records += other.num_records
-    found.unread += other.unread
-
-
 def read_source(
     source: Source, *, group_by: str | None = None, hub_dir: Path | None = None, links_dir: Path | None = None
 ) -> Collected:
@@ -77,41 +85,53 @@ def read_source(
 
     Args:
         source: what to read.
-        group_by: key of the records, or column of the table, that holds each sample's group; None leaves `group`.
-        hub_dir: folder for the images of a Hub data set; there is none to be read when None.
+        group_by: key of the records, or column of the table, with each sample's group; `group` when None.
+        hub_dir: folder for the images of a Hub data set; such a source is refused when None.
         links_dir: folder for linked images, which are refused when None.
     """
     raw_records, mapping = _read_raw(source, hub_dir)
-    own = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
-    root = _image_root(source.images or own)
-    found, keys = Collected(), Counter()
-    find = FileFinder(root, search=mapping is not None, links_dir=links_dir)
-    name, origin = _name(source, mapping), source.data.name
+    finder = _make_finder(source, mapping, hub_dir, links_dir)
+    collected, keys = Collected(), Counter()
     for number, raw in enumerate(raw_records):
-        found.num_records += 1
         keys.update(raw.keys() if isinstance(raw, dict) else ())
-        group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
         try:
-            raw, reason = _in_words(raw, mapping, number)
-            if reason is not None:
-                found.left_out.append(DataError(reason, record=number, sample_id=raw["id"], source=origin))
-                continue
-            if group_by is not None and isinstance(raw, dict):
-                raw = {**raw, "group": group or None}
-            sample = parse_record(raw, number, format="flat" if mapping else source.format)
-            if root is None and not all(links_dir and is_link(file) for file in sample["images"]):
-                raise ValueError(f"image_dir: {source.data} names images, and no image folder was given")
-            sample["files"], sample["source"], sample["origin"] = sample["images"], name, origin
-            sample["images"] = [find(sample, file) for file in sample["files"]]
-            found.samples.append(sample)
+            sample = _make_sample(raw, number, source, mapping, group_by)
+            sample["images"] = [finder(sample, file) for file in sample["files"]]
+            collected.samples.append(sample)
         except DataError as error:
-            error.source = origin
-            found.errors.append(error)
+            error.source = source.data.name
+            (collected.skipped if isinstance(error, SkippedRowError) else collected.errors).append(error)
+        collected.num_records += 1
     if group_by is not None and group_by not in keys:
         raise ValueError(f"group_by: no record of {source.data} has {group_by!r}{suggest(group_by, keys)}")
     if mapping is None:
-        found.unread = Counter({key: count for key, count in keys.items() if key not in {*READ_KEYS, group_by}})
-    return found
+        used = {*READ_KEYS, group_by}
+        collected.unused_keys = Counter({key: count for key, count in keys.items() if key not in used})
+    return collected
+
+
+class SkippedRowError(DataError):
+    """A row that the mapping says to skip."""
+
+
+def _make_sample(raw, number: int, source: Source, mapping: dict | None, group_by: str | None) -> dict:
+    group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
+    if mapping is not None:
+        raw = _map_row(raw, mapping, number)
+    if group_by is not None and isinstance(raw, dict):
+        raw = {**raw, "group": group or None}
+    sample = parse_record(raw, number, format="flat" if mapping else source.format)
+    return {**sample, "files": sample["images"], "source": _name(source, mapping), "origin": source.data.name}
+
+
+def _map_row(row: dict, mapping: dict, number: int) -> dict:
+    try:
+        record, reason = make_record(row, mapping)
+    except ValueError as error:
+        raise DataError(str(error), record=number) from error
+    if reason is not None:
+        raise SkippedRowError(reason, record=number, sample_id=record["id"])
+    return record
 
 
 def is_hub(source: Source) -> bool:
@@ -120,7 +140,7 @@ def is_hub(source: Source) -> bool:
 
 
 def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | None]:
-    """Return a source's records (of a JSON file as they are read) or rows, and the mapping that words the rows."""
+    """Return a source's records (of a JSON file one by one) or rows, and the mapping of the rows."""
     if hub_dir is not None and is_hub(source):
         records = read_hub(str(source.data), hub_dir)
         if source.mapping is None:
@@ -137,24 +157,24 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | No
     return iter_annotations(source.data), None
 
 
-def _in_words(raw, mapping: dict | None, number: int) -> tuple[dict, str | None]:
-    if mapping is None:
-        return raw, None
-    try:
-        return make_record(raw, mapping)
-    except ValueError as error:
-        raise DataError(str(error), record=number) from error
+def _make_finder(source: Source, mapping: dict | None, hub_dir: Path | None, links_dir: Path | None) -> "FileFinder":
+    default = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
+    root = _image_root(source.images or default)
+    return FileFinder(root, source.data, search=mapping is not None, links_dir=links_dir)
 
 
 class FileFinder:
     """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well."""
 
-    def __init__(self, root: Path | None, *, search: bool, links_dir: Path | None = None):
-        self.root, self.search, self.links_dir, self.index = root, search, links_dir, None
+    def __init__(self, root: Path | None, data: Path, *, search: bool, links_dir: Path | None = None):
+        self.root, self.data, self.search, self.links_dir, self.index = root, data, search, links_dir, None
 
     def __call__(self, sample: dict, name: str) -> str:
+        downloaded = self.links_dir is not None and is_link(name)
+        if self.root is None and not downloaded:
+            raise ValueError(f"image_dir: {self.data} names images, and no image folder was given")
         try:
-            if self.links_dir is not None and is_link(name):
+            if downloaded:
                 return str(link_path(name, self.links_dir))
             path = resolve_image(name, self.root)
             if self.search and not path.exists():
@@ -168,10 +188,10 @@ class FileFinder:
             self.index = defaultdict(list)
             for path in self.root.rglob("*"):
                 self.index[path.name].append(path)
-        found = self.index[Path(name).name]
-        if len(found) > 1:
-            raise ValueError(f"{name!r} stands in {len(found)} folders, {found[0].parent} and {found[1].parent}")
-        return resolve_image(str(found[0].relative_to(self.root)), self.root) if found else None
+        paths = self.index[Path(name).name]
+        if len(paths) > 1:
+            raise ValueError(f"{name!r} is in {len(paths)} folders, {paths[0].parent} and {paths[1].parent}")
+        return resolve_image(str(paths[0].relative_to(self.root)), self.root) if paths else None
 
 
 def _image_root(image_dir) -> Path | None:

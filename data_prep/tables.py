@@ -118,7 +118,7 @@ def _columns_of(mapping: dict) -> list[str]:
     """Return the columns that a mapping names."""
     places = [place for template in mapping["images"] for place in PLACE.findall(template)]
     label = mapping.get("label", {})
-    lists = [mapping.get(fact, []) for fact in ("group", "age", "sex", "site", "split")]
+    lists = [mapping.get(name, []) for name in ("group", "age", "sex", "site", "split")]
     lists += [label.get("names", {}) if label.get("one_hot") else label.get("columns", [])]
     lists += [mapping.get("skin_type", {}).get("columns", []), mapping.get("skin_type", {}).get("scales", {})]
     single = [mapping.get("id"), mapping.get("skip", {}).get("column"), mapping.get("group_pattern", {}).get("column")]
@@ -156,7 +156,7 @@ def make_record(row: dict, mapping: dict) -> tuple[dict, str | None]:
         "label": label or None,
         "group": _group(row, mapping) or None,
         "skin_type": _skin_type(row, mapping.get("skin_type", {})) or None,
-        **{fact: _first(row, mapping.get(fact, [])) or None for fact in ("age", "sex", "site", "split")},
+        **{name: _first(row, mapping.get(name, [])) or None for name in ("age", "sex", "site", "split")},
         "question": _fill(_choose(mapping["questions"], sample_id), values),
         "answer": _fill(mapping["answer"], values),
     }

@@ -252,8 +252,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def fail(self, status: int, *, message: str, code: str | None = None, **headers: str) -> None:
-        told = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self.reply({"error": message}, status, **headers, **told)
+        error_headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self.reply({"error": message}, status, **headers, **error_headers)
 
 
 def object_id(path: str, content: bytes) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from collator import VisionSFTCollator, collate_prompts, load_pixels
 from data_prep.convert import prepare
-from data_prep.images import ImageFacts, fit_options, fit_size, inspect_image, load_image
+from data_prep.images import ImageInfo, fit_options, fit_size, inspect_image, load_image
 from data_prep.sources import Source
 from evaluation.examples import decode
 
@@ -246,7 +246,7 @@ def test_an_unusual_image_comes_out_upright_in_rgb(tmp_path, name, make, size, c
     assert (image.mode, image.size) == ("RGB", size)
     assert image.getpixel((min(5, size[0] - 1), min(5, size[1] - 1))) == colour
     found = inspect_image(str(path))
-    assert isinstance(found, ImageFacts) and found.size == size
+    assert isinstance(found, ImageInfo) and found.size == size
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

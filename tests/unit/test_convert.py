@@ -87,7 +87,7 @@ def test_drop_keeps_the_rest_and_says_so(write_records, caplog):
     prepared = prepare([Source(path, images)], on_error="drop", **ALL_TRAIN)
     assert prepared.splits["train"]["id"] == ["a", "c"]
     assert [(e.record, e.sample_id) for e in prepared.errors] == [(1, "b")]
-    assert "1 of 3 records kept out" in caplog.text
+    assert "1 of 3 records rejected" in caplog.text
 
 
 def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):

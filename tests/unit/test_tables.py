@@ -252,7 +252,7 @@ def test_a_table_finds_its_images_in_subfolders(tmp_path):
     assert splits["train"]["group"] == ["L1", "L1"]
     assert all("dermatoscopic" in m[0]["content"] or "lesion" in m[0]["content"] for m in splits["train"]["messages"])
     table.write_text(header + "L1,ISIC_3,nv,histo,50,male,back\n")
-    with pytest.raises(InvalidRecordsError, match=r"image 'ISIC_3\.jpg' stands in 2 folders"):
+    with pytest.raises(InvalidRecordsError, match=r"image 'ISIC_3\.jpg' is in 2 folders"):
         prepare([Source(table, tmp_path, "ham10000")], show_progress=False)
 
 
