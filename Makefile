@@ -76,7 +76,7 @@ quality: install
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
 
-# Exact versions and hashes of everything that requirements.txt needs, for all platforms and Pythons from 3.11 on. Versions
+# Exact versions and hashes of everything that requirements.txt needs, for Linux and Python 3.11 or newer. Versions
 # that are locked already stay; remove requirements.lock first to take the newest.
 lock:
 	@command -v $(BIN)/uv > /dev/null || { $(PYTHON) -m venv $(VENV) && $(PIP_INSTALL) uv; }

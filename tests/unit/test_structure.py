@@ -4,8 +4,6 @@ import ast
 import statistics
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("planning", "training", "evaluation", "publishing", "models", "data_prep", "common")
 COMMANDS = {"train_sft", "eval_sft", "predict", "merge_adapter", "plan_run", "push_adapter"}
@@ -43,7 +41,6 @@ def test_the_collator_imports_from_lower_layers_alone():
     assert ours <= {"models", "data_prep", "common"}
 
 
-@pytest.mark.xfail(reason="two functions are still to be split")
 def test_functions_are_short():
     lengths = sorted(function_lengths(), reverse=True)
     assert [entry for entry in lengths if entry[0] > 50] == []
