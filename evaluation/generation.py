@@ -1,4 +1,4 @@
-"""Answers of a model, and the likelihood of answers given to it."""
+"""Greedy answers of a model, and log-likelihoods of given answers."""
 
 import copy
 
@@ -11,7 +11,7 @@ from models.families import family_of
 
 
 def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Return a left-padded batch of prompts, on the model's device and in its precision."""
+    """Return a left-padded batch of prompts, on the model's device and in its dtype."""
     inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(processor, examples).items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -19,10 +19,10 @@ def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> di
 
 
 @torch.inference_mode()
-def answer(
+def generate_answers(
     model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
 ) -> list[str]:
-    """Return the model's answer to each example, decoded greedily; a `streamer` gets a single one as it comes."""
+    """Return the greedy answer to each example; a `streamer` prints that of a single example token by token."""
     inputs = encode_prompts(model, processor, examples)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
     new_tokens = output[:, inputs["input_ids"].size(1) :]
@@ -35,48 +35,48 @@ def score_answers(
 ) -> torch.Tensor:
     """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
 
-    Image and question are encoded once; the answers, each closed by "<|im_end|>", go on from their key-value cache.
+    The prompt is encoded once; the answers, each with the family's end token, continue from its key-value cache.
 
     Args:
-        model: the base model, or an adapter on it.
+        model: base model, with or without an adapter.
         processor: the model's processor.
         examples: samples whose messages end with the user's turn.
         answers: K answers for each example.
-        rows: most answers in one forward pass, which bounds the memory of the cache's copies.
+        rows: largest number of answers in one forward pass; bounds the memory for copies of the cache.
     """
     inputs = encode_prompts(model, processor, examples)
     positions = prompt_positions(model, inputs)
     prefix = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     width = max(1, rows // len(examples))
-    chunks = [[own[start : start + width] for own in answers] for start in range(0, len(answers[0]), width)]
+    chunks = [[row[start : start + width] for row in answers] for start in range(0, len(answers[0]), width)]
     scores = [_score_chunk(model, processor.tokenizer, inputs, positions, prefix, chunk) for chunk in chunks]
     return torch.cat(scores, dim=1)
 
 
 def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the positions of a padded batch in time, height and width, shape (3, B, T)."""
+    """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T)."""
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
 
 
 def _score_chunk(model, tokenizer, inputs: dict, positions: torch.Tensor, prefix, answers: list[list[str]]):
-    """Score K answers to each of B prompts, whose forward pass is `prefix`: (B, K)."""
+    """Return the log-likelihoods of K answers to each of B prompts, shape (B, K); `prefix` is the prompts' output."""
     count, size = len(answers[0]), len(answers)
-    texts = [text + family_of(model).end_token for own in answers for text in own]
+    texts = [text + family_of(model).end_token for row in answers for text in row]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(inputs["input_ids"].device)
     cache = copy.deepcopy(prefix.past_key_values)
     cache.batch_repeat_interleave(count)
-    past = inputs["attention_mask"].repeat_interleave(count, dim=0)
-    after = positions.amax(dim=(0, 2)).repeat_interleave(count) + 1  # (B K)
-    steps = after[:, None] + torch.arange(encoded["input_ids"].size(1), device=after.device)
+    prompt_mask = inputs["attention_mask"].repeat_interleave(count, dim=0)
+    start = positions.amax(dim=(0, 2)).repeat_interleave(count) + 1  # (B K)
+    steps = start[:, None] + torch.arange(encoded["input_ids"].size(1), device=start.device)
     output = model(
         input_ids=encoded["input_ids"],
-        attention_mask=torch.cat([past, encoded["attention_mask"]], dim=1),
+        attention_mask=torch.cat([prompt_mask, encoded["attention_mask"]], dim=1),
         position_ids=steps.expand(3, -1, -1),
         past_key_values=cache,
     )
     first = prefix.logits[:, -1:].repeat_interleave(count, dim=0)
     logs = torch.cat([first, output.logits[:, :-1]], dim=1).float().log_softmax(-1)
-    own = logs.gather(2, encoded["input_ids"][:, :, None])[:, :, 0]
-    return (own * encoded["attention_mask"]).sum(1).view(size, count)
+    token_logs = logs.gather(2, encoded["input_ids"][:, :, None])[:, :, 0]
+    return (token_logs * encoded["attention_mask"]).sum(1).view(size, count)

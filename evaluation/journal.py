@@ -1,20 +1,20 @@
-"""The answers of an evaluation as they come, so that a killed one resumes where it stopped."""
+"""The answers of an evaluation, written batch by batch, so that a killed evaluation resumes."""
 
 import json
 from pathlib import Path
 
 from common.files import atomic_write
 
-PREDICTIONS = "predictions.jsonl"
-SETTINGS = "settings.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+SETTINGS_FILE = "settings.json"
 
 
 class Journal:
-    """The answers so far, in `predictions.jsonl`; with several processes each appends to a file of its own.
+    """The answers so far, in `predictions.jsonl`; process 1 and higher append to `predictions.RANK.jsonl`.
 
     Args:
-        folder: where the files are.
-        settings: what the answers depend on. Answers made with others are not mixed with new ones.
+        folder: where the files are; made if missing.
+        settings: what the answers depend on, written to `settings.json`.
         rank: number of this process.
 
     Raises:
@@ -24,55 +24,62 @@ class Journal:
     def __init__(self, folder: Path, settings: dict, rank: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.rows = folder, {}
-        self.own = folder / (PREDICTIONS if rank == 0 else f"predictions.{rank}.jsonl")
-        self._check(settings, write=rank == 0)
-        for path in sorted(folder.glob("predictions*.jsonl")):
-            self.rows |= {(row["run"], row["index"]): row for row in _read_lines(path)}
+        self.path = folder / (PREDICTIONS_FILE if rank == 0 else f"predictions.{rank}.jsonl")
+        self._check_settings(settings, write=rank == 0)
+        self._read_rows()
 
     @staticmethod
     def clear(folder: Path) -> None:
-        """Drop the answers that a folder holds."""
-        for path in (*folder.glob("predictions*.jsonl"), folder / SETTINGS):
+        """Delete the answers in a folder."""
+        for path in (*folder.glob("predictions*.jsonl"), folder / SETTINGS_FILE):
             path.unlink(missing_ok=True)
 
-    def _check(self, settings: dict, *, write: bool) -> None:
-        path = self.folder / SETTINGS
+    def _check_settings(self, settings: dict, *, write: bool) -> None:
+        path = self.folder / SETTINGS_FILE
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            if changed := [key for key in settings if settings[key] != before.get(key)]:
-                was, now = before.get(changed[0]), settings[changed[0]]
-                where = f"--out: {self.folder} holds answers made with other settings"
-                rule = "add --overwrite to drop them, or choose another folder"
-                raise ValueError(f"{where}, {changed[0]} was {was!r} and is {now!r}; {rule}")
+            previous = json.loads(path.read_text(encoding="utf-8"))
+            if changed := [key for key in settings if settings[key] != previous.get(key)]:
+                old, new = previous.get(changed[0]), settings[changed[0]]
+                problem = f"--out: {self.folder} holds answers made with other settings"
+                rule = "add --overwrite to delete them, or choose another folder"
+                raise ValueError(f"{problem}, {changed[0]} was {old!r} and is {new!r}; {rule}")
         elif write:
             path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
+    def _read_rows(self) -> None:
+        for path in sorted(self.folder.glob("predictions*.jsonl")):
+            self.rows |= {(row["run"], row["index"]): row for row in _read_lines(path)}
+
     def has(self, run: str, indices: range) -> bool:
+        """Return whether a batch is complete; an incomplete one is repeated, as answers depend on their batch."""
         return all((run, index) in self.rows for index in indices)
 
     def add(self, rows: list[dict]) -> None:
-        """Append a batch's answers. A batch is answered whole or again, so that its company is always the same."""
-        with self.own.open("a", encoding="utf-8") as file:
+        """Append the answers of a batch."""
+        with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.rows |= {(row["run"], row["index"]): row for row in rows}
 
-    def finish(self, runs: dict[str, int]) -> dict[str, list[dict]]:
-        """Put all processes' answers in order into one file and return them by run; `runs` says how many each has."""
-        for path in sorted(self.folder.glob("predictions*.jsonl")):
-            self.rows |= {(row["run"], row["index"]): row for row in _read_lines(path)}
-        found = {run: [self.rows[run, index] for index in range(count)] for run, count in runs.items()}
+    def finish(self, counts: dict[str, int]) -> dict[str, list[dict]]:
+        """Merge the files of all processes into one, in order, and return the rows by run.
+
+        Args:
+            counts: number of questions of each run.
+        """
+        self._read_rows()
+        runs = {run: [self.rows[run, index] for index in range(count)] for run, count in counts.items()}
         others = [row for (run, _), row in sorted(self.rows.items()) if run not in runs]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in (*found.values(), others) for row in rows]
-        atomic_write(self.folder / PREDICTIONS, "".join(lines))
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in (*runs.values(), others) for row in rows]
+        atomic_write(self.folder / PREDICTIONS_FILE, "".join(lines))
         for path in self.folder.glob("predictions.*.jsonl"):
             path.unlink()
-        return found
+        return runs
 
 
 def _read_lines(path: Path) -> list[dict]:
-    """Return a journal's rows; the last line of a killed process may be half a row, and counts as not written."""
+    """Return the rows of a file; an incomplete last line, left by a killed process, is removed."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    return [json.loads(line) for line in complete.splitlines()]

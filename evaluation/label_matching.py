@@ -1,24 +1,24 @@
-"""From free text to a label and back: which label an answer names, and the answer that would name a label."""
+"""Which label an answer names, and the wording of an answer that names a label."""
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 NONE, SEVERAL = "(none)", "(several)"
-PLACE = "{label}"
-PATTERN_MARK = "re:"
+LABEL_PLACEHOLDER = "{label}"
+PATTERN_PREFIX = "re:"
 
 
 def build_label_map(labels: Iterable[str], synonyms: dict | None = None) -> dict[str, list[re.Pattern]]:
-    """Return the patterns by which an answer names each label: its own name, and its synonyms.
+    """Return the patterns that find each label in an answer: its name and its synonyms.
 
     Args:
         labels: the labels of the data.
         synonyms: label -> list of names; one that starts with "re:" is a regular expression. Case does not matter, and
-            a space in a name also stands for a hyphen, an underscore or a line break.
+            a space in a name also matches hyphens, underscores and line breaks.
 
     Raises:
-        ValueError: no labels, a label of the data that `synonyms` lacks, or an expression that cannot be read.
+        ValueError: no labels, a label of the data without an entry in `synonyms`, or an invalid expression.
     """
     names = sorted(set(labels))
     if not names:
@@ -36,21 +36,21 @@ def build_label_map(labels: Iterable[str], synonyms: dict | None = None) -> dict
 
 
 def _pattern(word: str, label: str) -> re.Pattern:
-    if word.startswith(PATTERN_MARK):
+    if word.startswith(PATTERN_PREFIX):
         try:
-            return re.compile(word.removeprefix(PATTERN_MARK), re.IGNORECASE)
+            return re.compile(word.removeprefix(PATTERN_PREFIX), re.IGNORECASE)
         except re.error as error:
             raise ValueError(f"labels: {label!r}: {word!r} is not a regular expression: {error}") from error
     parts = [re.escape(part) for part in re.split(r"[\s_-]+", word.strip()) if part]
     if not parts:
-        raise ValueError(f"labels: {label!r}: an empty name would stand in every answer")
+        raise ValueError(f"labels: {label!r}: an empty name would match every answer")
     return re.compile(r"(?<!\w)" + r"[\s_-]+".join(parts) + r"(?!\w)", re.IGNORECASE)
 
 
 def named_labels(text: str, label_map: dict[str, list[re.Pattern]]) -> list[str]:
     """Return the labels that a text names, in the order of the map.
 
-    A name inside a longer one does not count: "melanocytic nevus" does not name "nevus" when both are labels.
+    A match inside a longer match does not count: "melanocytic nevus" does not name "nevus" when both are labels.
     """
     spans = [
         (match.start(), match.end(), label)
@@ -59,30 +59,30 @@ def named_labels(text: str, label_map: dict[str, list[re.Pattern]]) -> list[str]
         for match in pattern.finditer(text)
         if match.end() > match.start()
     ]
-    found = {
+    named = {
         label
         for start, end, label in spans
         if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)
     }
-    return [label for label in label_map if label in found]
+    return [label for label in label_map if label in named]
 
 
 def read_label(text: str, label_map: dict[str, list[re.Pattern]]) -> str:
     """Return the one label that a text names, else `NONE` or `SEVERAL`."""
-    found = named_labels(text, label_map)
-    return found[0] if len(found) == 1 else SEVERAL if found else NONE
+    labels = named_labels(text, label_map)
+    return labels[0] if len(labels) == 1 else SEVERAL if labels else NONE
 
 
 def asks_for_label(sample: dict, label_map: dict[str, list[re.Pattern]]) -> bool:
-    """Whether a sample's reference answer names the sample's own label and no other."""
+    """Return whether a sample's reference answer names the sample's label and no other."""
     return sample["label"] is not None and read_label(sample["reference"], label_map) == sample["label"]
 
 
 def answer_templates(samples: list[dict], label_map: dict[str, list[re.Pattern]]) -> dict[str, str]:
-    """Return for each question the wording of its answers, with `{label}` where the label stands.
+    """Return the most frequent wording of the answers to each question, with `{label}` in place of the label.
 
-    The most frequent wording is taken, so that a single reference, "This is an eczema.", cannot give its label away by
-    its article. Questions whose references have no such wording are left out; `""` holds the most frequent of all.
+    One wording serves all labels, so that an article as in "This is an eczema." does not reveal the label. The key ""
+    holds the most frequent wording of all questions.
 
     Args:
         samples: `question`, `reference` and `label` of samples that ask for the label.
@@ -90,13 +90,13 @@ def answer_templates(samples: list[dict], label_map: dict[str, list[re.Pattern]]
     """
     by_question, overall = defaultdict(Counter), Counter()
     for sample in samples:
-        wording = _wording(sample["reference"], label_map[sample["label"]])
+        wording = _replace_label(sample["reference"], label_map[sample["label"]])
         by_question[sample["question"]][wording] += 1
         overall[wording] += 1
     templates = {question: wordings.most_common(1)[0][0] for question, wordings in by_question.items()}
-    return {"": overall.most_common(1)[0][0] if overall else PLACE, **templates}
+    return {"": overall.most_common(1)[0][0] if overall else LABEL_PLACEHOLDER, **templates}
 
 
-def _wording(reference: str, patterns: list[re.Pattern]) -> str:
+def _replace_label(reference: str, patterns: list[re.Pattern]) -> str:
     match = max((m for p in patterns for m in p.finditer(reference)), key=lambda m: m.end() - m.start())
-    return reference[: match.start()] + PLACE + reference[match.end() :]
+    return reference[: match.start()] + LABEL_PLACEHOLDER + reference[match.end() :]

@@ -1,110 +1,124 @@
-"""What an evaluation asks: questions of a split, reference answers, and the answers to score for each label."""
+"""The questions of an evaluation: samples of a split, their reference answers, and the answers to score."""
 
 import argparse
 import random
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from common.yaml_files import read_yaml
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER
-from evaluation.label_matching import PLACE, answer_templates, asks_for_label, build_label_map
+from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, build_label_map
 
-FACTS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")
+SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
 
 
 @dataclass
 class Questions:
-    """What one run asks: facts and messages of each sample, and where its images come from.
+    """What one run asks.
 
     Attributes:
-        rows: `FACTS`, `question` and `reference` of each sample.
+        rows: `SAMPLE_COLUMNS`, `question` and `reference` of each sample.
         messages: each sample's turns up to the question.
-        images: data set with the `images` of each sample, read when needed.
-        order: which row of `images` belongs to which sample.
-        candidates: for each sample the answers to score, by label; none for samples that do not ask for the label.
-        adapter: whether the adapter is on.
-        generate: whether answers are written, besides scored.
+        images: data set with the `images` of each sample, decoded on access.
+        image_rows: for each sample, the row of `images` to show.
+        candidates: for each sample, the answers to score by label; empty for samples that do not ask for the label.
+        adapter: whether the adapter is enabled.
+        generate: whether to generate answers, besides scoring candidates.
     """
 
     rows: list[dict]
     messages: list[list[dict]]
     images: Dataset
-    order: list[int]
+    image_rows: list[int]
     candidates: list[dict[str, str]] = field(default_factory=list)
     adapter: bool = True
     generate: bool = True
 
     def example(self, index: int) -> dict:
-        images = self.images[self.order[index]]["images"]
+        images = self.images[self.image_rows[index]]["images"]
         return {"id": self.rows[index]["id"], "images": images, "messages": self.messages[index]}
 
 
-def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
-    """Return what is asked of whom, and the label map.
+def load_split(args: argparse.Namespace) -> tuple[DatasetDict, Dataset]:
+    """Return all splits of `--dataset`, and the one that `--split` names.
 
-    The runs are "adapter", "validation" (scored alone, for the temperature), and the two of `--baseline`.
+    Raises:
+        ValueError: no such split, or an empty one.
     """
     splits = load_splits(args.dataset, args.image_dir)
     if args.split not in splits:
         raise ValueError(f"--split: {args.dataset} has no split {args.split!r}, only {sorted(splits)}")
-    asked = read_questions(splits[args.split])
-    if not asked.rows:
+    if len(splits[args.split]) == 0:
         raise ValueError(f"--split: split {args.split!r} of {args.dataset} is empty")
-    runs = {"adapter": asked}
-    names = {label for split in splits.values() for label in split["label"] if label is not None}
-    label_map = build_label_map(names, read_synonyms(args.labels)) if names else {}
-    if names and not args.no_probabilities:
-        templates = set_candidates(asked, label_map)
+    return splits, splits[args.split]
+
+
+def labels_of(splits: DatasetDict) -> list[str]:
+    return sorted({label for split in splits.values() for label in split["label"] if label is not None})
+
+
+def question_text(messages: list[dict]) -> str:
+    """Return the last turn without image markers."""
+    return messages[-1]["content"].replace(IMAGE_MARKER, "").strip()
+
+
+def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
+    """Return the questions of each run, and the label map.
+
+    The runs are "adapter", "validation" (only scored, to fit the temperature), and "base" and "shuffled" of
+    `--baseline`.
+    """
+    splits, split = load_split(args)
+    questions = read_questions(split)
+    runs, labels = {"adapter": questions}, labels_of(splits)
+    label_map = build_label_map(labels, args.labels and read_yaml(args.labels, "--labels")) if labels else {}
+    if labels and not args.no_probabilities:
+        templates = set_candidates(questions, label_map)
         if "validation" in splits and args.split != "validation" and len(label_map) > 1:
             runs["validation"] = read_questions(splits["validation"], generate=False)
             set_candidates(runs["validation"], label_map, templates)
     if args.baseline:
-        plain = {"rows": asked.rows, "messages": asked.messages, "images": asked.images}
-        runs["base"] = Questions(**plain, order=asked.order, candidates=asked.candidates, adapter=False)
-        runs["shuffled"] = Questions(**plain, order=deal_images(asked))
+        shared = (questions.rows, questions.messages, questions.images)
+        runs["base"] = Questions(*shared, questions.image_rows, questions.candidates, adapter=False)
+        runs["shuffled"] = Questions(*shared, shuffle_images(questions))
     return runs, label_map
 
 
-def read_synonyms(path: Path | None) -> dict | None:
-    return None if path is None else read_yaml(path, "--labels")
-
-
 def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
-    """Return each sample's last question and the answer that the data give."""
+    """Return each sample's last question and its reference answer."""
     rows, messages = [], []
     for sample in split.remove_columns("images"):
         *turns, reference = sample["messages"]
-        question = turns[-1]["content"].replace(IMAGE_MARKER, "").strip()
-        facts = {key: sample[key] for key in FACTS}
-        rows.append({**facts, "question": question, "reference": reference["content"]})
+        columns = {name: sample[name] for name in SAMPLE_COLUMNS}
+        rows.append({**columns, "question": question_text(turns), "reference": reference["content"]})
         messages.append(turns)
     images = split.select_columns(["images", "image_sizes"])
-    return Questions(rows, messages, images, order=list(range(len(rows))), generate=generate)
+    return Questions(rows, messages, images, image_rows=list(range(len(rows))), generate=generate)
 
 
-def set_candidates(asked: Questions, label_map: dict, templates: dict[str, str] | None = None) -> dict[str, str]:
-    """Give each sample that asks for its label the answers that would name each label; return their wordings."""
-    diagnosed = [asks_for_label(row, label_map) for row in asked.rows]
-    templates = templates or answer_templates(
-        [row for row, asks in zip(asked.rows, diagnosed, strict=True) if asks], label_map
-    )
-    for row, asks in zip(asked.rows, diagnosed, strict=True):
+def set_candidates(questions: Questions, label_map: dict, templates: dict[str, str] | None = None) -> dict[str, str]:
+    """Set the candidates of each sample that asks for its label; return the templates they were made from."""
+    diagnosed = [asks_for_label(row, label_map) for row in questions.rows]
+    if templates is None:
+        samples = [row for row, asks in zip(questions.rows, diagnosed, strict=True) if asks]
+        templates = answer_templates(samples, label_map)
+    for row, asks in zip(questions.rows, diagnosed, strict=True):
         template = templates.get(row["question"], templates[""])
-        asked.candidates.append({label: template.replace(PLACE, label) for label in label_map} if asks else {})
+        answers = {label: template.replace(LABEL_PLACEHOLDER, label) for label in label_map}
+        questions.candidates.append(answers if asks else {})
     return templates
 
 
-def deal_images(asked: Questions, *, seed: int = 0) -> list[int]:
-    """Return an order in which no sample keeps its images, and each gets as many as it had."""
-    alike = {}
-    for index, sizes in enumerate(asked.images["image_sizes"]):
-        alike.setdefault(len(sizes), []).append(index)
-    order = list(asked.order)
-    for indices in alike.values():
-        dealt = random.Random(seed).sample(indices, len(indices))
-        for giver, taker in zip(dealt, [*dealt[1:], dealt[0]], strict=True):
-            order[taker] = giver
-    return order
+def shuffle_images(questions: Questions, *, seed: int = 0) -> list[int]:
+    """Return `image_rows` in which no sample has its own images; samples swap with samples of as many images."""
+    by_count = {}
+    for index, sizes in enumerate(questions.images["image_sizes"]):
+        by_count.setdefault(len(sizes), []).append(index)
+    image_rows = list(questions.image_rows)
+    for indices in by_count.values():
+        shuffled = random.Random(seed).sample(indices, len(indices))
+        for source, target in zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True):
+            image_rows[target] = source
+    return image_rows

@@ -1,6 +1,7 @@
-"""The page about an evaluation: does it help, which diagnoses, for whom, and can its confidence be trusted."""
+"""The results of an evaluation: `metrics.json`, plots, a page with examples, and the lines on the screen."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
@@ -10,91 +11,102 @@ from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
 from evaluation.label_matching import read_label
-from publishing.model_card import RUNS
+from evaluation.metrics import MAIN_METRICS
+from publishing.model_card import METRIC_TITLES, RUN_TITLES
 
-FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
-SHARES = {"no_label": "names no label", "several_labels": "names several"}
-TEXTS = {
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "rouge_l": "ROUGE-L",
-    "exact_match": "exact match",
-    "length_ratio": "length ratio",
-}
-ABSENT = "n/a"
-SHOWN = 8  # examples of a kind
-MOST_LABELS = 30  # in the confusion matrix: the most frequent ones
+MAX_EXAMPLES = 8  # of each kind
+MAX_LABELS = 30  # in the confusion matrix: the most frequent
 
 
-def write_evaluation(
-    folder: Path, summary: dict, runs: dict[str, list[dict]], label_map: dict, image_of: Callable[[int], list]
+def write_report(
+    folder: Path, summary: dict, runs: dict[str, list[dict]], label_map: dict, samples: Sequence[dict]
 ) -> None:
-    """Write the plots and `report.html` into an evaluation's folder.
+    """Write `metrics.json`, the plots and `report.html`.
 
     Args:
-        folder: where `metrics.json` is.
-        summary: its content.
-        runs: rows by run, as `evaluation.Journal.finish` returns them.
-        label_map: see `labels.build_label_map`.
-        image_of: the images of a sample by its index, undecoded.
+        folder: where to write.
+        summary: content of `metrics.json`.
+        runs: rows by run, see `Journal.finish`.
+        label_map: see `build_label_map`.
+        samples: `images` of each sample, by its index.
     """
+    content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    (folder / "metrics.json").write_text(content, encoding="utf-8")
     charts = {}
     for name, figure in draw_charts(summary).items():
         figure.savefig(folder / f"{name}.png")
         charts[name] = encode_figure(figure, name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters |= {"figure": figure_text, "percent": percent, "range": range_text}
+    environment.filters |= {
+        "number": format_number, "percent": format_percent, "range": format_range, "title": METRIC_TITLES.get,
+    }  # fmt: skip
     page = environment.get_template("evaluation.html").render(
         summary=summary,
-        runs=RUNS, figures=FIGURES, shares=SHARES, texts=TEXTS,
-        cards=cards(summary),
+        run_titles=RUN_TITLES,
+        main_metrics=MAIN_METRICS,
+        cards=make_cards(summary["runs"]["adapter"]),
         charts=charts,
-        examples=examples(runs, label_map, image_of),
-    )  # fmt: skip
+        examples=choose_examples(runs, label_map, samples),
+    )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def figure_text(value: float | None, digits: int = 3) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
+def format_verdict(summary: dict, out: Path) -> str:
+    """Return the lines on the screen: accuracy of each run, or chrF for data without labels."""
+    lines = [""]
+    for name, run in summary["runs"].items():
+        accuracy = run.get("diagnosis", {}).get("accuracy")
+        value = f"accuracy {format_number(accuracy['value'])}" if accuracy else f"chrF {run['text']['chrf']:.1f}"
+        spread = accuracy and format_range(accuracy)
+        lines.append(f"{RUN_TITLES[name]:<26}{value}" + (f"   95 % interval {spread}" if spread else ""))
+    if "shuffled_same_label" in summary:
+        lines.append(f"{'  shuffled image, same label':<35}{summary['shuffled_same_label']:.3f}")
+    lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label")
+    lines.append(f"{'report':<26}{out / 'report.html'}")
+    return "\n".join(lines)
 
 
-def percent(value: float | None) -> str:
-    return ABSENT if value is None else f"{100 * value:.1f} %"
+def format_number(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def range_text(figure: dict) -> str:
-    """Return the interval of a figure, "" when there is none."""
-    return "" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"
+def format_percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f} %"
 
 
-def cards(summary: dict) -> list[dict]:
-    found = summary["runs"]["adapter"]
-    numbers = []
-    if "diagnosis" in found:
-        numbers += [(name, found["diagnosis"][key]) for key, name in FIGURES.items()]
-    if "probabilities" in found:
-        numbers += [("mean AUROC", found["probabilities"]["macro_auroc"])]
-        numbers += [("calibration error", found["probabilities"]["calibration"]["expected_calibration_error"])]
-    told = [
-        {"name": name, "value": figure_text(figure["value"]), "range": range_text(figure)} for name, figure in numbers
+def format_range(metric: dict) -> str:
+    """Return the interval of a metric, "" when it has none."""
+    return "" if metric["low"] is None else f"{metric['low']:.3f} to {metric['high']:.3f}"
+
+
+def make_cards(run: dict) -> list[dict]:
+    """Return the numbers at the top of the page."""
+    if "diagnosis" not in run:
+        return [{"name": METRIC_TITLES[key], "value": f"{value:.2f}"} for key, value in run["text"].items()]
+    metrics = {METRIC_TITLES[key]: run["diagnosis"][key] for key in MAIN_METRICS}
+    if "probabilities" in run:
+        metrics["macro-AUROC"] = run["probabilities"]["macro_auroc"]
+        metrics["calibration error"] = run["probabilities"]["calibration"]["expected_calibration_error"]
+    return [
+        {"name": name, "value": format_number(metric["value"]), "range": format_range(metric)}
+        for name, metric in metrics.items()
     ]
-    return told or [{"name": TEXTS[key], "value": f"{value:.2f}", "range": ""} for key, value in found["text"].items()]
 
 
 def draw_charts(summary: dict) -> dict[str, Figure]:
-    """Return the figures that the numbers allow, by file name."""
-    found, charts = summary["runs"]["adapter"], {}
-    if "diagnosis" in found:
-        charts["confusion"] = draw_confusion(found["diagnosis"]["confusion"])
-    if told := [(column, told) for column, told in summary.get("subgroups", {}).items()]:
-        charts["subgroups"] = draw_subgroups(told, found["diagnosis"]["accuracy"]["value"])
-    if "probabilities" in found:
-        charts["reliability"] = draw_reliability(found["probabilities"])
-        charts["abstention"] = draw_abstention(found["probabilities"]["abstention"])
+    """Return the plots that the summary has numbers for, by file name."""
+    run, charts = summary["runs"]["adapter"], {}
+    if "diagnosis" in run:
+        charts["confusion"] = draw_confusion(run["diagnosis"]["confusion"])
+    if summary.get("subgroups"):
+        charts["subgroups"] = draw_subgroups(summary["subgroups"], run["diagnosis"]["accuracy"]["value"])
+    if "probabilities" in run:
+        charts["reliability"] = draw_reliability(run["probabilities"])
+        charts["abstention"] = draw_abstention(run["probabilities"]["abstention"])
     return charts
 
 
-def _axes(width: float, height: float, title: str):
+def make_axes(width: float, height: float, title: str):
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, loc="left")
@@ -103,57 +115,54 @@ def _axes(width: float, height: float, title: str):
 
 
 def draw_confusion(matrix: dict) -> Figure:
-    """Draw what each label was answered by, as shares of its samples; columns that nothing fell into are left out."""
+    """Draw the confusion matrix, coloured by row share; empty columns are left out."""
     counts = matrix["counts"]
-    rows = sorted(range(len(counts)), key=lambda n: -sum(counts[n]))[:MOST_LABELS]
-    rows = sorted(n for n in rows if sum(counts[n]))
+    frequent = sorted(range(len(counts)), key=lambda n: -sum(counts[n]))[:MAX_LABELS]
+    rows = sorted(n for n in frequent if sum(counts[n]))
     columns = [n for n in range(len(matrix["columns"])) if n in rows or any(counts[row][n] for row in rows)]
     shares = [[counts[row][column] / sum(counts[row]) for column in columns] for row in rows]
-    side = max(4.2, 0.42 * len(columns) + 2.4)
-    figure, axes = _axes(side + 0.6, max(3.6, 0.42 * len(rows) + 2.2), "Answers by diagnosis")
+    width, height = max(4.2, 0.42 * len(columns) + 2.4) + 0.6, max(3.6, 0.42 * len(rows) + 2.2)
+    figure, axes = make_axes(width, height, "Answers by diagnosis")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if count := counts[row][column]:
-                axes.text(
-                    x, y, count, ha="center", va="center", fontsize=9, color="white" if shares[y][x] > 0.6 else "black"
-                )
+                colour = "white" if shares[y][x] > 0.6 else "black"
+                axes.text(x, y, count, ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(columns)), [shorten(matrix["columns"][n], 22) for n in columns], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [shorten(matrix["rows"][n], 22) for n in rows])
-    axes.set(xlabel="answered", ylabel="diagnosis")
+    axes.set(xlabel="answer", ylabel="diagnosis")
     axes.spines[:].set_visible(False)
     return figure
 
 
-def draw_subgroups(told: list[tuple[str, dict]], overall: float) -> Figure:
-    """Draw the accuracy of each subgroup with its interval, beside that of all."""
-    lines = [
-        (f"{name}  ({group['samples']})", group.get("accuracy"))
-        for column, found in told
-        for name, group in [(column.replace("_", " "), None), *found["groups"].items()]
-        for group in [group or {"samples": "samples"}]
-    ]
-    figure, axes = _axes(5.2, max(3.2, 0.3 * len(lines) + 1.2), "Accuracy by subgroup")
-    for y, (_, figure_of) in enumerate(lines):
-        if figure_of is not None:
-            low, high = (
-                figure_of[end] if figure_of[end] is not None else figure_of["value"] for end in ("low", "high")
-            )
-            axes.plot([low, high], [y, y], color=BLUE, linewidth=2, alpha=0.45)
-            axes.plot(figure_of["value"], y, "o", color=BLUE)
+def draw_subgroups(subgroups: dict[str, dict], overall: float) -> Figure:
+    """Draw the accuracy of each subgroup with its interval, and that of all samples as a line."""
+    lines = []
+    for column, metrics in subgroups.items():
+        lines.append((f"{column.replace('_', ' ')}  (samples)", None))
+        groups = metrics["groups"].items()
+        lines += [(f"{name}  ({group['samples']})", group.get("accuracy")) for name, group in groups]
+    figure, axes = make_axes(5.2, max(3.2, 0.3 * len(lines) + 1.2), "Accuracy by subgroup")
+    for y, (_, accuracy) in enumerate(lines):
+        if accuracy is not None:
+            value = accuracy["value"]
+            ends = [value if accuracy[end] is None else accuracy[end] for end in ("low", "high")]
+            axes.plot(ends, [y, y], color=BLUE, linewidth=2, alpha=0.45)
+            axes.plot(value, y, "o", color=BLUE)
     axes.axvline(overall, color=GREY, linewidth=1)
     axes.set_yticks(range(len(lines)), [shorten(name, 34) for name, _ in lines])
-    axes.set(xlabel="accuracy, 95 % interval; the line is all samples", xlim=(0, 1.03))
+    axes.set(xlabel="accuracy, 95 % interval; vertical line: all samples", xlim=(0, 1.03))
     axes.invert_yaxis()
     return figure
 
 
 def draw_reliability(probabilities: dict) -> Figure:
-    """Draw accuracy against confidence, before and after the temperature."""
-    figure, axes = _axes(5, 4.4, "Confidence and accuracy")
+    """Draw accuracy against confidence, before and after temperature scaling; larger points hold more samples."""
+    figure, axes = make_axes(5, 4.4, "Confidence and accuracy")
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
-    shown = {"calibration": ("as it is", BLUE), "calibration_tempered": ("with temperature", ORANGE)}
-    for key, (name, colour) in shown.items():
+    series = {"calibration": ("unscaled", BLUE), "calibration_tempered": ("with temperature", ORANGE)}
+    for key, (name, colour) in series.items():
         if key in probabilities:
             bins = probabilities[key]["bins"]
             sizes = [18 + 160 * row["samples"] / sum(row["samples"] for row in bins) for row in bins]
@@ -166,53 +175,51 @@ def draw_reliability(probabilities: dict) -> Figure:
 
 
 def draw_abstention(rows: list[dict]) -> Figure:
-    figure, axes = _axes(5, 4.4, "Answering only when sure")
-    axes.plot(
-        [100 * row["coverage"] for row in rows], [row["accuracy"] for row in rows], "o-", color=GREEN, clip_on=False
-    )
-    axes.set(xlabel="share answered, the surest first, %", ylabel="accuracy", ylim=(0, 1.02))
+    figure, axes = make_axes(5, 4.4, "Accuracy of the most confident answers")
+    points = [100 * row["coverage"] for row in rows], [row["accuracy"] for row in rows]
+    axes.plot(*points, "o-", color=GREEN, clip_on=False)
+    axes.set(xlabel="coverage: share of answers, most confident first, %", ylabel="accuracy", ylim=(0, 1.02))
     axes.grid(color="#EEEEEE")
     return figure
 
 
-def examples(runs: dict[str, list[dict]], label_map: dict, image_of: Callable[[int], list]) -> list[dict]:
-    """Return samples to look at: wrong ones, what the adapter mended or broke beside the base, and right ones."""
+def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Sequence[dict]) -> list[dict]:
+    """Return examples for the page: wrong answers, differences to the base model, and correct answers."""
     rows, base = runs["adapter"], runs.get("base")
 
-    def right(row: dict) -> bool:
+    def correct(row: dict) -> bool:
         if row["label"] is not None:
             return read_label(row["prediction"], label_map) == row["label"]
         return row["prediction"].strip() == row["reference"].strip()
 
-    kinds = {"Wrong": [row for row in rows if not right(row)], "Right": [row for row in rows if right(row)]}
+    kinds = {"Wrong": [row for row in rows if not correct(row)]}
     if base is not None:
         pairs = list(zip(rows, base, strict=True))
-        kinds["Right, where the base model is wrong"] = [row for row, other in pairs if right(row) > right(other)]
-        kinds["Wrong, where the base model is right"] = [row for row, other in pairs if right(row) < right(other)]
-        kinds["Right"] = [row for row, other in pairs if right(row) and right(other)]
-    others = {row["index"]: row["prediction"] for row in base or []}
+        kinds["Wrong, base model correct"] = [row for row, other in pairs if correct(row) < correct(other)]
+        kinds["Correct, base model wrong"] = [row for row, other in pairs if correct(row) > correct(other)]
+        kinds["Correct"] = [row for row, other in pairs if correct(row) and correct(other)]
+    else:
+        kinds["Correct"] = [row for row in rows if correct(row)]
+    base_answers = {row["index"]: row["prediction"] for row in base or []}
     return [
         {
             "title": title,
-            "count": len(found),
-            "shown": [_example(row, right(row), others, image_of) for row in _spread(found)],
+            "count": len(chosen),
+            "rows": [
+                _make_example(row, correct(row), base_answers.get(row["index"]), samples[row["index"]]["images"])
+                for row in chosen[:: max(1, -(-len(chosen) // MAX_EXAMPLES))]  # evenly spaced, to cover all labels
+            ],
         }
-        for title, found in sorted(kinds.items(), key=lambda kind: kind[0].startswith("Right"))
+        for title, chosen in kinds.items()
     ]
 
 
-def _spread(rows: list[dict]) -> list[dict]:
-    """Return a few rows, evenly spread, so that all labels have a chance."""
-    step = max(1, -(-len(rows) // SHOWN))
-    return rows[::step]
-
-
-def _example(row: dict, right: bool, others: dict[int, str], image_of: Callable[[int], list]) -> dict:
+def _make_example(row: dict, correct: bool, base_answer: str | None, images: list) -> dict:
     scores = row.get("scores", {})
     return {
         **{key: row[key] for key in ("question", "reference", "prediction", "id")},
-        "right": right,
-        "base": others.get(row["index"]),
-        "images": [encode_image(load_image(image), 300) for image in image_of(row["index"])],
+        "correct": correct,
+        "base": base_answer,
+        "images": [encode_image(load_image(image), 300) for image in images],
         "likeliest": max(scores, key=scores.get) if scores else None,
     }

@@ -2,73 +2,83 @@
 
 import numpy as np
 
-from evaluation.calibration import Scores, fit_temperature, probability_scores
+from evaluation.calibration import LabelScores, fit_temperature, probability_metrics
 from evaluation.label_matching import asks_for_label, read_label
-from evaluation.metrics import Diagnoses, compare, diagnosis, read_diagnoses, rounded, subgroups, text_scores
+from evaluation.metrics import (
+    Diagnoses,
+    compare_paired,
+    diagnosis_metrics,
+    encode_diagnoses,
+    rounded,
+    subgroup_metrics,
+    text_metrics,
+)
 
-COLUMNS = ("skin_type", "sex", "age", "site", "source")
-ALARMING = ("melanoma",)  # labels whose sensitivity is told unless others are chosen
+SUBGROUP_COLUMNS = ("skin_type", "sex", "age", "site", "source")
+HIGH_RISK_LABELS = ("melanoma",)  # sensitivity is reported for these by default
 
 
-def evaluate(
-    runs: dict[str, list[dict]], label_map: dict, *, columns: list[str], chosen: list[str], smallest: int
+def summarise(
+    runs: dict[str, list[dict]], label_map: dict, *, columns: list[str], sensitivity_of: list[str], min_group: int
 ) -> dict:
-    """Return all the numbers of an evaluation.
+    """Return the content of `metrics.json`.
 
     Args:
-        runs: rows of "adapter", and of "base", "shuffled" and "validation" when there are such. The first three hold
-            the same samples in the same order.
-        label_map: see `labels.build_label_map`; empty when the data have no labels.
-        columns: facts to tell subgroups by.
-        chosen: labels whose sensitivity is told; of `ALARMING` those that occur, when empty.
-        smallest: samples that a subgroup must have.
+        runs: rows of "adapter" and, if they exist, "base", "shuffled" and "validation". The first three hold the same
+            samples in the same order.
+        label_map: see `build_label_map`; empty when the data have no labels.
+        columns: columns to report subgroups by.
+        sensitivity_of: labels whose sensitivity is reported; when empty, those of `HIGH_RISK_LABELS` that occur.
+        min_group: smallest size of a subgroup whose metrics are reported, samples.
     """
     labels, rows = list(label_map), runs["adapter"]
-    chosen = chosen or [label for label in ALARMING if label in labels]
-    kept = [n for n, row in enumerate(rows) if label_map and asks_for_label(row, label_map)]
-    found = {"samples": len(rows), "diagnosed": len(kept), "labels": labels, "runs": {}}
-    tested = {name: runs[name] for name in ("adapter", "base", "shuffled") if name in runs}
-    diagnoses = {name: _diagnoses(own, kept, label_map) for name, own in tested.items()} if kept else {}
-    temperature = _temperature(runs.get("validation", []), labels)
-    for name, own in tested.items():
-        found["runs"][name] = {"text": text_scores(*_texts(own))}
-        if kept:
-            found["runs"][name]["diagnosis"] = diagnosis(diagnoses[name])
-            if all("scores" in own[n] for n in kept):
-                scores = _scores([own[n] for n in kept], labels)
-                options = {"temperature": temperature if name == "adapter" else None, "chosen": chosen}
-                found["runs"][name]["probabilities"] = probability_scores(scores, **options)
-    if kept:
-        asked = [rows[n] for n in kept]
-        told = {column: subgroups(asked, diagnoses["adapter"], column, smallest=smallest) for column in columns}
-        found["subgroups"] = {column: groups for column, groups in told.items() if groups is not None}
-    if "shuffled" in diagnoses:
-        found["shuffled_same_label"] = _same_label([runs["shuffled"][n] for n in kept], rows)
+    sensitivity_of = sensitivity_of or [label for label in HIGH_RISK_LABELS if label in labels]
+    diagnosed = [n for n, row in enumerate(rows) if label_map and asks_for_label(row, label_map)]
+    answers = {name: runs[name] for name in ("adapter", "base", "shuffled") if name in runs}
+    summary = {"samples": len(rows), "diagnosed": len(diagnosed), "labels": labels}
+    summary["runs"] = {name: {"text": _text_metrics(run)} for name, run in answers.items()}
+    if not diagnosed:
+        return summary
+    questions = {name: [run[n] for n in diagnosed] for name, run in answers.items()}
+    diagnoses = {name: _encode_answers(run, label_map) for name, run in questions.items()}
+    temperature = _fit_temperature(runs.get("validation", []), labels)
+    for name, run in questions.items():
+        summary["runs"][name]["diagnosis"] = diagnosis_metrics(diagnoses[name])
+        if all("scores" in row for row in run):
+            options = {"temperature": temperature if name == "adapter" else None, "sensitivity_of": sensitivity_of}
+            summary["runs"][name]["probabilities"] = probability_metrics(_label_scores(run, labels), **options)
+    groups = {
+        column: subgroup_metrics(questions["adapter"], diagnoses["adapter"], column, min_size=min_group)
+        for column in columns
+    }
+    summary["subgroups"] = {column: metrics for column, metrics in groups.items() if metrics is not None}
+    if "shuffled" in questions:
+        summary["shuffled_same_label"] = _share_of_same_label(questions["shuffled"], rows)
     others = [name for name in diagnoses if name != "adapter"]
-    return {**found, **{f"against_{name}": compare(diagnoses["adapter"], diagnoses[name]) for name in others}}
+    return summary | {f"against_{name}": compare_paired(diagnoses["adapter"], diagnoses[name]) for name in others}
 
 
-def _same_label(shuffled: list[dict], rows: list[dict]) -> float:
-    """Return the share of shuffled samples that got an image of their own label: what looking alone would score."""
+def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
+    """Return the share of shuffled samples whose image has the same label: the accuracy of a perfect observer."""
     label_of = {row["id"]: row["label"] for row in rows}
     return rounded(np.mean([label_of[row["image_of"]] == row["label"] for row in shuffled]))
 
 
-def _texts(rows: list[dict]) -> tuple[list[str], list[str]]:
-    return [row["reference"] for row in rows], [row["prediction"] for row in rows]
+def _text_metrics(rows: list[dict]) -> dict:
+    return text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
 
 
-def _diagnoses(rows: list[dict], kept: list[int], label_map: dict) -> Diagnoses:
-    asked = [{**rows[n], "answered": read_label(rows[n]["prediction"], label_map)} for n in kept]
-    return read_diagnoses(asked, list(label_map))
+def _encode_answers(rows: list[dict], label_map: dict) -> Diagnoses:
+    answered = [{**row, "answered": read_label(row["prediction"], label_map)} for row in rows]
+    return encode_diagnoses(answered, list(label_map))
 
 
-def _scores(rows: list[dict], labels: list[str]) -> Scores:
+def _label_scores(rows: list[dict], labels: list[str]) -> LabelScores:
     logits = np.array([[row["scores"][label] for label in labels] for row in rows])
-    numbers = read_diagnoses([{**row, "answered": row["label"]} for row in rows], labels)
-    return Scores(labels, logits, numbers.true, numbers.groups)
+    encoded = encode_diagnoses([{**row, "answered": row["label"]} for row in rows], labels)
+    return LabelScores(labels, logits, encoded.true, encoded.groups)
 
 
-def _temperature(rows: list[dict], labels: list[str]) -> float | None:
-    usable = [row for row in rows if "scores" in row]
-    return fit_temperature(_scores(usable, labels)) if usable else None
+def _fit_temperature(rows: list[dict], labels: list[str]) -> float | None:
+    scored = [row for row in rows if "scores" in row]
+    return fit_temperature(_label_scores(scored, labels)) if scored else None

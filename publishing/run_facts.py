@@ -1,4 +1,4 @@
-"""What is known about a run: base model, data, settings and progress, in `facts.json`; no path and no file name."""
+"""Facts of a run in `facts.json`: base model, data, settings and progress; no path and no file name."""
 
 import json
 import re
@@ -31,8 +31,8 @@ def describe_data(splits: Mapping, dataset_path: str) -> dict:
     """Return the data's fingerprint and counts, by split and label.
 
     Args:
-        splits: `Dataset`s of the project's schema by name, "train" among them.
-        dataset_path: what the recipe names; kept only when it is a Hub id, as a local path is nobody's business.
+        splits: `Dataset`s by name, "train" among them.
+        dataset_path: setting of the recipe; left out unless it is a Hub id, as a local path may be private.
     """
     return {
         "dataset": dataset_path if on_hub(dataset_path) else None,
@@ -51,19 +51,20 @@ def _count(split) -> dict:
 
 
 def on_hub(name: str) -> bool:
-    """Tell whether a name that was given for a model or a data set is a Hub id, and not a file or folder here."""
+    """Return whether the name of a model or data set is a Hub id, and not a local file or folder."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def describe_base(name: str, revision: str | None) -> dict:
-    """Return the base model's public name, revision, commit and licence, as far as they are known.
+    """Return the base model's name, revision, commit and licence.
 
     Args:
-        name: Hub id, or local folder, of which only the last part is kept.
+        name: Hub id, or local folder, of which only the last part is returned.
         revision: Hub branch, tag or commit.
 
-    The commit is that of the files that were loaded; the licence comes from the model's own card. Without a network,
-    and for a folder without a card, it is not known.
+    Returns:
+        `commit` is that of the cached files, `licence` is from the model card. Both are empty when the Hub cannot be
+        reached and nothing is cached.
     """
     if not on_hub(name):
         folder = Path(name).resolve()
@@ -77,11 +78,10 @@ def describe_base(name: str, revision: str | None) -> dict:
 
 
 def _read_licence(card: Path) -> dict:
-    """Return the fields `license`, `license_name` and `license_link` of a model card; none of a file without them."""
+    """Return `license`, `license_name` and `license_link` of a model card, as far as it has them."""
     with suppress(OSError, ValueError, TypeError, yaml.YAMLError):
         data = ModelCard.load(card, ignore_metadata_errors=True).data
-        found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-        return {key: str(value) for key, value in found.items() if value}
+        return {key: str(data[key]) for key in ("license", "license_name", "license_link") if data.get(key)}
     return {}
 
 
@@ -89,14 +89,14 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def progress(state: dict, date: datetime, *, finished: bool = False, kept_best: bool = False) -> dict:
-    """Return how far a run has come.
+def training_progress(state: dict, date: datetime, *, finished: bool = False, kept_best: bool = False) -> dict:
+    """Return steps, epochs and losses of a run.
 
     Args:
         state: the content of a `trainer_state.json`.
-        date: when that was.
+        date: when it was written.
         finished: whether training has ended.
-        kept_best: whether the adapter is that of the best evaluation, and not of the last step.
+        kept_best: whether the adapter is from the step with the best validation result, and not from the last.
     """
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     evaluated = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
@@ -114,26 +114,26 @@ def progress(state: dict, date: datetime, *, finished: bool = False, kept_best: 
 
 
 def add_facts(output_dir: Path, **facts) -> None:
-    """Write facts into the run's `facts.json`, in place of those of the same name."""
-    content = {**(_read_json(output_dir / TRAINING_FACTS) or {}), **facts}
+    """Add facts to the run's `facts.json`; facts of the same name are replaced."""
+    content = {**(read_json(output_dir / TRAINING_FACTS) or {}), **facts}
     atomic_write(output_dir / TRAINING_FACTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_facts(output_dir: Path, adapter_dir: Path | None = None) -> dict:
-    """Return the run's facts; of a checkpoint (`adapter_dir`), how far training had come when it was saved."""
-    facts = _read_json(output_dir / TRAINING_FACTS) or {}
+    """Return the run's facts; for a checkpoint (`adapter_dir`), with the progress when it was saved."""
+    facts = read_json(output_dir / TRAINING_FACTS) or {}
     path = (adapter_dir or output_dir) / "trainer_state.json"
-    if adapter_dir is not None and (state := _read_json(path)):
-        facts["training"] = progress(state, datetime.fromtimestamp(path.stat().st_mtime, UTC))
+    if adapter_dir is not None and (state := read_json(path)):
+        facts["training"] = training_progress(state, datetime.fromtimestamp(path.stat().st_mtime, UTC))
     return facts
 
 
 def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
-    """Return what is known about the adapter's base model; its name is never a local path."""
+    """Return the base model as `describe_base` does; its name is never a local path."""
     if "base" in (facts := read_facts(output_dir)):
         return facts["base"]
     path = (adapter_dir or output_dir) / "adapter_config.json"
-    name = (_read_json(path) or {}).get("base_model_name_or_path")
+    name = (read_json(path) or {}).get("base_model_name_or_path")
     if name is None:
         raise ValueError(f"{path}: no such file, or it names no base model; train an adapter first")
     public = name if on_hub(name) else Path(name).resolve().name
@@ -141,20 +141,20 @@ def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
 
 
 def read_metrics(output_dir: Path) -> dict | None:
-    """Return the evaluation of the adapter in the folder; None when there is none, or it is of an earlier adapter."""
-    settings = _read_json(output_dir / EVALUATION_SETTINGS)
+    """Return the evaluation of the adapter in a folder; None without one, or if it is of an earlier adapter."""
+    settings = read_json(output_dir / EVALUATION_SETTINGS)
     if settings is not None and settings["adapter"] != adapter_digest(output_dir):
         return None
-    return _read_json(output_dir / EVALUATION_METRICS)
+    return read_json(output_dir / EVALUATION_METRICS)
 
 
 def adapter_digest(folder: Path) -> str:
-    """Return the SHA-256 of an adapter's weights, which ties an evaluation to what it measured."""
+    """Return the SHA-256 of an adapter's weights; an evaluation is valid for these weights only."""
     return digest_of_file(folder / ADAPTER_WEIGHTS)
 
 
-def _read_json(path: Path) -> dict | None:
-    """Return the JSON object in a file, None when there is no such file."""
+def read_json(path: Path) -> dict | None:
+    """Return the JSON object in a file; None when there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from common.files import LOADING_SETTINGS
 from models.lora import count_trainable
 from publishing.model_card import write_card
-from publishing.run_facts import add_facts, library_versions, progress
+from publishing.run_facts import add_facts, library_versions, training_progress
 from training.data import TrainingData
 from training.settings import Settings
 from training.trackers import code_commit
@@ -112,5 +112,5 @@ def finish_card(trainer: SafeSFTTrainer) -> None:
         output_dir, state = Path(trainer.args.output_dir), dataclasses.asdict(trainer.state)
         (output_dir / TRAINING_ARGS).unlink()
         kept_best = trainer.args.load_best_model_at_end and state["best_global_step"] is not None
-        add_facts(output_dir, training=progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))
+        add_facts(output_dir, training=training_progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))
         write_card(output_dir)

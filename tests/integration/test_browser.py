@@ -12,8 +12,8 @@ import pytest
 from data_prep.__main__ import main as data_prep
 from demo.draw import draw_image
 from evaluation.label_matching import build_label_map
-from evaluation.report import write_evaluation
-from evaluation.summary import evaluate
+from evaluation.report import write_report
+from evaluation.summary import summarise
 from helpers.planted import PlantedSet
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -100,9 +100,9 @@ def evaluation_page(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("evaluation"), random.Random(0)
     runs, label_map = evaluated_rows(rng), build_label_map(LABELS)
     columns = ["skin_type", "sex", "age", "site", "source"]
-    found = evaluate(runs, label_map, columns=columns, chosen=[], smallest=10)
-    pictures = [draw_image("melanoma", "III", rng) for _ in range(90)]
-    write_evaluation(folder, {"split": "test", **found}, runs, label_map, lambda index: [pictures[index]])
+    found = summarise(runs, label_map, columns=columns, sensitivity_of=[], min_group=10)
+    samples = [{"images": [draw_image("melanoma", "III", rng)]} for _ in range(90)]
+    write_report(folder, {"split": "test", **found}, runs, label_map, samples)
     return folder / "report.html"
 
 
@@ -113,7 +113,7 @@ def test_the_evaluation_fits_and_loads_whole(evaluation_page, tmp_path, width):
     assert seen["images"] > 15 and seen["broken"] == 0
     assert seen["width"] <= width
     assert seen["title"] == "Evaluation on test"
-    assert seen["headings"][:4] == ["Which diagnoses", "For whom", "Can its confidence be trusted", "In words"]
+    assert seen["headings"][:4] == ["By label", "By subgroup", "Confidence", "Text"]
     assert "<script>x" not in evaluation_page.read_text()
     plots = {path.name for path in evaluation_page.parent.glob("*.png")}
     assert plots == {"confusion.png", "subgroups.png", "reliability.png", "abstention.png"}

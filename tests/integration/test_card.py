@@ -1,4 +1,4 @@
-"""What the model card says, and that it says nothing that the facts do not."""
+"""The model card: every fact and result of a run, and nothing else."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from datasets import Dataset
 from data_prep import fingerprint
 from helpers.hub_server import HubServer
 from publishing import run_facts
-from publishing.model_card import cell, figure, label_counts, make_card, write_card
-from publishing.run_facts import add_facts, describe_base, describe_data, progress, read_base
+from publishing.model_card import escape_cell, format_metric, label_counts, make_card, write_card
+from publishing.run_facts import add_facts, describe_base, describe_data, read_base, training_progress
 
 SHARE = {"value": 0.933333, "low": 0.866667, "high": 0.966667}
 LOW = {"value": 0.25, "low": 0.15, "high": 0.36}
@@ -93,7 +93,7 @@ def make_split(labels, skin_types=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run's folder whose base lies on this machine."""
+    """A run's folder with a local base model."""
     config = {"base_model_name_or_path": str(tmp_path / "models" / "my-base"), "r": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
@@ -101,8 +101,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def whole(folder):
-    """The same with everything that training notes."""
+def complete(folder):
+    """The same with all facts of a training."""
     base = {"name": "Qwen/Q", "on_hub": True, "revision": "main", "commit": "c0ffee", "licence": {"license": "mit"}}
     splits = {"train": make_split(["nevus"] * 30 + ["a|b", None]), "test": make_split(["a|b"])}
     loading = {"quantization": "nf4", "double_quant": True, "dtype": "bfloat16"}
@@ -114,7 +114,7 @@ def whole(folder):
         settings={"learning_rate": 5e-05, "bf16": True, "fold": None, "lora_target_modules": ["q_proj", "v_proj"]},
         parameters={"trainable": 20_185_088, "all": 8_312_351_744, "parts": {"language model": 20_185_088}},
         versions={"torch": "2.15.0", "peft": "0.21.2"},
-        training=progress(STATE, DATE, finished=True),
+        training=training_progress(STATE, DATE, finished=True),
     )
     return folder
 
@@ -128,7 +128,7 @@ def front_matter(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_fingerprint_is_of_the_content_and_not_of_its_order_or_place():
+def test_the_fingerprint_depends_on_the_content_and_not_on_order_or_path():
     rows = list(make_split(["a", "b", None]))
     moved = [{**row, "images": [{"path": "/elsewhere.jpg"}]} for row in reversed(rows)]
     assert fingerprint(rows) == fingerprint(moved)
@@ -143,7 +143,7 @@ def test_the_fingerprint_is_the_same_on_every_machine():
     assert fingerprint([row]) == "0a9a0239784bf35f8ae90970b9f3a4dbcf004bbf56e11350e3250dc74f8de12f"
 
 
-def test_counts_name_no_file_and_no_place(tmp_path):
+def test_counts_contain_no_file_name_and_no_path(tmp_path):
     splits = {"train": make_split(["a", "b", "b", None], ["I", "I", None, "VI"]), "test": make_split(["a"])}
     facts = describe_data(splits, str(tmp_path))
     assert facts["dataset"] is None
@@ -154,7 +154,7 @@ def test_counts_name_no_file_and_no_place(tmp_path):
     assert describe_data(splits, "owner/skin")["dataset"] == "owner/skin"
 
 
-def test_many_labels_are_summed_up_and_rare_ones_named():
+def test_infrequent_labels_are_summed_and_rare_ones_listed():
     labels = {f"label {n:02}": 100 - n for n in range(60)} | {"rare": 3, "(no label)": 1}
     found = label_counts({"splits": {"train": {"labels": labels}, "test": {"labels": {"rare": 2, "unseen": 1}}}})
     assert len(found["label_rows"]) == 51
@@ -164,7 +164,7 @@ def test_many_labels_are_summed_up_and_rare_ones_named():
     assert found["rare"] == ["rare", "unseen"]
 
 
-def test_a_local_base_is_named_by_its_folder_and_brings_its_licence(tmp_path):
+def test_a_local_base_has_its_folders_name_and_its_cards_licence(tmp_path):
     base = tmp_path / "models" / "my-base"
     base.mkdir(parents=True)
     known = {"name": "my-base", "on_hub": False, "revision": None, "commit": None}
@@ -177,7 +177,7 @@ def test_a_local_base_is_named_by_its_folder_and_brings_its_licence(tmp_path):
         assert describe_base(str(base), "main")["licence"] == {}
 
 
-def test_a_base_on_the_hub_brings_commit_and_licence_and_without_a_network_neither(tmp_path):
+def test_commit_and_licence_of_a_base_on_the_hub_are_unknown_offline(tmp_path):
     server = HubServer().start()
     files = {"config.json": b"{}", "README.md": b"---\nlicense: apache-2.0\n---\n"}
     server.repos["qwen/base"] = {"private": False, "branches": {"main": files}, "commits": []}
@@ -197,8 +197,8 @@ def test_a_base_on_the_hub_brings_commit_and_licence_and_without_a_network_neith
     assert json.loads(call(describe)) == found  # from the cache
 
 
-def test_progress_tells_steps_and_losses():
-    assert progress(STATE, DATE) == {
+def test_progress_holds_steps_and_losses():
+    assert training_progress(STATE, DATE) == {
         "date": "2026-02-03",
         "finished": False,
         "step": 1000,
@@ -209,19 +209,19 @@ def test_progress_tells_steps_and_losses():
         "eval_loss": 1.5,
         "lowest_eval_loss": 1.0,
     }
-    assert progress(STATE, DATE, kept_best=True)["adapter_step"] == 750
-    empty = progress({**STATE, "log_history": [], "epoch": None}, DATE)
+    assert training_progress(STATE, DATE, kept_best=True)["adapter_step"] == 750
+    empty = training_progress({**STATE, "log_history": [], "epoch": None}, DATE)
     assert (empty["loss"], empty["eval_loss"], empty["lowest_eval_loss"], empty["epochs"]) == (None, None, None, 0)
 
 
-def test_facts_are_added_to_those_there(folder):
+def test_facts_are_merged_into_the_file(folder):
     add_facts(folder, base={"name": "x"}, data=1)
     add_facts(folder, data=2)
     assert json.loads((folder / "facts.json").read_text()) == {"base": {"name": "x"}, "data": 2}
     assert not list(folder.glob("*.unfinished"))
 
 
-def test_a_card_without_facts_says_so_and_names_no_path(folder):
+def test_a_card_without_facts_says_so_and_contains_no_path(folder):
     text = write_card(folder).read_text()
     assert front_matter(text) == {
         "library_name": "peft",
@@ -229,68 +229,68 @@ def test_a_card_without_facts_says_so_and_names_no_path(folder):
         "pipeline_tag": "image-text-to-text",
         "tags": ["lora", "sft", "medical", "dermatology", "not-for-diagnosis"],
     }
-    for said in (
+    for text_part in (
         "# my-base: a LoRA adapter for questions about skin images",
         "**Not a medical device, and not for diagnosis.**",
         "This adapter has not been evaluated.",
-        "The run left no facts about its data.",
-        "The run left no facts about its settings.",
-        "The base model's licence was not known",
+        "The data of the training are unknown.",
+        "The settings of the training are unknown.",
+        "The base model's licence is unknown",
         'from_pretrained("path/to/my-base"',
     ):
-        assert said in text
-    assert str(folder) not in text and "Training goes on" not in text
+        assert text_part in text
+    assert str(folder) not in text and "Training is not finished" not in text
 
 
-def test_a_whole_card_says_what_training_noted(whole):
-    text = make_card(whole)
+def test_a_complete_card_contains_the_facts_of_the_training(complete):
+    text = make_card(complete)
     head = front_matter(text)
     assert (head["base_model"], head["datasets"], head["license"]) == ("Qwen/Q", ["owner/skin"], "mit")
     assert "model-index" not in head and "model_name" not in head
-    for said in (
-        "trained for 1,000 steps until 2026-02-03.",
+    for text_part in (
+        "trained for 1,000 steps, last saved on 2026-02-03.",
         "| nf4 with double quantisation, bfloat16 |",
         "| base model | `Qwen/Q`, revision `main`, commit `c0ffee` |",
         "| trained parameters | 20,185,088 of 8,312,351,744 (language model 20,185,088) |",
         "| steps | 1,000 of 1,000 (3.0 epochs) |",
         "| training loss | 0.5000 at the last log |",
-        "| validation loss | 1.5000 at the end, 1.0000 at its lowest |",
+        "| validation loss | 1.5000 at the end, lowest 1.0000 |",
         "| `learning_rate` | 5e-05 |\n| `bf16` | true |\n| `lora_target_modules` | q_proj, v_proj |\n",
         "|  | train | test |\n|---|---|---|\n| samples | 32 | 1 |\n| images | 32 | 1 |\n| nevus | 30 | 0 |\n",
         "| a\\|b | 1 | 1 |\n| (no label) | 1 | 0 |\n",
         "- Labels with fewer than 20 training samples: a\\|b.",
-        "- No training sample says which skin type it shows",
+        "- No training sample has a skin type",
         "[owner/skin](https://huggingface.co/datasets/owner/skin)",
         "torch 2.15.0, peft 0.21.2\n",
-        "The base model's licence is `mit`, and it binds the adapter too.",
+        "The base model's licence is `mit`, and applies to the adapter too.",
         'from_pretrained("Qwen/Q", revision="c0ffee", dtype="auto"',
     ):
-        assert said in text
+        assert text_part in text
     assert "fold" not in text
 
 
-def test_figures_stand_in_the_card_with_their_intervals_and_in_its_head(whole):
-    write_metrics(whole, METRICS)
-    (whole / "eval" / "confusion.png").touch()
-    text = make_card(whole)
-    for said in (
+def test_metrics_are_in_the_card_and_in_its_front_matter(complete):
+    write_metrics(complete, METRICS)
+    (complete / "eval" / "confusion.png").touch()
+    text = make_card(complete)
+    for text_part in (
         "Measured on 1,060 questions of the split `test`, 1,000 of which ask for the label.",
-        "| measure | adapter | base model alone |\n|---|---|---|\n",
+        "| metric | adapter | base model alone |\n|---|---|---|\n",
         "| accuracy | 0.93 (0.87 to 0.97) | 0.25 (0.15 to 0.36) |\n",
-        "| macro-F1 | n/a |  |\n| share of answers without a label | 1.00 |  |\n",
+        "| macro-F1 | n/a |  |\n| no label named | 1.00 |  |\n",
         "| macro-AUROC | 0.93 (0.87 to 0.97) |  |\n| expected calibration error | 0.25 (0.15 to 0.36) |  |\n",
-        "| sensitivity: melanoma (at specificity 0.9) | 0.25 (0.15 to 0.36) |  |\n",
+        "| sensitivity for melanoma at 90% specificity | 0.25 (0.15 to 0.36) |  |\n",
         "| BLEU (0 to 100) | 41.20 |  |\n",
         "on the same samples: accuracy +0.20 (-0.10 to +0.30).",
-        "on 10 samples, and the other way round on 2 (McNemar's exact test: p = 0.039).",
+        "correct on 10 samples, only the base model on 2 (McNemar's exact test: p = 0.039).",
         "\n\n![confusion](eval/confusion.png)\n\n### By label\n\n| label | precision | recall | F1 | samples |\n",
         "| a\\|b | 0.90 | 0.80 | 0.85 | 15 |\n",
         "### By skin type\n\n| skin type | samples | accuracy | balanced accuracy | macro-F1 |\n",
         "| I | 12 | 0.93 (0.87 to 0.97) | 0.93 (0.87 to 0.97) | 0.25 (0.15 to 0.36) |\n",
-        "| II | 3 | too few to say |  |  |\n",
+        "| II | 3 | too few samples |  |  |\n",
         "Lowest accuracy: I, 0.20 below the highest.",
     ):
-        assert said in text
+        assert text_part in text
     assert "has not been evaluated" not in text and "By age" not in text and "\n\n\n" not in text
     [entry] = front_matter(text)["model-index"]
     assert entry["name"] == "Q, LoRA for skin images"
@@ -303,15 +303,15 @@ def test_figures_stand_in_the_card_with_their_intervals_and_in_its_head(whole):
     assert result["metrics"][0]["name"] == "accuracy, 95 % interval in brackets: 0.93 (0.87 to 0.97)"
 
 
-def test_the_smallest_evaluation_is_enough(folder):
+def test_an_evaluation_with_accuracy_alone_is_enough(folder):
     runs = {"adapter": {"diagnosis": {"accuracy": SHARE}}}
     write_metrics(folder, {"split": "test", "samples": 60, "diagnosed": 60, "runs": runs})
     text = make_card(folder)
-    assert "| measure | adapter |\n|---|---|\n| accuracy | 0.93 (0.87 to 0.97) |\n" in text
-    assert "By label" not in text and "Against" not in text
+    assert "| metric | adapter |\n|---|---|\n| accuracy | 0.93 (0.87 to 0.97) |\n" in text
+    assert "By label" not in text and "Difference" not in text
 
 
-def test_an_evaluation_of_an_earlier_adapter_is_not_told(folder):
+def test_an_evaluation_of_an_earlier_adapter_is_left_out(folder):
     write_metrics(folder, METRICS)
     digest = hashlib.sha256(b"weights").hexdigest()
     (folder / "eval" / "settings.json").write_text(json.dumps({"adapter": digest, "split": "test"}))
@@ -320,20 +320,21 @@ def test_an_evaluation_of_an_earlier_adapter_is_not_told(folder):
     assert "has not been evaluated" in make_card(folder)
 
 
-def test_the_card_follows_from_the_files_alone(whole, tmp_path_factory):
-    write_metrics(whole, METRICS)
+def test_the_card_depends_on_the_files_alone(complete, tmp_path_factory):
+    write_metrics(complete, METRICS)
     copy = tmp_path_factory.mktemp("elsewhere") / "copy"
-    shutil.copytree(whole, copy)
-    assert write_card(copy).read_text() == write_card(whole).read_text() == make_card(copy)
+    shutil.copytree(complete, copy)
+    assert write_card(copy).read_text() == write_card(complete).read_text() == make_card(copy)
 
 
-def test_texts_from_the_data_stay_in_their_cell():
-    assert cell("a|b\n# c <script>\\") == "a\\|b # c &lt;script>\\\\"
-    assert figure({"value": 0.2, "low": 0.1, "high": 0.3}, "+") == "+0.20 (+0.10 to +0.30)"
-    assert (figure(3), figure({"value": None}), figure(None)) == ("3.00", "n/a", "")
+def test_texts_from_the_data_are_escaped():
+    assert escape_cell("a|b\n# c <script>\\") == "a\\|b # c &lt;script>\\\\"
+    assert format_metric({"value": 0.2, "low": 0.1, "high": 0.3}, "+") == "+0.20 (+0.10 to +0.30)"
+    undefined = {"value": None, "low": None, "high": None}
+    assert [format_metric(metric) for metric in (3, undefined, None)] == ["3.00", "n/a", ""]
 
 
-def test_a_folder_without_an_adapter_or_with_broken_facts_is_named(tmp_path, folder):
+def test_the_error_names_a_folder_without_an_adapter_and_invalid_facts(tmp_path, folder):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"empty/adapter_config\.json: no such file, or it names no base model"):
@@ -343,5 +344,5 @@ def test_a_folder_without_an_adapter_or_with_broken_facts_is_named(tmp_path, fol
         read_base(folder)
 
 
-def test_the_libraries_named_are_installed():
+def test_the_listed_libraries_are_installed():
     assert set(run_facts.library_versions()) == set(run_facts.LIBRARIES)

@@ -1,4 +1,4 @@
-"""Pushing with the real client, against a Hub on loopback: what arrives, what never does, and what a failure costs."""
+"""Pushing with the real client to a Hub on loopback: the uploaded files, refusals, retries and failures."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import predict
 from helpers.hub_server import TOKEN, HubServer
 from helpers.runs import train_args
 from publishing import hub
-from publishing.hub import collect
+from publishing.hub import collect_files
 from push_adapter import main
 
 REPO = "tester/skin"
@@ -81,7 +81,7 @@ def trained(server, tiny_base, demo_data, tmp_path_factory):
     return SimpleNamespace(out=folder / "run", done=done, arrived=arrived, commits=commits)
 
 
-def test_a_run_pushes_to_a_private_repository_exactly_what_is_listed(server, trained):
+def test_a_run_pushes_the_listed_files_to_a_private_repository(server, trained):
     assert server.repos[REPO]["private"] is True
     assert set(trained.arrived) == UPLOADED
     assert trained.arrived["adapter_model.safetensors"] == (trained.out / "adapter_model.safetensors").read_bytes()
@@ -90,13 +90,13 @@ def test_a_run_pushes_to_a_private_repository_exactly_what_is_listed(server, tra
     assert server.unknown == []
 
 
-def test_a_checkpoint_arrives_while_training_goes_on(trained):
+def test_checkpoints_are_pushed_during_training(trained):
     assert trained.commits[0] == "Upload checkpoint-10"
     assert trained.commits[-1] == "Upload adapter, processor and model card"
-    assert set(trained.commits[1:-1]) <= {"Upload checkpoint-20"}  # passed over when the one before is on its way
+    assert set(trained.commits[1:-1]) <= {"Upload checkpoint-20"}  # skipped during an upload
 
 
-def test_nothing_that_was_sent_holds_a_token_a_path_or_optimizer_state(server, trained, tiny_base, demo_data):
+def test_no_token_path_or_optimizer_state_is_sent(server, trained, tiny_base, demo_data):
     sent = b"\n".join([*server.bodies, *trained.arrived.values()])
     for secret in (TOKEN, tiny_base, tiny_base.parent, demo_data, trained.out.parent, "optimizer.pt"):
         assert str(secret).encode() not in sent
@@ -106,14 +106,14 @@ def test_nothing_that_was_sent_holds_a_token_a_path_or_optimizer_state(server, t
     assert own["base_model_name_or_path"] == str(tiny_base)
 
 
-def test_a_run_that_pushes_leaves_no_token_and_no_settings_with_one(trained):
+def test_a_run_that_pushes_leaves_no_token_in_its_folder(trained):
     left = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
     assert not any(path.name == "training_args.bin" for path in left)
     assert not any(TOKEN.encode() in content for content in left.values())
     assert TOKEN not in trained.done.stdout + trained.done.stderr
 
 
-def test_another_process_answers_from_the_hub_as_from_the_folder(
+def test_the_adapter_from_the_hub_answers_like_the_one_from_the_folder(
     server, trained, tiny_base, demo_raw, tmp_path, capsys
 ):
     (tmp_path / "images").mkdir()
@@ -137,7 +137,7 @@ def test_pushing_again_sends_nothing_twice(server, trained, tmp_path):
     assert (server.count("PUT", "/lfs/"), len(server.repos[REPO]["commits"])) == (sent, commits)
 
 
-def test_a_push_after_evaluation_brings_figures_and_plots_but_no_page_with_pictures(server, trained, tmp_path):
+def test_a_push_after_evaluation_sends_metrics_and_plots_but_no_images(server, trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained.out, out)
     (out / "eval" / "images").mkdir(parents=True)
@@ -157,17 +157,15 @@ def test_a_push_after_evaluation_brings_figures_and_plots_but_no_page_with_pictu
     assert again.returncode == 0, again.stderr
 
 
-def test_a_checkpoint_can_be_pushed_and_says_which_step_it_is(trained):
-    files = collect(trained.out, trained.out / "checkpoint-20")
+def test_the_card_of_a_checkpoint_names_its_step(trained):
+    files = collect_files(trained.out, trained.out / "checkpoint-20")
     assert set(files) == UPLOADED
     assert files["adapter_model.safetensors"] != trained.arrived["adapter_model.safetensors"]
-    assert b"**Training goes on**: this is the adapter after step 20 of 30." in files["README.md"]
+    assert b"**Training is not finished**: this is the adapter after step 20 of 30." in files["README.md"]
     assert json.loads(files["facts.json"])["training"]["step"] == 20
 
 
-def test_the_network_may_fail_in_the_middle_and_the_printed_command_pushes_later(
-    own_server, tiny_base, demo_data, tmp_path
-):
+def test_after_a_network_failure_the_printed_command_pushes(own_server, tiny_base, demo_data, tmp_path):
     own_server.stop_after = f"/api/models/{REPO}"  # the last question before training
     out = tmp_path / "my run"
     command = [IMPATIENT, "train_sft", *train_args(tiny_base, demo_data, out, **PUSH)]
@@ -175,8 +173,8 @@ def test_the_network_may_fail_in_the_middle_and_the_printed_command_pushes_later
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     [warning] = [line for line in lines if line.startswith("warning: checkpoint-2 not pushed to tester/skin: ")]
-    assert warning.endswith("; training goes on") and f": ConnectError at {own_server.url}: " in warning
-    pattern = r"error: not pushed to (.+?): .+; the adapter is safe in (.+); to push it later: (.+)"
+    assert warning.endswith("; training continues") and f": ConnectError at {own_server.url}: " in warning
+    pattern = r"error: not pushed to (.+?): .+; the adapter is in (.+); to push it later: (.+)"
     said = re.fullmatch(pattern, lines[-1])
     assert said and (said[1], said[2]) == (REPO, str(out))
     assert (out / "adapter_model.safetensors").is_file() and (out / "README.md").is_file()
@@ -203,18 +201,18 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("wrong", "environment", "message"), REFUSED)
-def test_a_push_that_is_refused_ends_with_one_line(own_server, trained, tmp_path, wrong, environment, message):
+def test_a_refused_push_ends_with_one_line(own_server, trained, tmp_path, wrong, environment, message):
     own_server.refuse = wrong
     done = push(own_server, tmp_path, trained.out, "tester/other", **environment)
     assert done.returncode == 1
     *progress, line = done.stderr.splitlines()
     assert not any("Traceback" in bar for bar in progress)  # bars of the upload before it was refused
     assert line.startswith("error: ") and message in line
-    assert ("the adapter is safe in" in line) == line.startswith("error: not pushed")
+    assert ("the adapter is in" in line) == line.startswith("error: not pushed")
 
 
 @pytest.mark.parametrize("word", ["/create", "/commit/"])
-def test_a_busy_hub_is_asked_again_and_gets_one_commit(own_server, trained, tmp_path, word):
+def test_requests_to_a_busy_hub_are_retried_and_make_one_commit(own_server, trained, tmp_path, word):
     own_server.busy = (word, 3)
     done = push(own_server, tmp_path, trained.out, REPO)
     assert done.returncode == 0, done.stderr
@@ -223,7 +221,7 @@ def test_a_busy_hub_is_asked_again_and_gets_one_commit(own_server, trained, tmp_
     assert own_server.repos[REPO]["private"] and set(own_server.files(REPO)) == UPLOADED
 
 
-def test_a_commit_whose_answer_was_lost_is_not_made_twice(own_server, trained, tmp_path):
+def test_a_commit_whose_response_was_lost_is_not_repeated(own_server, trained, tmp_path):
     own_server.lost = 1
     done = push(own_server, tmp_path, trained.out, REPO)
     assert done.returncode == 0, done.stderr
@@ -231,15 +229,13 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(own_server, trained, t
     assert own_server.repos[REPO]["commits"] == ["Upload adapter, processor and model card"]
 
 
-def test_a_hub_that_stays_busy_ends_the_push_and_leaves_the_adapter(own_server, trained, tmp_path):
+def test_a_push_gives_up_when_the_hub_stays_busy(own_server, trained, tmp_path):
     before = (trained.out / "adapter_model.safetensors").read_bytes()
     own_server.busy = ("/commit/", 99)
     done = push(own_server, tmp_path, trained.out, REPO)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(
-        "error: not pushed to tester/skin: the Hub says 503 (Come back later); the adapter is safe in"
-    )
+    assert line.startswith("error: not pushed to tester/skin: the Hub says 503 (Come back later); the adapter is in")
     assert own_server.count("POST", "/commit/") == 5 and own_server.repos[REPO]["commits"] == []
     assert (trained.out / "adapter_model.safetensors").read_bytes() == before
 
@@ -253,12 +249,12 @@ def test_uploads_never_overlap_and_a_failed_one_is_only_a_warning(monkeypatch, c
         if message == "Upload checkpoint-3":
             raise RuntimeError("the line is\ndown")
 
-    monkeypatch.setattr(hub, "collect", lambda output_dir, checkpoint: {"name": checkpoint.name})
-    monkeypatch.setattr(hub, "upload", upload)
+    monkeypatch.setattr(hub, "collect_files", lambda output_dir, checkpoint: {"name": checkpoint.name})
+    monkeypatch.setattr(hub, "commit_files", upload)
     background = hub.BackgroundPush(REPO, revision="v2")
     background.wait()
     background.start(tmp_path / "checkpoint-1", tmp_path)
-    background.start(tmp_path / "checkpoint-2", tmp_path)  # passed over: the first is on its way
+    background.start(tmp_path / "checkpoint-2", tmp_path)  # skipped during the first upload
     gate.set()
     background.wait()
     background.start(tmp_path / "checkpoint-3", tmp_path)
@@ -267,10 +263,10 @@ def test_uploads_never_overlap_and_a_failed_one_is_only_a_warning(monkeypatch, c
     assert sent[0][:3] == ({"name": "checkpoint-1"}, REPO, "v2")
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("warning: checkpoint-3 not pushed to tester/skin: RuntimeError at ")
-    assert line.endswith(": the line is down; training goes on")
+    assert line.endswith(": the line is down; training continues")
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained, tmp_path):
+def test_a_public_repository_is_refused_for_a_private_push(own_server, trained, tmp_path):
     assert push(own_server, tmp_path, trained.out, REPO, "--public").returncode == 0
     assert own_server.repos[REPO]["private"] is False
     own_server.refuse = "/preupload/"
@@ -286,7 +282,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(own_server, trained,
     )
 
 
-def test_a_public_data_set_is_not_taken_for_a_private_one(own_server, tmp_path):
+def test_a_public_data_set_is_refused_for_a_private_push(own_server, tmp_path):
     own_server.repos["tester/set"] = {"private": False, "branches": {"main": {}}, "commits": []}
     claim = "from common.hub_client import open_repository; open_repository('tester/set', repo_type='dataset')"
     done = call(own_server, tmp_path / "home", "-c", claim)
@@ -294,12 +290,12 @@ def test_a_public_data_set_is_not_taken_for_a_private_one(own_server, tmp_path):
     assert own_server.count("GET", "/api/datasets/tester/set") == 2 and own_server.unknown == []
 
 
-def test_a_folder_without_an_adapter_is_named(tmp_path):
+def test_the_error_names_a_folder_without_an_adapter(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"no adapter in {tmp_path}: adapter_model.safetensors is missing")):
         main([str(tmp_path), REPO])
 
 
-def test_an_evaluation_puts_its_figures_into_card_and_repository(own_server, trained, demo_data, tmp_path):
+def test_an_evaluation_pushes_its_metrics_and_the_card(own_server, trained, demo_data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained.out, out)
     command = ["--adapter", out, "--dataset", demo_data, "--push", REPO, "--max-new-tokens", 4, "--no-probabilities"]
@@ -311,4 +307,7 @@ def test_an_evaluation_puts_its_figures_into_card_and_repository(own_server, tra
     assert b"| accuracy |" in files["README.md"] and files["README.md"] == (out / "README.md").read_bytes()
     assert not any(str(tmp_path).encode() in content for content in files.values())
     refused = call(own_server, tmp_path / "home", "eval_sft.py", *command, "--out", tmp_path / "elsewhere")
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "--push: goes with" in refused.stderr
+    assert (refused.returncode, refused.stderr.count("\n")) == (
+        1,
+        1,
+    ) and "--push: needs the adapter's folder" in refused.stderr

@@ -1,4 +1,4 @@
-"""Merging: one 16-bit model that answers like the adapter, and no model at all when a check fails."""
+"""Merging: one 16-bit model with the adapter's answers, and no output when a check fails."""
 
 import json
 import os
@@ -20,11 +20,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import merge_adapter
 from demo.tiny_model import save_tiny_model
 from evaluation import merge_checks
-from evaluation.generation import answer, encode_prompts
+from evaluation.generation import encode_prompts, generate_answers
 from helpers.hub_server import HubServer
 from helpers.runs import TEXTS
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
+from publishing.merged_model import UPLOADED_FILES, make_merged_card
 
 BIN = Path(sys.executable).parent
 FIRST_QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -102,11 +103,11 @@ def test_plain_transformers_loads_it_and_it_answers_like_the_adapter(
     theirs = load_processor(str(adapter))
     examples = [e for e in prompts_of(demo_splits, 8) if smallest_lead(adapted, theirs, e) > 0.1]
     assert len(examples) >= 4  # the others are ties, which rounding may break either way
-    answers = answer(adapted, theirs, examples, 16)
-    assert answer(model, processor, examples, 16) == answers
+    answers = generate_answers(adapted, theirs, examples, 16)
+    assert generate_answers(model, processor, examples, 16) == answers
     assert len(set(answers)) > 1
     with adapted.disable_adapter():
-        assert answer(adapted, theirs, examples, 16) != answers
+        assert generate_answers(adapted, theirs, examples, 16) != answers
 
 
 def test_exactly_the_targets_change_and_the_vision_tower_is_bit_identical(tiny_base, merged):
@@ -133,7 +134,7 @@ def test_the_card_and_the_configuration_name_no_path(tiny_base, adapter, merged)
     assert not any(str(folder) in text for text in texts for folder in (tiny_base.parent, adapter.parent))
     assert "license: unknown" in card and "base_model" not in card  # the Hub takes its own ids there, and no others
     base = {"name": "Qwen/Qwen2.5-VL-7B-Instruct", "on_hub": True, "licence": {"license": "apache-2.0"}}
-    card = merge_adapter.make_card("x", base, "bfloat16")
+    card = make_merged_card("x", base, "bfloat16")
     assert "base_model: Qwen/Qwen2.5-VL-7B-Instruct\n" in card and "license: apache-2.0\n" in card
 
 
@@ -143,7 +144,7 @@ def test_the_screen_says_what_was_checked(adapter, tmp_path, capsys):
     merge(adapter, tmp_path / "model")
     weights, logits, done = capsys.readouterr().out.splitlines()
     assert weights == "weights    14 merged, 43 bit-identical to the base's; vision tower bit-identical"
-    assert logits.startswith("logits     0.") and "from the adapter's; the adapter moved the base's by 1" in logits
+    assert logits.startswith("logits     0.") and "from the adapter's; the adapter changed the base's by 1" in logits
     assert done == f"merged     {tmp_path / 'model'}"
     assert not (tmp_path / "model" / "half.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -189,7 +190,10 @@ def test_a_target_that_is_left_unmerged_is_named(damaged, tmp_path, capsys):
     config["target_modules"] = config["target_modules"].replace("q_proj|", "")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     error = refused(capsys, folder, tmp_path / "model")
-    assert f"2 merged weights are wrong; the first, {FIRST_QUERY}, is a target of the adapter, and is still" in error
+    assert (
+        f"2 merged weights are wrong; the first, {FIRST_QUERY}, is a target of the adapter and equals the base's"
+        in error
+    )
 
 
 def test_a_target_whose_update_is_zero_is_named(damaged, tmp_path, capsys):
@@ -221,7 +225,7 @@ def damage_after_saving(monkeypatch, edit):
 def test_a_weight_that_should_not_have_changed_is_named(adapter, tmp_path, capsys, monkeypatch, stored, name):
     damage_after_saving(monkeypatch, lambda tensors: tensors[stored].view(-1)[-1:].add_(0.125))
     error = refused(capsys, adapter, tmp_path / "model")
-    fault = "differs from the base's, and is no target of the adapter"
+    fault = "differs from the base's and is not a target of the adapter"
     assert error == f"error: 1 merged weights are wrong; the first, {name}, {fault}"
 
 
@@ -233,7 +237,10 @@ def test_a_weight_that_was_not_saved_is_named(adapter, tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize(
     ("factor", "message"),
-    [(-1, "from the adapter's; rounding explains 10%"), (float("nan"), "logits are not finite in torch.bfloat16")],
+    [
+        (-1, "from the adapter's; rounding explains at most 10%"),
+        (float("nan"), "logits are not finite in torch.bfloat16"),
+    ],
 )
 def test_merged_weights_that_compute_something_else_are_refused(
     adapter, tmp_path, capsys, monkeypatch, factor, message
@@ -259,12 +266,12 @@ def test_other_answers_are_refused_even_when_the_logits_are_near():
     theirs = ours.clone()
     theirs[-1, 1] = 3.001
     expected = merge_checks.Expected({}, [ours], effect=9.0)
-    with pytest.raises(ValueError, match="drawn sample 0: the merged model begins its answer with another token"):
+    with pytest.raises(ValueError, match="drawn sample 0: the merged model starts its answer with another token"):
         merge_checks.check_logits(expected, [theirs], tolerance=0.5)
     ours[:, 1] = 2.99  # as good as a tie
     assert merge_checks.check_logits(expected, [theirs], tolerance=0.5) < 0.5
     weak = merge_checks.Expected({}, [ours], effect=1e-9)
-    with pytest.raises(ValueError, match=r"logits are .*, the base's 0\.00%: the adapter does nothing"):
+    with pytest.raises(ValueError, match=r"logits are .*, the base's 0\.00%: the adapter"):
         merge_checks.check_logits(weak, [theirs], tolerance=0.5)
 
 
@@ -343,7 +350,7 @@ def test_a_push_is_private_and_takes_the_listed_files_only(adapter, tmp_path, hu
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert hub.files("tester/skin") == files
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md"} < set(files)
-    assert [name for name in merge_adapter.UPLOADED if "*" in name] == ["model-*.safetensors"]
+    assert [name for name in UPLOADED_FILES if "*" in name] == ["model-*.safetensors"]
 
 
 def test_after_a_failed_push_the_model_is_there_and_the_printed_command_pushes_it(
@@ -358,7 +365,7 @@ def test_after_a_failed_push_the_model_is_there_and_the_printed_command_pushes_i
     assert run(lambda: merge(adapter, out, "--push", "tester/skin")) == 1
     error, safe, later = capsys.readouterr().err.strip().splitlines()[-1].split("; ")
     assert error == "error: not pushed to tester/skin: the line went dead"
-    assert safe == f"the merged model is safe in {out}"
+    assert safe == f"the merged model is in {out}"
     command = later.removeprefix("to push it later: ")
     done = push_in_a_process(hub, tmp_path / "home", *shlex.split(command))
     assert done.returncode == 0, done.stderr

@@ -298,7 +298,7 @@ def test_the_card_of_the_best_adapter_names_its_step(tiny_base, demo_data, tmp_p
     settings = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "greater_is_better": "true"}
     train(tiny_base, demo_data, tmp_path, max_steps=6, **settings)
     assert json.loads((tmp_path / "facts.json").read_text())["training"]["adapter_step"] == 2
-    said = "| steps | 6 of 6 (0.38 epochs); the adapter is that of step 2, the best evaluation |"
+    said = "| steps | 6 of 6 (0.38 epochs); the adapter is from step 2, the best in validation |"
     assert said in (tmp_path / "README.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Which label an answer names is decided alike for every run; nothing is guessed."""
+"""Which label an answer names, and the wording of answers that name a label."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_an_answer_names_one_label_none_or_several(text, label):
     assert read_label(text, build_label_map(LABELS)) == label
 
 
-def test_synonyms_and_expressions_name_their_label():
+def test_synonyms_and_regular_expressions_name_their_label():
     label_map = build_label_map(["nevus", "melanoma"], {"nevus": ["mole", "re:nev(us|i)"], "melanoma": [], "acne": []})
     assert read_label("Several moles? No: a Mole.", label_map) == "nevus"
     assert read_label("two nevi", label_map) == "nevus"
@@ -47,12 +47,12 @@ def test_synonyms_and_expressions_name_their_label():
         ([], None, "no sample has a label"),
         (["nevus", "acne"], {"nevus": []}, "the data have the label 'acne', and the label map does not"),
         (["nevus"], {"nevus": ["re:("]}, r"'nevus': 're:\(' is not a regular expression"),
-        (["nevus"], {"nevus": [" "]}, "an empty name would stand in every answer"),
+        (["nevus"], {"nevus": [" "]}, "an empty name"),
         (["nevus"], ["nevus"], "expected lines of the form"),
         (["nevus"], {"nevus": "mole"}, "expected lines of the form"),
     ],
 )
-def test_a_label_map_that_cannot_be_meant_is_refused(labels, synonyms, message):
+def test_an_invalid_label_map_is_refused(labels, synonyms, message):
     with pytest.raises(ValueError, match=message):
         build_label_map(labels, synonyms)
 
@@ -65,7 +65,7 @@ def test_only_samples_whose_reference_names_their_label_are_diagnosed():
     assert not asks_for_label({"label": None, "reference": "A nevus."}, label_map)
 
 
-def test_templates_follow_the_question_and_not_the_single_reference():
+def test_templates_are_the_most_frequent_wording_of_each_question():
     label_map = build_label_map(["eczema", "nevus"])
     samples = [
         {"question": "What?", "reference": "This is a nevus.", "label": "nevus"},

@@ -1,25 +1,25 @@
-"""Every number is what scikit-learn, scipy or a pencil gives; intervals cover the truth as often as they say."""
+"""Metrics equal those of scikit-learn, scipy or a calculation by hand; 95 % intervals cover the truth."""
 
 import numpy as np
 import pytest
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from evaluation.calibration import Scores, abstention, auroc, fit_temperature, probability_scores
+from evaluation.calibration import LabelScores, accuracy_by_coverage, auroc, fit_temperature, probability_metrics
 from evaluation.label_matching import NONE, SEVERAL
 from evaluation.metrics import (
-    FIGURES,
-    band,
-    compare,
-    confusion,
-    diagnosis,
-    figures,
+    DIAGNOSIS_METRICS,
+    age_band,
+    bootstrap_weights,
+    compare_paired,
+    compute_metrics,
+    confusion_counts,
+    diagnosis_metrics,
+    encode_diagnoses,
     interval,
-    read_diagnoses,
-    resample,
-    subgroups,
-    text_scores,
-    with_intervals,
+    metrics_with_intervals,
+    subgroup_metrics,
+    text_metrics,
 )
 
 LABELS = ["acne", "eczema", "nevus"]
@@ -45,9 +45,9 @@ def random_rows(rng, count, labels=LABELS):
     return rows(true.tolist(), answered.tolist())
 
 
-def test_figures_equal_those_of_scikit_learn():
-    found = read_diagnoses(random_rows(np.random.default_rng(0), 400), LABELS)
-    figure = {name: value[0] for name, value in figures(confusion(found, np.ones((1, 400)))).items()}
+def test_metrics_equal_those_of_scikit_learn():
+    found = encode_diagnoses(random_rows(np.random.default_rng(0), 400), LABELS)
+    figure = {name: value[0] for name, value in compute_metrics(confusion_counts(found)).items()}
     assert figure["accuracy"] == pytest.approx(accuracy_score(found.true, found.answered))
     recalls = [np.mean(found.answered[found.true == n] == n) for n in range(3)]
     assert figure["balanced_accuracy"] == pytest.approx(np.mean(recalls))
@@ -56,10 +56,10 @@ def test_figures_equal_those_of_scikit_learn():
     assert figure["several_labels"] == pytest.approx(np.mean(found.answered == 4))
 
 
-def test_a_resample_counts_each_sample_as_often_as_it_is_drawn():
-    found = read_diagnoses(random_rows(np.random.default_rng(1), 50), LABELS)
-    weights = resample(found.groups, resamples=5)
-    spread = figures(confusion(found, weights))
+def test_weighted_metrics_equal_those_of_the_resampled_data():
+    found = encode_diagnoses(random_rows(np.random.default_rng(1), 50), LABELS)
+    weights = bootstrap_weights(found.groups, resamples=5)
+    spread = compute_metrics(confusion_counts(found, weights))
     for n, row in enumerate(weights.astype(int)):
         true, answered = np.repeat(found.true, row), np.repeat(found.answered, row)
         assert spread["accuracy"][n] == pytest.approx(accuracy_score(true, answered))
@@ -68,17 +68,17 @@ def test_a_resample_counts_each_sample_as_often_as_it_is_drawn():
         )
 
 
-def test_groups_are_drawn_whole():
+def test_all_samples_of_a_group_are_drawn_together():
     groups = np.array([0, 0, 1, 1, 1, 2])
-    weights = resample(groups, resamples=50)
+    weights = bootstrap_weights(groups, resamples=50)
     assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 2] == weights[:, 4]).all()
     assert len(np.unique(weights[:, 0])) > 1
     assert (weights[:, [0, 2, 5]].sum(1) == 3).all()
 
 
 def test_a_perfect_predictor():
-    found = diagnosis(read_diagnoses(rows(LABELS * 20, LABELS * 20), LABELS))
-    assert [found[name]["value"] for name in FIGURES] == [1, 1, 1, 0, 0]
+    found = diagnosis_metrics(encode_diagnoses(rows(LABELS * 20, LABELS * 20), LABELS))
+    assert [found[name]["value"] for name in DIAGNOSIS_METRICS] == [1, 1, 1, 0, 0]
     assert found["accuracy"] == {"value": 1.0, "low": 0.940371, "high": 1.0}  # exact binomial, 60 of 60
     assert found["macro_f1"]["low"] is None
     assert found["per_label"]["nevus"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 20}
@@ -86,7 +86,7 @@ def test_a_perfect_predictor():
 
 
 def test_a_constant_predictor():
-    found = diagnosis(read_diagnoses(rows(["acne"] * 30 + ["nevus"] * 10, ["acne"] * 40), LABELS))
+    found = diagnosis_metrics(encode_diagnoses(rows(["acne"] * 30 + ["nevus"] * 10, ["acne"] * 40), LABELS))
     assert found["accuracy"]["value"] == 0.75
     assert found["balanced_accuracy"]["value"] == 0.5  # eczema does not occur
     assert found["macro_f1"]["value"] == pytest.approx((2 * 30 / 70) / 2, abs=1e-6)
@@ -99,13 +99,13 @@ def test_a_constant_predictor():
 def test_a_shuffled_predictor_scores_chance():
     rng = np.random.default_rng(3)
     true = rng.choice(LABELS, 6000).tolist()
-    found = diagnosis(read_diagnoses(rows(true, rng.permutation(true).tolist()), LABELS))
+    found = diagnosis_metrics(encode_diagnoses(rows(true, rng.permutation(true).tolist()), LABELS))
     assert found["accuracy"]["value"] == pytest.approx(1 / 3, abs=0.02)
     assert found["accuracy"]["low"] < 1 / 3 < found["accuracy"]["high"]
 
 
-def test_silence_and_hedging_are_wrong_and_told():
-    found = diagnosis(read_diagnoses(rows(["acne"] * 4, ["acne", NONE, NONE, SEVERAL]), LABELS))
+def test_answers_with_no_label_or_several_are_wrong_and_counted():
+    found = diagnosis_metrics(encode_diagnoses(rows(["acne"] * 4, ["acne", NONE, NONE, SEVERAL]), LABELS))
     assert (found["accuracy"]["value"], found["no_label"]["value"], found["several_labels"]["value"]) == (
         0.25,
         0.5,
@@ -126,38 +126,38 @@ def test_intervals_cover_the_truth_in_93_to_97_of_100(name):
         skill = rng.beta(4, 1.6, 150)  # mean 0.714
         right = rng.random(len(patient)) < skill[patient]
         true = rng.integers(0, 2, 150)[patient]
-        found = read_diagnoses(
+        found = encode_diagnoses(
             [
                 {"id": n, "label": LABELS[t], "answered": LABELS[t if r else 1 - t], "group": str(g), "source": "s"}
                 for n, (t, r, g) in enumerate(zip(true, right, patient, strict=True))
             ],
             LABELS[:2],
         )
-        told = with_intervals(found, (name,) if name == "accuracy" else ("accuracy", name))[name]
-        covered += told["low"] <= 4 / 5.6 <= told["high"]
+        reported = metrics_with_intervals(found, (name,) if name == "accuracy" else ("accuracy", name))[name]
+        covered += reported["low"] <= 4 / 5.6 <= reported["high"]
     assert 0.93 <= covered / 300 <= 0.97
 
 
 def test_paired_differences_and_mcnemar():
     true = LABELS * 40
-    ours = read_diagnoses(rows(true, [t if n % 10 else NONE for n, t in enumerate(true)]), LABELS)
-    theirs = read_diagnoses(rows(true, [t if n % 3 else NONE for n, t in enumerate(true)]), LABELS)
-    found = compare(ours, theirs)
+    ours = encode_diagnoses(rows(true, [t if n % 10 else NONE for n, t in enumerate(true)]), LABELS)
+    theirs = encode_diagnoses(rows(true, [t if n % 3 else NONE for n, t in enumerate(true)]), LABELS)
+    found = compare_paired(ours, theirs)
     assert found["accuracy"]["difference"]["value"] == pytest.approx(108 / 120 - 80 / 120, abs=1e-6)
     assert found["mcnemar"] == {"better": 36, "worse": 8, "p": 2.54e-05}  # 2 sum(C(44, k), k <= 8) / 2^44
-    assert compare(ours, ours)["mcnemar"] == {"better": 0, "worse": 0, "p": 1.0}
+    assert compare_paired(ours, ours)["mcnemar"] == {"better": 0, "worse": 0, "p": 1.0}
 
 
-def test_subgroups_name_the_worst_and_hide_the_small():
+def test_subgroups_name_the_worst_and_suppress_small_groups():
     true = ["acne"] * 50
     answered = ["acne"] * 20 + ["nevus"] * 10 + ["acne"] * 17 + ["nevus"] * 3
-    found = rows(true, answered, skin_type=["I"] * 20 + ["VI"] * 20 + [None] * 7 + ["II"] * 3)
-    told = subgroups(found, read_diagnoses(found, LABELS), "skin_type", smallest=5)
-    assert told["groups"]["II"] == {"samples": 3, "suppressed": True}
-    assert told["groups"]["VI"]["accuracy"]["value"] == 0.5
-    assert told["groups"]["unknown"]["samples"] == 7
-    assert (told["worst"], told["gap"]) == ("VI", 0.5)
-    assert subgroups(found, read_diagnoses(found, LABELS), "source", smallest=5) is None
+    samples = rows(true, answered, skin_type=["I"] * 20 + ["VI"] * 20 + [None] * 7 + ["II"] * 3)
+    reported = subgroup_metrics(samples, encode_diagnoses(samples, LABELS), "skin_type", min_size=5)
+    assert reported["groups"]["II"] == {"samples": 3, "suppressed": True}
+    assert reported["groups"]["VI"]["accuracy"]["value"] == 0.5
+    assert reported["groups"]["unknown"]["samples"] == 7
+    assert (reported["worst"], reported["gap"]) == ("VI", 0.5)
+    assert subgroup_metrics(samples, encode_diagnoses(samples, LABELS), "source", min_size=5) is None
 
 
 @pytest.mark.parametrize(
@@ -165,18 +165,18 @@ def test_subgroups_name_the_worst_and_hide_the_small():
     [("19", "under 20"), ("20.0", "20 to 39"), ("80", "80 and over"), (None, "unknown"), ("40_TO_49", "40_TO_49")],
 )
 def test_ages_fall_into_bands(age, name):
-    assert band(age) == name
+    assert age_band(age) == name
 
 
 def test_text_scores():
-    perfect = text_scores(["This is acne."] * 3, ["This is acne."] * 3)
+    perfect = text_metrics(["This is acne."] * 3, ["This is acne."] * 3)
     assert perfect == {"bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0, "exact_match": 1.0, "length_ratio": 1.0}
-    found = text_scores(["a b c d"], ["a b"])
+    found = text_metrics(["a b c d"], ["a b"])
     assert (found["rouge_l"], found["exact_match"], found["length_ratio"]) == (pytest.approx(2 / 3, abs=1e-6), 0, 0.5)
-    assert text_scores(["a"], [""])["bleu"] == 0
+    assert text_metrics(["a"], [""])["bleu"] == 0
 
 
-def test_a_value_that_cannot_change_has_no_interval():
+def test_a_value_that_all_resamples_share_has_no_interval():
     assert interval(0.5, np.array([0.5, 0.5])) == {"value": 0.5, "low": None, "high": None}
     assert interval(np.nan, np.array([])) == {"value": None, "low": None, "high": None}
 
@@ -187,14 +187,14 @@ def random_scores(count=400, seed=0, sharpness=1.0):
     logits = rng.normal(size=(count, 3)) * 1.5
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     true = np.array([rng.choice(3, p=row) for row in shares])
-    return Scores(LABELS, logits * sharpness, true, np.arange(count))
+    return LabelScores(LABELS, logits * sharpness, true, np.arange(count))
 
 
 def test_ranking_equals_scikit_learns():
     scores = random_scores()
     scores.logits[::3] = np.round(scores.logits[::3])  # ties
     shares = softmax(scores.logits, axis=1)
-    found = probability_scores(scores, temperature=None, chosen=["nevus"])
+    found = probability_metrics(scores, temperature=None, sensitivity_of=["nevus"])
     own = [roc_auc_score(scores.true == n, shares[:, n]) for n in range(3)]
     assert found["macro_auroc"]["value"] == pytest.approx(np.mean(own), abs=1e-6)
     assert found["macro_auroc"]["low"] < np.mean(own) < found["macro_auroc"]["high"]
@@ -202,52 +202,56 @@ def test_ranking_equals_scikit_learns():
         assert found["per_label"][label]["auroc"] == pytest.approx(own[n], abs=1e-6)
         precision = average_precision_score(scores.true == n, shares[:, n])
         assert found["per_label"][label]["average_precision"] == pytest.approx(precision, abs=1e-6)
-    weights = resample(scores.groups, resamples=4)
+    weights = bootstrap_weights(scores.groups, resamples=4)
     for row, value in zip(weights, auroc(shares[:, 0], scores.true == 0, weights), strict=True):
         assert value == pytest.approx(roc_auc_score(scores.true == 0, shares[:, 0], sample_weight=row))
 
 
 def test_known_predictors_have_known_rankings():
     true = np.repeat([0, 1, 2], 30)
-    perfect = Scores(LABELS, np.eye(3)[true] * 10, true, np.arange(90))
-    found = probability_scores(perfect, temperature=None, chosen=["acne"])
+    perfect = LabelScores(LABELS, np.eye(3)[true] * 10, true, np.arange(90))
+    found = probability_metrics(perfect, temperature=None, sensitivity_of=["acne"])
     assert (found["macro_auroc"]["value"], found["choice_accuracy"]["value"]) == (1, 1)
     assert found["sensitivity"]["acne"]["value"] == 1
     assert found["calibration"]["expected_calibration_error"]["value"] == pytest.approx(0, abs=1e-3)
-    flat = Scores(LABELS, np.zeros((90, 3)), true, np.arange(90))
-    constant = probability_scores(flat, temperature=None, chosen=["acne"])
+    flat = LabelScores(LABELS, np.zeros((90, 3)), true, np.arange(90))
+    constant = probability_metrics(flat, temperature=None, sensitivity_of=["acne"])
     assert constant["macro_auroc"]["value"] == 0.5
     assert constant["sensitivity"]["acne"]["value"] == 0
     error = constant["calibration"]["expected_calibration_error"]["value"]
     assert error == pytest.approx(0, abs=1e-6)  # a third sure, a third right
 
 
-def test_the_temperature_undoes_overconfidence():
+def test_temperature_scaling_removes_overconfidence():
     validation, test = random_scores(2000, 1, sharpness=3), random_scores(2000, 2, sharpness=3)
     assert fit_temperature(validation) == pytest.approx(3, rel=0.1)
-    found = probability_scores(test, temperature=fit_temperature(validation), chosen=[])
+    found = probability_metrics(test, temperature=fit_temperature(validation), sensitivity_of=[])
     kinds = ("calibration", "calibration_tempered")
     before, after = (found[kind]["expected_calibration_error"]["value"] for kind in kinds)
     assert before > 0.15 and after < 0.03
     assert sum(row["samples"] for row in found["calibration"]["bins"]) == 2000
 
 
-def test_sensitivity_is_the_best_that_leaves_nine_of_ten_others_in_peace():
+def test_sensitivity_is_the_highest_at_90_percent_specificity():
     true = np.array([0] * 10 + [1] * 20)
     score = np.concatenate([np.linspace(0.9, 0.45, 10), [0.8, 0.6], np.linspace(0.4, 0.1, 18)])
     logits = np.log(np.stack([score, 1 - score], axis=1))
-    found = probability_scores(Scores(LABELS[:2], logits, true, np.arange(30)), temperature=None, chosen=["acne"])
+    found = probability_metrics(
+        LabelScores(LABELS[:2], logits, true, np.arange(30)), temperature=None, sensitivity_of=["acne"]
+    )
     assert found["sensitivity"]["acne"]["value"] == 1.0  # two of twenty others lie above 0.45
     assert (found["sensitivity"]["acne"]["specificity"], found["sensitivity"]["acne"]["positives"]) == (0.9, 10)
     score[12] = 0.7  # a third one
     logits = np.log(np.stack([score, 1 - score], axis=1))
-    found = probability_scores(Scores(LABELS[:2], logits, true, np.arange(30)), temperature=None, chosen=["acne"])
+    found = probability_metrics(
+        LabelScores(LABELS[:2], logits, true, np.arange(30)), temperature=None, sensitivity_of=["acne"]
+    )
     assert found["sensitivity"]["acne"]["value"] == 0.6  # down to 0.65, above the third of them
 
 
-def test_abstaining_keeps_the_surest():
+def test_coverage_keeps_the_most_confident_answers():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.55, 0.45]])
-    found = abstention(probabilities, np.array([0, 0, 1, 0]))
+    found = accuracy_by_coverage(probabilities, np.array([0, 0, 1, 0]))
     assert found[0] == {"coverage": 0.5, "accuracy": 1.0}
     assert found[-1] == {"coverage": 1.0, "accuracy": 0.75}
 
@@ -255,5 +259,5 @@ def test_abstaining_keeps_the_surest():
 def test_balanced_accuracy_is_scikit_learns_when_all_answers_name_a_label():
     rng = np.random.default_rng(5)
     true, answered = rng.choice(LABELS, 200).tolist(), rng.choice(LABELS, 200).tolist()
-    found = diagnosis(read_diagnoses(rows(true, answered), LABELS))
+    found = diagnosis_metrics(encode_diagnoses(rows(true, answered), LABELS))
     assert found["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(true, answered), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Asking a trained adapter: about files, a folder, a split; alone, in batches, without the adapter."""
+"""predict.py: files, folders, questions files and splits; one adapter, several, or the base model alone."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import TextStreamer
 
 import predict
 from models.adapters import load_answering_model
@@ -31,7 +32,7 @@ def test_one_image_gives_one_answer(adapter, demo_raw, capsys):
     assert ask(capsys, *command) == answer
 
 
-def test_a_split_is_answered_in_order_with_what_is_known(adapter, demo_data, demo_splits, tmp_path, capsys):
+def test_the_answers_of_a_split_are_in_order_and_carry_its_columns(adapter, demo_data, demo_splits, tmp_path, capsys):
     out = tmp_path / "deep" / "answers.jsonl"
     assert "4 answers in" in ask(capsys, "--adapter", adapter, "--dataset", demo_data, "--out", out)
     rows = rows_of(out)
@@ -47,19 +48,8 @@ def test_batches_change_no_answer(adapter, demo_data, tmp_path, capsys):
     answers = []
     for size in (1, 3, 8):
         out = tmp_path / f"{size}.jsonl"
-        ask(
-            capsys,
-            "--adapter",
-            adapter,
-            "--dataset",
-            demo_data,
-            "--split",
-            "train",
-            "--out",
-            out,
-            "--batch-size",
-            size,
-        )
+        source = ["--dataset", demo_data, "--split", "train"]
+        ask(capsys, "--adapter", adapter, *source, "--out", out, "--batch-size", size)
         answers.append(rows_of(out))
     assert answers[0] == answers[1] == answers[2]
     assert len({row["prediction"] for row in answers[0]}) > 1
@@ -139,7 +129,7 @@ def test_several_adapters_answer_over_one_base(adapter, demo_data, tmp_path, cap
         predict.main([str(word) for word in command])
 
 
-def test_the_likeliest_labels_come_with_their_shares(adapter, demo_data, demo_raw, tmp_path, capsys):
+def test_the_likeliest_labels_have_probabilities(adapter, demo_data, demo_raw, tmp_path, capsys):
     wording = ["--wording", "This is {label}."]
     options = ["--adapter", adapter, "--dataset", demo_data, "--top-k", 4, *wording, "--out", tmp_path / "a"]
     ask(capsys, *options)
@@ -152,12 +142,10 @@ def test_the_likeliest_labels_come_with_their_shares(adapter, demo_data, demo_ra
     assert len(lines.splitlines()) == 3 and lines.splitlines()[1].split()[1] in ("melanoma", "vitiligo")
 
 
-def test_a_single_answer_is_streamed_word_for_word(adapter, demo_raw, capsys, monkeypatch):
+def test_a_single_answer_is_streamed(adapter, demo_raw, capsys, monkeypatch):
     question = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What condition is shown?"]
     pieces = []
-    monkeypatch.setattr(
-        predict.TextStreamer, "on_finalized_text", lambda self, text, stream_end=False: pieces.append(text)
-    )
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda self, text, stream_end=False: pieces.append(text))
     assert ask(capsys, "--adapter", adapter, *question) == ""
     assert len([piece for piece in pieces if piece]) > 1
     monkeypatch.undo()
@@ -171,7 +159,7 @@ def test_a_checkpoint_and_the_adapter_answer_alike_and_the_base_alone_does_not(a
     assert ask(capsys, "--base", tiny_base, *question, "--max-new-tokens", 8) != ours
 
 
-def test_the_base_model_is_loaded_as_in_training_unless_told_otherwise(adapter, capsys):
+def test_the_base_model_is_loaded_as_in_training_by_default(adapter, capsys):
     facts = json.loads((adapter / "run.json").read_text())
     (adapter / "run.json").write_text(json.dumps({**facts, "double_quant": False}))
 
@@ -202,10 +190,10 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "name an adapter (--adapter), or a base model"),
-        ("--adapter x", "name one of --image (with --question), --questions and --dataset; found none of them"),
+        ("", "(--adapter), or a base model"),
+        ("--adapter x", "one of --image (with --question), --questions and --dataset; found none of them"),
         ("--adapter x --image Makefile --dataset x", "found --image and --dataset"),
-        ("--adapter x --image Makefile", "--question: what should be asked"),
+        ("--adapter x --image Makefile", "--image: needs --question"),
         ("--adapter x --image /nowhere.jpg --question ?", "--image: /nowhere.jpg: no file there"),
         ("--adapter x --image tests/*.jpg --question ?", "--image: tests/*.jpg: no file there"),
         ("--adapter x --image configs --question ?", "--image: configs: no file named like an image"),
@@ -213,12 +201,15 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--adapter x --dataset x --question ?", "--question: goes with --image, not with --dataset"),
         ("--adapter x --dataset x --together", "--together: goes with --image, not with --dataset"),
         ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
-        ("--base x --image Makefile --question ? --top-k 2", "--top-k: name the labels to choose from (--labels)"),
-        ("--base x --image Makefile --question ? --wording x", "--wording: expected {label} where the label stands"),
+        ("--base x --image Makefile --question ? --top-k 2", "--top-k: needs --labels"),
+        (
+            "--base x --image Makefile --question ? --wording x",
+            "--wording: expected {label} in place",
+        ),
         ("--base x --questions gone.jsonl", "annotations: no file gone.jsonl"),
     ],
 )
-def test_what_a_user_can_get_wrong_is_one_line(capsys, options, message):
+def test_a_user_error_is_one_line(capsys, options, message):
     assert run(lambda: predict.main(options.split())) == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and "\n" not in error
@@ -231,7 +222,7 @@ def test_markers_in_a_question_must_fit_the_images(adapter, demo_raw, capsys):
     assert "2 <image> marker(s) for 1 image(s)" in capsys.readouterr().err
 
 
-def test_a_missing_or_broken_adapter_is_named(adapter, demo_raw, tmp_path, capsys):
+def test_the_error_names_a_missing_or_broken_adapter(adapter, demo_raw, tmp_path, capsys):
     question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
     assert run(lambda: predict.main(["--adapter", "/nowhere", *question])) == 1
     assert "--adapter: no adapter in '/nowhere'" in capsys.readouterr().err
@@ -241,7 +232,7 @@ def test_a_missing_or_broken_adapter_is_named(adapter, demo_raw, tmp_path, capsy
     assert "unreadable weights" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_answers_replace_a_file_only_when_all_are_there(adapter, demo_data, tmp_path):
+def test_a_file_is_replaced_only_when_all_answers_are_written(adapter, demo_data, tmp_path):
     out = tmp_path / "old.jsonl"
     out.write_text("kept")
     options = ["--adapter", str(adapter), "--dataset", str(demo_data), "--out", str(out)]
@@ -252,6 +243,6 @@ def test_answers_replace_a_file_only_when_all_are_there(adapter, demo_data, tmp_
     assert not (tmp_path / "old.jsonl.unfinished").exists()
 
 
-def test_a_split_that_is_not_there_is_named(adapter, demo_data, capsys):
+def test_the_error_names_a_missing_split(adapter, demo_data, capsys):
     assert run(lambda: predict.main(["--adapter", str(adapter), "--dataset", str(demo_data), "--split", "dev"])) == 1
     assert "has no split 'dev', only ['test', 'train', 'validation']" in capsys.readouterr().err

@@ -85,9 +85,9 @@ def test_only_the_place_of_a_local_base_model_is_noted_and_a_push_leaves_it_out(
     places = {Path(name).name for name in holding(read_all(planted), *here)}
     assert places <= {"adapter_config.json", "README.md"}  # PEFT's own card, in checkpoints; the run's is ours
     assert str(tiny_base) not in (planted / "README.md").read_text()
-    for files in (hub.collect(planted), hub.collect(planted, planted / "checkpoint-4")):
+    for files in (hub.collect_files(planted), hub.collect_files(planted, planted / "checkpoint-4")):
         assert holding(files, *SECRETS, *here, "/tmp/", "/home/") == set()
-    assert set(hub.collect(planted)) >= {*CHARTS, "eval/metrics.json", "facts.json", "run.json"}
+    assert set(hub.collect_files(planted)) >= {*CHARTS, "eval/metrics.json", "facts.json", "run.json"}
 
 
 def test_plots_carry_no_text_but_the_name_of_the_library(planted):

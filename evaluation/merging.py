@@ -1,0 +1,66 @@
+"""Merging a LoRA adapter into its base model."""
+
+from peft import PeftModel, load_peft_weights
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, ProcessorMixin
+
+from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
+from models.adapters import read_adapter_config, read_run_facts
+
+
+def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
+    """Return the base model and its revision: those of the adapter's training, or `base` and None."""
+    config = read_adapter_config(adapter)
+    if config.peft_type != "LORA":
+        raise ValueError(f"--adapter: {adapter}: expected a LoRA adapter, found {config.peft_type.value}")
+    if base:
+        return base, None
+    return config.base_model_name_or_path, read_run_facts(adapter).get("revision")
+
+
+def read_target_weights(adapter: str) -> set[str]:
+    """Return the names of the base model's weights that the adapter changes.
+
+    They are read from the file and not from PEFT's model, because PEFT ignores tensors that do not fit the
+    configuration.
+
+    Raises:
+        ValueError: weights missing, unreadable, not finite, or never trained.
+    """
+    try:
+        tensors = load_peft_weights(adapter, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--adapter: {adapter}: missing or unreadable weights: {reason}") from error
+    if invalid := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
+        )
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise ValueError(f"--adapter: {adapter}: every lora_B is zero; this adapter was never trained")
+    return {_target_weight(name) for name in tensors}
+
+
+def _target_weight(tensor: str) -> str:
+    """Return the base model's weight that a tensor of the adapter is added to, or that it replaces."""
+    module, lora, kind = tensor.removeprefix("base_model.model.").partition(".lora_")
+    if not lora:
+        return module
+    return f"{module}.bias" if kind == "B.bias" else f"{module}.weight"
+
+
+def merge(model: PreTrainedModel, adapter: str, processor: ProcessorMixin, targets: set[str]) -> Expected:
+    """Merge the adapter into `model` in place, and return what the merged model must match."""
+    hashes = hash_weights(model)
+    if unknown := sorted(targets - set(hashes)):
+        raise ValueError(f"--adapter: {adapter} adapts {len(unknown)} weights that are not in the base: {unknown[0]}")
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter).eval()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"--adapter: {adapter} has other shapes than the base: {reason}") from error
+    logits = sample_logits(adapted, processor)
+    with adapted.disable_adapter():
+        effect = logit_distance(logits, sample_logits(adapted, processor))
+    adapted.merge_and_unload()
+    return Expected(hashes, logits, effect)
