@@ -1,11 +1,13 @@
 """YAML 1.2 files of settings, read strictly."""
 
 import math
+import re
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer, ComposerError, MaxDepthExceededError
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.resolver import VersionedResolver
 
 MAX_DEPTH = 50
 
@@ -40,21 +42,19 @@ def load_yaml(path: Path):
     Raises:
         ValueError: not YAML, a duplicate key, an alias, an unknown tag, NaN or infinity, or nested too deeply.
     """
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer, yaml.Constructor, yaml.max_depth = _Composer, _Constructor, MAX_DEPTH
+    reader = YAML(typ="safe", pure=True)
+    reader.Composer, reader.Constructor, reader.max_depth = _Composer, _Constructor, MAX_DEPTH
     try:
-        return yaml.load(path.read_text(encoding="utf-8"))
-    except MaxDepthExceededError as error:
-        raise ValueError(f"{path}: not YAML: nested too deeply") from error
+        return reader.load(path.read_text(encoding="utf-8"))
     except Exception as error:  # for odd tags and directives ruamel.yaml raises more than its own errors
-        raise ValueError(f"{path}: not YAML: {_describe(error)}") from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{where}: not YAML: {' '.join(str(problem).split())[:200]}") from error
 
 
 class _Composer(Composer):
-    def return_alias(self, node):
-        raise ComposerError(
-            None, None, f"alias of &{node.anchor}: write the value out", node.start_mark
-        )  # may be huge
+    def return_alias(self, node):  # a few lines of aliases to aliases can stand for gigabytes
+        raise ComposerError(None, None, f"alias of &{node.anchor}: write the value out", node.start_mark)
 
 
 class _Constructor(SafeConstructor):
@@ -65,12 +65,7 @@ class _Constructor(SafeConstructor):
         return value
 
 
-_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_yaml_float)
+_FLOAT = "tag:yaml.org,2002:float"
+_Constructor.add_constructor(_FLOAT, _Constructor.construct_yaml_float)
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
-
-
-def _describe(error: Exception) -> str:
-    """Return one line of at most 200 characters and, where it is known, the place in the file."""
-    mark = getattr(error, "problem_mark", None)
-    text = " ".join(filter(None, (error.context, error.problem))) if mark else str(error)
-    return " ".join(text.split())[:200] + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
+VersionedResolver.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\.\d+[eE]\d+$"), list("-+."))  # it misses .5e1

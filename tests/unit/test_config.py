@@ -104,7 +104,7 @@ def test_options_override_the_recipe(parse):
         ("padding_free: true\n", "padding_free: would have no effect"),
         ("hub_token: secret\n", "hub_token: would have no effect; a token in a recipe ends up in files"),
         ("#raw\n[1, 2]\n", "expected lines of the form 'key: value'"),
-        ("#raw\na: [b\n", "recipe.yaml: not YAML: while parsing a flow sequence"),
+        ("#raw\na: [b\n", "recipe.yaml, line 2, column 1: not YAML: expected ',' or ']'"),
         ("#raw\nx: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
         ("#raw\n" + BASE.replace("use_peft: true\n", ""), "use_peft: must be true"),
         ("#raw\n" + BASE.replace("dataset_path: data\n", ""), "dataset_path: name the annotation file"),
