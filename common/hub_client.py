@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 # Status codes of temporary errors, and the waits before each retry, s; the client itself only retries large files.
-BUSY = (408, 429, 500, 502, 503, 504)
+TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8)
 ADVICE = {401: "; log in with `hf auth login`, or set HF_TOKEN", 403: "; the token may not write there"}
 
@@ -36,7 +36,7 @@ def open_repository(
     if get_token() is None:
         raise ValueError(f"no token to push to {repo_id} with: log in with `hf auth login`, or set HF_TOKEN")
     with readable_errors(f"cannot push to {repo_id}"):
-        repo_id, is_private = with_retries(lambda: _claim(repo_id, private, repo_type))
+        repo_id, is_private = with_retries(lambda: _create_repository(repo_id, private, repo_type))
     if is_private != private:
         words = {True: "private", False: "public"}
         rule = "change the option (hub_private_repo, --public) or the repository"
@@ -57,7 +57,7 @@ def is_reachable() -> bool:
     return True
 
 
-def _claim(repo_id: str, private: bool, repo_type: str) -> tuple[str, bool]:
+def _create_repository(repo_id: str, private: bool, repo_type: str) -> tuple[str, bool]:
     """Create the repository if needed; return its full id and whether it is private."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
@@ -82,7 +82,7 @@ def is_transient(error: Exception) -> bool:
     """Return whether an error is temporary: the Hub is busy or unreachable."""
     error = _cause(error)
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in BUSY
+        return error.response.status_code in TRANSIENT_STATUS
     return not isinstance(error, OSError | ValueError)
 
 

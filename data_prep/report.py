@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from datasets import DatasetDict, Image, List, load_from_disk
@@ -82,7 +82,6 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     positions = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
-    thumbs = Thumbnails(splits, positions)
     return environment.get_template("data_report.html").render(
         name=name,
         cards=_cards(statistics),
@@ -91,7 +90,7 @@ def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics:
         charts=_charts(splits, statistics),
         budget=[{**row, "chosen": row["max_pixels"] == statistics["max_pixels"]} for row in statistics["budget"]],
         advice=_advice(statistics),
-        findings=_finding_groups(findings, thumbs),
+        findings=_finding_groups(findings, splits, positions),
         samples=_samples(splits, positions, statistics["max_pixels"]),
         max_pixels=statistics["max_pixels"],
     )
@@ -109,17 +108,12 @@ def _cards(statistics: dict) -> list[dict]:
 
 
 def _label_rows(statistics: dict) -> list[dict]:
-    totals = Counter()
-    for split in statistics["labels"].values():
-        totals.update(split)
+    splits = statistics["labels"].values()
+    totals = sum(map(Counter, splits), Counter())
     total = max(1, totals.total())
     return [
-        {
-            "label": label,
-            "counts": [split.get(label, 0) for split in statistics["labels"].values()],
-            "share": 100 * n / total,
-        }
-        for label, n in totals.most_common()
+        {"label": label, "counts": [split.get(label, 0) for split in splits], "share": 100 * count / total}
+        for label, count in totals.most_common()
     ]
 
 
@@ -176,7 +170,7 @@ def _label_chart(statistics: dict) -> dict:
         axes.barh(places, shares, height=height * 0.92, color=COLOURS[number % len(COLOURS)], label=split)
     axes.set_yticks(range(len(rows)), [shorten(row["label"]) for row in rows])
     axes.set_xlabel("% of the split")
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(statistics["samples"]))
     return encode_figure(figure, "label shares by split")
 
 
@@ -196,33 +190,20 @@ def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
     return encode_figure(figure, title)
 
 
-class Thumbnails:
-    """Small JPEGs of the samples' first images by sample id, each encoded once."""
+def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dict[str, tuple[str, int]]) -> list[dict]:
+    @cache
+    def thumbnail(sample_id: str | None) -> str | None:
+        split, row = positions.get(sample_id, (None, None))
+        images = splits[split][row]["images"] if split else []
+        return encode_image(load_image(images[0]), 144) if images else None
 
-    def __init__(self, splits: DatasetDict, positions: dict[str, tuple[str, int]]):
-        self.splits, self.positions, self.encoded = splits, positions, {}
-
-    def __call__(self, sample_id: str | None) -> str | None:
-        if sample_id not in self.positions:
-            return None
-        if sample_id not in self.encoded:
-            split, row = self.positions[sample_id]
-            images = self.splits[split][row]["images"]
-            self.encoded[sample_id] = encode_image(load_image(images[0]), 144) if images else None
-        return self.encoded[sample_id]
-
-
-def _finding_groups(findings: list[Finding], thumbs: Thumbnails) -> list[dict]:
     groups = []
     for kind, title in KINDS.items():
         matches = [finding for finding in findings if finding.kind == kind]
         if not matches:
             continue
         shown = [
-            {
-                "text": str(finding),
-                "thumbs": [t for t in map(thumbs, (finding.sample_id, *finding.others[:2])) if t is not None],
-            }
+            {"text": str(finding), "thumbs": [*filter(None, map(thumbnail, (finding.sample_id, *finding.others[:2])))]}
             for finding in matches[:MAX_FINDINGS]
         ]
         tone = "bad" if kind in ERRORS else "look" if kind in WARNINGS else ""
