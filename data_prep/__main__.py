@@ -56,14 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="a page about a data set folder", epilog=EXAMPLES["inspect"])
     command.add_argument("folder", type=Path, help="output of convert")
     command.add_argument("--max-pixels", type=positive_int, help="image limit, px^2 (default: the suggested one)")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(function=inspect)
     command = commands.add_parser("push", help="a data set folder -> the Hub, private", epilog=EXAMPLES["push"])
     command.add_argument("folder", type=Path, help="output of convert")
     command.add_argument("repo_id", help='"name" or "owner/name"')
     command.add_argument("--public", action="store_true", help="make a new repository public")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(function=push)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -87,14 +87,8 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         "--stratify-by", choices=STRATA, default="label",
         help="attribute with the same shares in each split (default: label)",
     )  # fmt: skip
-    command.add_argument(
-        "--fetch-links",
-        type=Path,
-        metavar="FOLDER",
-        help="accept http, https and file links; download into FOLDER",
-    )
+    command.add_argument("--fetch-links", type=Path, metavar="FOLDER", help="accept links, and download into FOLDER")
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _common(args: argparse.Namespace) -> dict:

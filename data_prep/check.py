@@ -110,37 +110,36 @@ def _about(sample: dict, kind: str, detail: str, file: str | None = None, others
 
 def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Finding]:
     """Check each image once; the finding names the first sample that uses it."""
-    findings, seen = [], set()
+    findings = []
+    for path, (sample, name) in _first_uses(samples).items():
+        info = infos[path]
+        if min(info.size) < PATCH_CELL:
+            findings.append(_about(sample, "tiny", f"{info.size[0]} x {info.size[1]} px", name))
+        if info.turned:
+            findings.append(_about(sample, "turned", "turned upright", name))
+        if info.mode != "RGB":
+            findings.append(_about(sample, "converted", f"mode {info.mode}", name))
+        if info.private:
+            findings.append(_about(sample, "private", ", ".join(info.private), name))
+    return findings
+
+
+def _first_uses(samples: list[dict]) -> dict[str, tuple[dict, str]]:
+    """Return the first sample that uses each image, by path, and the image's name in it."""
+    uses = {}
     for sample in samples:
         for path, name in zip(sample["images"], sample["files"], strict=True):
-            if path in seen:
-                continue
-            seen.add(path)
-            info = infos[path]
-            if min(info.size) < PATCH_CELL:
-                findings.append(_about(sample, "tiny", f"{info.size[0]} x {info.size[1]} px", name))
-            if info.turned:
-                findings.append(_about(sample, "turned", "turned upright", name))
-            if info.mode != "RGB":
-                findings.append(_about(sample, "converted", f"mode {info.mode}", name))
-            if info.private:
-                findings.append(_about(sample, "private", ", ".join(info.private), name))
-    return findings
+            uses.setdefault(path, (sample, name))
+    return uses
 
 
 def check_copies(samples: list[dict], exact: list[list[str]], near: list[list[str]]) -> list[Finding]:
     """Report copied image files, from lists of paths; a finding names the first sample of its list."""
-    first, name_of = {}, {}
-    for sample in samples:
-        for path, name in zip(sample["images"], sample["files"], strict=True):
-            first.setdefault(path, sample)
-            name_of.setdefault(path, name)
-    findings = []
-    for kind, sets in (("exact copy", exact), ("near copy", near)):
-        for path, *copies in sets:
-            detail = f"same as {', '.join(name_of[copy] for copy in copies)}"
-            others = [first[copy]["id"] for copy in copies]
-            findings.append(_about(first[path], kind, detail, name_of[path], others))
+    uses, findings = _first_uses(samples), []
+    for kind, (path, *copies) in [("exact copy", paths) for paths in exact] + [("near copy", paths) for paths in near]:
+        sample, name = uses[path]
+        detail = f"same as {', '.join(uses[copy][1] for copy in copies)}"
+        findings.append(_about(sample, kind, detail, name, [uses[copy][0]["id"] for copy in copies]))
     return findings
 
 

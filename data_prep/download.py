@@ -53,16 +53,16 @@ def _download(link: str, path: Path) -> str | None:
 
 
 def read_hub(dataset_id: str, folder: Path) -> list[dict]:
-    """Return the records of a Hub data set; its images become files in `folder`.
+    """Return the records of a Hub data set, see `load_hub`; its images become files in `folder`."""
+    return records_of(load_hub(dataset_id), folder)
 
-    Raises:
-        FileNotFoundError: there is no such data set, or the Hub cannot be reached.
-    """
+
+def load_hub(dataset_id: str) -> DatasetDict:
+    """Return a data set of the Hub; FileNotFoundError if there is none, or the Hub cannot be reached."""
     try:
-        splits = load_dataset(dataset_id)
+        return load_dataset(dataset_id)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}") from error
-    return records_of(splits, folder)
 
 
 def records_of(splits: DatasetDict, folder: Path) -> list[dict]:

@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, load_from_disk
 
 from .convert import FEATURES, prepare_dataset
-from .download import HUB_ID
+from .download import HUB_ID, load_hub
 from .images import load_image
 from .records import ATTRIBUTES, DataError, FieldError, normalise_messages
 
@@ -35,7 +35,8 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
     elif path.is_dir():
         splits = _load_folder(path)
     elif HUB_ID.fullmatch(dataset_path) and path.suffix not in (".json", ".jsonl"):
-        splits = _load_hub(dataset_path)
+        splits = load_hub(dataset_path)
+        splits = DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
     else:
         raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
     return splits.cast_column("images", List(Image(decode=False)))
@@ -83,14 +84,6 @@ def _load_folder(path: Path) -> DatasetDict:
     return splits
 
 
-def _load_hub(dataset_id: str) -> DatasetDict:
-    try:
-        splits = load_dataset(dataset_id)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}") from error
-    return DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
-
-
 def standardise(dataset: Dataset, name: str) -> Dataset:
     """Bring any data set with `messages` (and `images`) into the project's schema, checking every row.
 
@@ -121,12 +114,7 @@ def _standard_row(row: dict, index: int, split: str) -> dict:
         sizes = [list(load_image(image).size) for image in images]
     except (FieldError, ValueError, OSError) as error:
         raise DataError(str(error), record=index, sample_id=sample_id) from error
-    texts = {
-        key: None if row.get(key) is None else str(row[key]) for key in (*ATTRIBUTES, "source") if key in FEATURES
-    }
+    keys = [key for key in (*ATTRIBUTES, "source") if key in FEATURES]
+    texts = {key: None if row.get(key) is None else str(row[key]) for key in keys}
     weight = row.get("weight") or 1.0
-    return {
-        **{"id": sample_id, "images": images, "messages": messages},
-        **texts,
-        **{"image_sizes": sizes, "weight": weight},
-    }
+    return {"id": sample_id, "images": images, "messages": messages, **texts, "image_sizes": sizes, "weight": weight}

@@ -132,9 +132,7 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
     images = _image_paths(raw)
     if format == "flat":
         names = ["question", "answer"]
-        turns = [
-            {"role": role, "content": raw.get(key)} for role, key in zip(("user", "assistant"), names, strict=True)
-        ]
+        turns = [{"role": "user", "content": raw.get("question")}, {"role": "assistant", "content": raw.get("answer")}]
     else:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)

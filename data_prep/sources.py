@@ -159,8 +159,10 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | No
 
 def _make_finder(source: Source, mapping: dict | None, hub_dir: Path | None, links_dir: Path | None) -> "FileFinder":
     default = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
-    root = _image_root(source.images or default)
-    return FileFinder(root, source.data, search=mapping is not None, links_dir=links_dir)
+    root = source.images or default
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"image_dir: no folder {root}")
+    return FileFinder(root and Path(root).resolve(), source.data, search=mapping is not None, links_dir=links_dir)
 
 
 class FileFinder:
@@ -192,12 +194,3 @@ class FileFinder:
         if len(paths) > 1:
             raise ValueError(f"{name!r} is in {len(paths)} folders, {paths[0].parent} and {paths[1].parent}")
         return resolve_image(str(paths[0].relative_to(self.root)), self.root) if paths else None
-
-
-def _image_root(image_dir) -> Path | None:
-    if image_dir is None:
-        return None
-    root = Path(image_dir).resolve()
-    if not root.is_dir():
-        raise FileNotFoundError(f"image_dir: no folder {image_dir}")
-    return root

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.yaml_files import load_yaml
+from common.yaml_files import read_yaml
 
 MAPPINGS = Path(__file__).parent / "mappings"
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
@@ -34,11 +34,9 @@ def load_mapping(name: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"mapping: no file {name}; shipped are {', '.join(shipped())}")
     try:
-        mapping = load_yaml(path)
+        mapping = read_yaml(path, "mapping")
     except ValueError as error:
         raise ValueError(f"mapping {error}") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"mapping {path}: expected lines of the form 'key: value'")
     for key in mapping:
         if key not in MAPPING_KEYS:
             raise ValueError(f"mapping {path}: unknown key {key!r}{suggest(str(key), MAPPING_KEYS)}")
@@ -60,15 +58,15 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise FileNotFoundError(f"table: no file {path}")
-    text = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path).astype(object).fillna("").map(str)
         elif path.suffix == ".jsonl":
             table = pd.read_json(path, lines=True, dtype=False).astype(object).fillna("").map(str)
         else:
-            separator = "\t" if path.suffix in (".tsv",) else None  # None: detected, comma or tab
-            table = pd.read_csv(path, sep=separator, engine="python", **text)
+            separator = "\t" if path.suffix == ".tsv" else None  # None: detected, comma or tab
+            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+            table = pd.read_csv(path, sep=separator, engine="python", **options)
     except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from error
     if table.empty:
