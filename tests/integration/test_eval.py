@@ -1,11 +1,7 @@
-"""From prepared data to a page about an adapter: right numbers, the same after a kill, on one process or two."""
+"""eval_sft.py: the metrics are those of the predictions, also after a kill and with two processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 
 from common.cli import run
 
@@ -20,7 +16,7 @@ from helpers.runs import train_args
 
 @pytest.fixture(scope="module")
 def adapter(tiny_base, demo_data, tmp_path_factory):
-    """A run of 60 steps that has learnt to name some condition."""
+    """A run of 60 steps, after which answers name some condition."""
     out = tmp_path_factory.mktemp("run") / "adapter"
     settings = {"max_steps": 60, "save_steps": 60, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}
     train_sft.main(train_args(tiny_base, demo_data, out, **settings, per_device_train_batch_size=8))
@@ -44,7 +40,7 @@ def read(folder):
     return json.loads((folder / "metrics.json").read_text()), rows
 
 
-def test_the_numbers_are_those_of_the_predictions(evaluated, demo_data):
+def test_the_metrics_are_those_of_the_predictions(evaluated, demo_data):
     summary, rows = read(evaluated)
     ours = [row for row in rows if row["run"] == "adapter"]
     split = load_from_disk(str(demo_data))["train"]
@@ -54,27 +50,27 @@ def test_the_numbers_are_those_of_the_predictions(evaluated, demo_data):
         right = [row["label"] in row["prediction"] for row in rows if row["run"] == name]
         assert summary["runs"][name]["diagnosis"]["accuracy"]["value"] == pytest.approx(sum(right) / 32)
     likeliest = [max(row["scores"], key=row["scores"].get) == row["label"] for row in ours]
-    told = summary["runs"]["adapter"]["probabilities"]
-    assert told["choice_accuracy"]["value"] == pytest.approx(sum(likeliest) / 32)
+    probabilities = summary["runs"]["adapter"]["probabilities"]
+    assert probabilities["choice_accuracy"]["value"] == pytest.approx(sum(likeliest) / 32)
     assert {row["run"] for row in rows if "scores" in row} == {"adapter", "base", "validation"}
-    assert told["temperature"] > 0 and "temperature" not in summary["runs"]["base"]["probabilities"]
+    assert probabilities["temperature"] > 0 and "temperature" not in summary["runs"]["base"]["probabilities"]
     exact = [row["prediction"] == row["reference"] for row in ours]
     assert summary["runs"]["adapter"]["text"]["exact_match"] == pytest.approx(sum(exact) / 32)
     sizes = {name: group["samples"] for name, group in summary["subgroups"]["skin_type"]["groups"].items()}
     assert sizes == {kind: split["skin_type"].count(kind) for kind in sorted(set(split["skin_type"]))}
 
 
-def test_shuffled_images_are_others_and_told(evaluated):
+def test_shuffled_samples_have_the_images_of_other_samples(evaluated):
     summary, rows = read(evaluated)
     label_of = {row["id"]: row["label"] for row in rows if row["run"] == "adapter"}
-    dealt = [row for row in rows if row["run"] == "shuffled"]
-    assert all(row["image_of"] != row["id"] for row in dealt)
-    assert sorted(row["image_of"] for row in dealt) == sorted(label_of)
-    same = sum(label_of[row["image_of"]] == row["label"] for row in dealt) / len(dealt)
+    shuffled = [row for row in rows if row["run"] == "shuffled"]
+    assert all(row["image_of"] != row["id"] for row in shuffled)
+    assert sorted(row["image_of"] for row in shuffled) == sorted(label_of)
+    same = sum(label_of[row["image_of"]] == row["label"] for row in shuffled) / len(shuffled)
     assert summary["shuffled_same_label"] == pytest.approx(same, abs=1e-6)
 
 
-def test_the_base_answers_as_it_does_alone(evaluated, tiny_base, demo_data, adapter, tmp_path):
+def test_the_base_run_equals_predict_with_the_base_alone(evaluated, tiny_base, demo_data, adapter, tmp_path):
     import predict
 
     out = tmp_path / "base.jsonl"
@@ -86,40 +82,33 @@ def test_the_base_answers_as_it_does_alone(evaluated, tiny_base, demo_data, adap
     assert [row["prediction"] for row in read(evaluated)[1] if row["run"] == "base"] == expected
 
 
-def start(adapter, data, out, *more, launcher=()):
-    command = [sys.executable, *launcher, "eval_sft.py", *options(adapter, data, out, *more)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ})
-
-
-def test_a_killed_evaluation_goes_on_and_ends_the_same(evaluated, adapter, demo_data, tmp_path):
+def test_a_killed_evaluation_resumes_and_ends_the_same(evaluated, adapter, demo_data, fork_server, tmp_path):
     out = tmp_path / "eval"
-    process = start(adapter, demo_data, out, "--baseline", "--min-group", 4)
-    lines = out / "predictions.jsonl"
-    while not (lines.is_file() and lines.read_text().count("\n") >= 24):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    command = options(adapter, demo_data, out, "--baseline", "--min-group", 4)
+    process, lines = fork_server.start("eval_sft", command), out / "predictions.jsonl"
+    process.wait_until(lambda: lines.is_file() and lines.read_text().count("\n") >= 24)
+    process.signal_group(signal.SIGKILL)
     process.wait()
-    done = lines.read_text()
     assert not (out / "metrics.json").exists()
-    lines.write_text(done + '{"run": "adapter", "ind')  # half a line, as a crash leaves it
-    eval_sft.main(options(adapter, demo_data, out, "--baseline", "--min-group", 4))
+    with lines.open("a") as file:
+        file.write('{"run": "adapter", "ind')  # an incomplete line, as a crash may leave
+    eval_sft.main(command)
     for name in ("metrics.json", "predictions.jsonl"):
         assert (out / name).read_bytes() == (evaluated / name).read_bytes()
 
 
-def test_a_finished_evaluation_loads_no_model_again(evaluated, adapter, demo_data, monkeypatch):
+def test_a_finished_evaluation_loads_no_model(evaluated, adapter, demo_data, monkeypatch):
     monkeypatch.setattr("evaluation.runner.load_answering_model", None)
     before = (evaluated / "metrics.json").read_bytes()
     eval_sft.main(options(adapter, demo_data, evaluated, "--baseline", "--min-group", 4))
     assert (evaluated / "metrics.json").read_bytes() == before
 
 
-def test_two_processes_answer_as_one(evaluated, adapter, demo_data, tmp_path):
+def test_two_processes_give_the_same_metrics_as_one(evaluated, adapter, demo_data, fork_server, tmp_path):
     out = tmp_path / "eval"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-    process = start(adapter, demo_data, out, "--baseline", "--min-group", 4, launcher=launcher)
-    assert process.wait() == 0, process.stderr.read()
+    command = options(adapter, demo_data, out, "--baseline", "--min-group", 4)
+    codes, texts = fork_server.run("eval_sft", command, command)
+    assert codes == [0, 0], texts
     assert (out / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
     assert {path.name for path in out.glob("*.jsonl")} == {"predictions.jsonl"}
 
@@ -135,14 +124,14 @@ def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo
     assert (tmp_path / "kept.txt").read_text() == "mine"
 
 
-def test_a_batch_is_answered_whole_or_again(tmp_path):
+def test_an_incomplete_batch_is_repeated(tmp_path):
     journal = Journal(tmp_path, {"a": 1}, 0)
     journal.add([{"run": "adapter", "index": n} for n in range(4)])
     again = Journal(tmp_path, {"a": 1}, 0)
     assert again.has("adapter", range(4)) and not again.has("adapter", range(2, 6)) and not again.has("base", range(2))
 
 
-def test_data_without_labels_get_scores_of_their_words(adapter, write_records, tmp_path, capsys):
+def test_data_without_labels_get_text_metrics(adapter, write_records, tmp_path, capsys):
     records = [
         {"id": f"r{n}", "image": "red.jpg", "question": f"Is it {n}?", "answer": "It is red.", "split": "test"}
         for n in range(3)
@@ -157,7 +146,7 @@ def test_data_without_labels_get_scores_of_their_words(adapter, write_records, t
     assert "balanced accuracy" not in (tmp_path / "e" / "report.html").read_text()
 
 
-def test_options_may_stand_in_a_file_and_the_command_line_wins(adapter, demo_data, tmp_path):
+def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, tmp_path):
     config = tmp_path / "eval.yaml"
     config.write_text(
         f"adapter: {adapter}\ndataset: {demo_data}\nbatch_size: 4\nbaseline: true\nsubgroups: [sex, age]\n"
@@ -179,7 +168,7 @@ def test_options_may_stand_in_a_file_and_the_command_line_wins(adapter, demo_dat
         (["--config", "gone.yaml"], "--config: no file gone.yaml"),
     ],
 )
-def test_what_a_user_can_get_wrong_is_one_line(adapter, demo_data, tmp_path, capsys, more, message):
+def test_a_user_error_is_one_line(adapter, demo_data, tmp_path, capsys, more, message):
     assert run(lambda: eval_sft.main(options(adapter, demo_data, tmp_path / "e", *more))) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
