@@ -1,13 +1,11 @@
 """YAML 1.2 files of settings, read strictly."""
 
 import math
-import re
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
-from ruamel.yaml.resolver import VersionedResolver
 
 MAX_DEPTH = 50
 
@@ -65,7 +63,5 @@ class _Constructor(SafeConstructor):
         return value
 
 
-_FLOAT = "tag:yaml.org,2002:float"
-_Constructor.add_constructor(_FLOAT, _Constructor.construct_yaml_float)
+_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_yaml_float)
 _Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
-VersionedResolver.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\.\d+[eE]\d+$"), list("-+."))  # it misses .5e1
