@@ -27,9 +27,7 @@ from publishing.model_card import write_card
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="eval_sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser("eval_sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file of these options; the command line overrides it")
     parser.add_argument("--adapter", required=True, help="folder or Hub id of a trained adapter")
     parser.add_argument("--dataset", required=True, help="prepared data set, annotation file or Hub data set id")

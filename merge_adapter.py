@@ -21,13 +21,14 @@ from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import choose_base, merge, read_target_weights
 from models.adapters import decode_greedily
 from models.loading import load_model, load_processor
-from publishing.merged_model import make_merged_card, push_merged_model
+from publishing.hub import push_merged_model
+from publishing.model_card import make_merged_card
 from publishing.run_facts import describe_base
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="merge_adapter.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "merge_adapter.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--adapter", required=True, help="folder or Hub id of a trained adapter")
     parser.add_argument("--out", type=Path, required=True, help="folder to make, for the merged model")

@@ -25,9 +25,7 @@ EXIT_SKIPPED = 3  # some questions were not answered
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser("predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_argument_group("questions")
     source.add_argument("--image", nargs="+", default=[], help="files, folders and patterns ('*.jpg')")
     source.add_argument("--question", help="asked about each image")

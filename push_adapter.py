@@ -16,7 +16,7 @@ from publishing.hub import check_adapter, push_adapter
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="push_adapter.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "push_adapter.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output_dir", type=Path, help="folder of a run, or of one of its checkpoints")
     parser.add_argument("repo_id", help='"owner/name" on the Hub, or "name"')

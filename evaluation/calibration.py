@@ -38,18 +38,15 @@ def fit_temperature(scores: LabelScores) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
-def probability_metrics(
-    scores: LabelScores, *, temperature: float | None, sensitivity_of: list[str], seed: int = 0
-) -> dict:
+def probability_metrics(scores: LabelScores, *, temperature: float | None, sensitivity_of: list[str]) -> dict:
     """Return the metrics of the labels' probabilities, the softmax over their answers' log-likelihoods.
 
     Args:
         scores: of the samples to evaluate.
         temperature: fitted on another split; no metrics after temperature scaling when None.
         sensitivity_of: labels whose sensitivity at `SPECIFICITY` is reported.
-        seed: of the bootstrap.
     """
-    weights = bootstrap_weights(scores.groups, seed=seed)
+    weights = bootstrap_weights(scores.groups)
     probabilities = softmax(scores.logits, axis=1)
     correct = probabilities.argmax(1) == scores.true
     metrics = {
@@ -139,15 +136,8 @@ def _calibration(probabilities: np.ndarray, true: np.ndarray, weights: np.ndarra
     def error(weights: np.ndarray) -> np.ndarray:
         return np.abs(weights @ (in_bin * (confidence - correct)[:, None])).sum(1) / weights.sum(1)
 
-    bins = [
-        {
-            "samples": int(mask.sum()),
-            "confidence": rounded(confidence[mask].mean()),
-            "accuracy": rounded(correct[mask].mean()),
-        }
-        for mask in in_bin.T
-        if mask.any()
-    ]
+    means = [(int(mask.sum()), confidence[mask].mean(), correct[mask].mean()) for mask in in_bin.T if mask.any()]
+    bins = [{"samples": n, "confidence": rounded(sure), "accuracy": rounded(share)} for n, sure, share in means]
     return {"expected_calibration_error": interval(error(np.ones((1, len(true))))[0], error(weights)), "bins": bins}
 
 

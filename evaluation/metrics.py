@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from evaluation.label_matching import NONE, SEVERAL
 
-RESAMPLES = 1000
+RESAMPLES, SEED = 1000, 0
 AGE_BANDS = ((20, "under 20"), (40, "20 to 39"), (60, "40 to 59"), (80, "60 to 79"), (np.inf, "80 and over"))
 MAIN_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
 DIAGNOSIS_METRICS = (*MAIN_METRICS, "no_label", "several_labels")
@@ -51,10 +51,10 @@ def encode_diagnoses(rows: list[dict], labels: list[str]) -> Diagnoses:
     )
 
 
-def bootstrap_weights(groups: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> np.ndarray:
+def bootstrap_weights(groups: np.ndarray, *, resamples: int = RESAMPLES) -> np.ndarray:
     """Resample groups with replacement; return how often each sample is drawn, shape (resamples, N)."""
     unique, members = np.unique(groups, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=resamples)
+    drawn = np.random.default_rng(SEED).multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=resamples)
     return drawn[:, members].astype(np.float64)
 
 
@@ -107,15 +107,13 @@ def compute_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def metrics_with_intervals(
-    diagnoses: Diagnoses, names: tuple[str, ...] = DIAGNOSIS_METRICS, *, seed: int = 0
-) -> dict[str, dict]:
+def metrics_with_intervals(diagnoses: Diagnoses, names: tuple[str, ...] = DIAGNOSIS_METRICS) -> dict[str, dict]:
     """Return the named metrics with bootstrap intervals.
 
     An accuracy that is the same in all resamples (0 or 1) gets the exact binomial interval over the groups.
     """
     points = compute_metrics(confusion_counts(diagnoses))
-    resampled = compute_metrics(confusion_counts(diagnoses, bootstrap_weights(diagnoses.groups, seed=seed)))
+    resampled = compute_metrics(confusion_counts(diagnoses, bootstrap_weights(diagnoses.groups)))
     metrics = {name: interval(points[name][0], resampled[name]) for name in names}
     if metrics["accuracy"]["low"] is None:
         groups = len(np.unique(diagnoses.groups))
@@ -124,7 +122,7 @@ def metrics_with_intervals(
     return metrics
 
 
-def diagnosis_metrics(diagnoses: Diagnoses, *, seed: int = 0) -> dict:
+def diagnosis_metrics(diagnoses: Diagnoses) -> dict:
     """Return `DIAGNOSIS_METRICS` with intervals, the metrics of each label, and the confusion matrix."""
     labels, columns = diagnoses.labels, [*diagnoses.labels, NONE, SEVERAL]
     counts = confusion_counts(diagnoses)[0].astype(int).tolist()
@@ -137,7 +135,7 @@ def diagnosis_metrics(diagnoses: Diagnoses, *, seed: int = 0) -> dict:
     }
     wrong = [(-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if count and i != j]
     return {
-        **metrics_with_intervals(diagnoses, seed=seed),
+        **metrics_with_intervals(diagnoses),
         "per_label": per_label,
         "confusion": {"rows": labels, "columns": columns, "counts": counts},
         "top_confusions": [
@@ -146,20 +144,14 @@ def diagnosis_metrics(diagnoses: Diagnoses, *, seed: int = 0) -> dict:
     }
 
 
-def compare_paired(ours: Diagnoses, theirs: Diagnoses, *, seed: int = 0) -> dict:
-    """Return the differences of `MAIN_METRICS`, ours minus theirs, and McNemar's exact test.
-
-    Args:
-        ours: diagnoses of one model.
-        theirs: those of another model for the same samples in the same order.
-        seed: of the bootstrap.
-    """
+def compare_paired(ours: Diagnoses, theirs: Diagnoses) -> dict:
+    """Return the differences of `MAIN_METRICS`, ours minus theirs on the same samples, and McNemar's exact test."""
 
     def differences(weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
         first, second = (compute_metrics(confusion_counts(diagnoses, weights)) for diagnoses in (ours, theirs))
         return {name: first[name] - second[name] for name in MAIN_METRICS}
 
-    points, resampled = differences(), differences(bootstrap_weights(ours.groups, seed=seed))
+    points, resampled = differences(), differences(bootstrap_weights(ours.groups))
     correct, their_correct = (diagnoses.answered == diagnoses.true for diagnoses in (ours, theirs))
     better, worse = int((correct & ~their_correct).sum()), int((~correct & their_correct).sum())
     p = binomtest(better, better + worse).pvalue if better + worse else 1.0
@@ -169,27 +161,22 @@ def compare_paired(ours: Diagnoses, theirs: Diagnoses, *, seed: int = 0) -> dict
     }
 
 
-def subgroup_metrics(
-    rows: list[dict], diagnoses: Diagnoses, column: str, *, min_size: int, seed: int = 0
-) -> dict | None:
+def subgroup_metrics(rows: list[dict], diagnoses: Diagnoses, column: str, *, min_size: int) -> dict | None:
     """Return `MAIN_METRICS` for each value of a column, the group with the lowest accuracy and its gap to the highest.
 
     Groups of fewer than `min_size` samples are listed without metrics: a share of three samples means little, and may
     identify a person. None when the column has fewer than two values.
     """
     values = np.array([age_band(row[column]) if column == "age" else row[column] or "unknown" for row in rows])
-    bands = [name for _, name in AGE_BANDS]
-    names = sorted(
-        set(values.tolist()),
-        key=lambda name: (name == "unknown", bands.index(name) if name in bands else -1, name),
-    )
+    bands = {name: number for number, (_, name) in enumerate(AGE_BANDS)}
+    names = sorted(set(values.tolist()), key=lambda name: (name == "unknown", bands.get(name, -1), name))
     if len(names) < 2:
         return None
     groups = {}
     for name in names:
         group = diagnoses.select(values == name)
         large = len(group.true) >= min_size
-        metrics = metrics_with_intervals(group, MAIN_METRICS, seed=seed) if large else {"suppressed": True}
+        metrics = metrics_with_intervals(group, MAIN_METRICS) if large else {"suppressed": True}
         groups[name] = {"samples": len(group.true), **metrics}
     ranked = sorted((group["accuracy"]["value"], name) for name, group in groups.items() if "accuracy" in group)
     gap = rounded(ranked[-1][0] - ranked[0][0]) if ranked else 0.0

@@ -2,17 +2,9 @@
 
 import numpy as np
 
+from evaluation import metrics
 from evaluation.calibration import LabelScores, fit_temperature, probability_metrics
 from evaluation.label_matching import asks_for_label, read_label
-from evaluation.metrics import (
-    Diagnoses,
-    compare_paired,
-    diagnosis_metrics,
-    encode_diagnoses,
-    rounded,
-    subgroup_metrics,
-    text_metrics,
-)
 
 SUBGROUP_COLUMNS = ("skin_type", "sex", "age", "site", "source")
 HIGH_RISK_LABELS = ("melanoma",)  # sensitivity is reported for these by default
@@ -43,39 +35,38 @@ def summarise(
     diagnoses = {name: _encode_answers(run, label_map) for name, run in questions.items()}
     temperature = _fit_temperature(runs.get("validation", []), labels)
     for name, run in questions.items():
-        summary["runs"][name]["diagnosis"] = diagnosis_metrics(diagnoses[name])
+        summary["runs"][name]["diagnosis"] = metrics.diagnosis_metrics(diagnoses[name])
         if all("scores" in row for row in run):
             options = {"temperature": temperature if name == "adapter" else None, "sensitivity_of": sensitivity_of}
             summary["runs"][name]["probabilities"] = probability_metrics(_label_scores(run, labels), **options)
-    groups = {
-        column: subgroup_metrics(questions["adapter"], diagnoses["adapter"], column, min_size=min_group)
-        for column in columns
-    }
-    summary["subgroups"] = {column: metrics for column, metrics in groups.items() if metrics is not None}
+    adapter = diagnoses.pop("adapter")
+    summary["subgroups"] = {}
+    for column in columns:
+        if groups := metrics.subgroup_metrics(questions["adapter"], adapter, column, min_size=min_group):
+            summary["subgroups"][column] = groups
     if "shuffled" in questions:
         summary["shuffled_same_label"] = _share_of_same_label(questions["shuffled"], rows)
-    others = [name for name in diagnoses if name != "adapter"]
-    return summary | {f"against_{name}": compare_paired(diagnoses["adapter"], diagnoses[name]) for name in others}
+    return summary | {f"against_{name}": metrics.compare_paired(adapter, other) for name, other in diagnoses.items()}
 
 
 def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
     """Return the share of shuffled samples whose image has the same label: the accuracy of a perfect observer."""
     label_of = {row["id"]: row["label"] for row in rows}
-    return rounded(np.mean([label_of[row["image_of"]] == row["label"] for row in shuffled]))
+    return metrics.rounded(np.mean([label_of[row["image_of"]] == row["label"] for row in shuffled]))
 
 
 def _text_metrics(rows: list[dict]) -> dict:
-    return text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
+    return metrics.text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
 
 
-def _encode_answers(rows: list[dict], label_map: dict) -> Diagnoses:
+def _encode_answers(rows: list[dict], label_map: dict) -> metrics.Diagnoses:
     answered = [{**row, "answered": read_label(row["prediction"], label_map)} for row in rows]
-    return encode_diagnoses(answered, list(label_map))
+    return metrics.encode_diagnoses(answered, list(label_map))
 
 
 def _label_scores(rows: list[dict], labels: list[str]) -> LabelScores:
     logits = np.array([[row["scores"][label] for label in labels] for row in rows])
-    encoded = encode_diagnoses([{**row, "answered": row["label"]} for row in rows], labels)
+    encoded = metrics.encode_diagnoses([{**row, "answered": row["label"]} for row in rows], labels)
     return LabelScores(labels, logits, encoded.true, encoded.groups)
 
 

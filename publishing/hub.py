@@ -1,4 +1,4 @@
-"""Uploading an adapter to the Hugging Face Hub: which files, and when."""
+"""Uploading adapters and merged models to the Hugging Face Hub: which files, and when."""
 
 import json
 import shlex
@@ -26,6 +26,10 @@ PROCESSOR_FILES = (
 )
 ADAPTER_FILES = (ADAPTER_WEIGHTS, *PROCESSOR_FILES)
 RUN_FILES = (LOADING_SETTINGS, "training_metrics.png")
+MERGED_FILES = [
+    *("config.json", "generation_config.json", "README.md", *PROCESSOR_FILES),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+]
 
 
 def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None, private: bool = True) -> str:
@@ -49,6 +53,19 @@ def push_adapter(output_dir: Path, repo_id: str, *, revision: str | None = None,
         files = collect_files(output_dir.parent, output_dir) if is_checkpoint else collect_files(output_dir)
         message = "Upload adapter, processor and model card"
         return commit_files(files, repo_id, revision=revision, message=message).commit_url
+
+
+def push_merged_model(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Upload a merged model and return the URL of the commit.
+
+    Raises:
+        ValueError: the upload failed; the message has the command to push later.
+    """
+    command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])])
+    advice = f"; the merged model is in {folder}; to push it later: {command}"
+    with readable_errors(f"not pushed to {repo_id}", advice):
+        options = {"allow_patterns": MERGED_FILES, "commit_message": "Upload merged model"}
+        return with_retries(lambda: HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **options)).commit_url
 
 
 def check_adapter(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model card of an adapter, made from the facts and the evaluation in its folder."""
+"""Model cards: of an adapter, from the facts and the evaluation in its folder, and of a merged model."""
 
 import re
 from collections import Counter
@@ -34,6 +34,17 @@ METRIC_TITLES = {
     "length_ratio": "length ratio",
 }
 HUB_METRIC_IDS = {"accuracy": "accuracy", "balanced_accuracy": "balanced_accuracy", "macro_f1": "f1"}
+MERGED_CARD = """---
+{metadata}
+---
+
+# {name}
+
+Base model: {base}. Merged from a LoRA adapter for questions about skin images, in {dtype}.
+The processor has the chat template and the pixel limits of the training. Decoding is greedy by default.
+
+Not a medical device; not for diagnosis. The licence of the base model applies.
+"""
 
 
 def write_card(output_dir: Path) -> Path:
@@ -59,7 +70,7 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
     """
     facts, base = read_facts(output_dir, adapter_dir), read_base(output_dir, adapter_dir)
     metrics = None if adapter_dir else read_metrics(output_dir)
-    data, *others = (facts.get(name) for name in ("data", "settings", "parameters", "training", "versions"))
+    data = facts.get("data")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -67,18 +78,18 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         "cell": escape_cell, "metric": format_metric, "setting": format_setting, "number": "{:,}".format,
         "row": table_row, "header": table_header,
     }  # fmt: skip
-    text = environment.get_template("model_card.md").render(
-        front_matter=front_matter(base, data, metrics).to_yaml(),
-        base=base,
-        loading=read_json(output_dir / LOADING_SETTINGS),
-        data=data,
-        **dict(zip(("settings", "parameters", "training", "versions"), others, strict=True)),
+    values = {
+        **facts,
+        "base": base,
+        "front_matter": front_matter(base, data, metrics).to_yaml(),
+        "loading": read_json(output_dir / LOADING_SETTINGS),
+        "metrics": metrics,
+        "plots": [Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
+        "rare_limit": RARE,
         **(label_counts(data) if data else {}),
-        metrics=metrics,
         **(compare_runs(metrics) if metrics else {}),
-        plots=[Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
-        rare_limit=RARE,
-    )
+    }
+    text = environment.get_template("model_card.md").render(values)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -112,6 +123,18 @@ def _hub_results(metrics: dict) -> list[EvalResult]:
         for name, metric_id in HUB_METRIC_IDS.items()
         if name in diagnosis and diagnosis[name]["value"] is not None
     ]
+
+
+def make_merged_card(name: str, base: dict, dtype: str) -> str:
+    """Return the card of a merged model; `base` is as `describe_base` returns it."""
+    metadata = ModelCardData(
+        base_model=base["name"] if base["on_hub"] else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["medical", "dermatology", "not-for-diagnosis"],
+        **{"license": UNKNOWN, **base["licence"]},
+    )
+    return MERGED_CARD.format(metadata=metadata.to_yaml(), name=name, base=base["name"], dtype=dtype)
 
 
 def label_counts(data: dict) -> dict:

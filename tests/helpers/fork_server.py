@@ -5,6 +5,7 @@ numbers, the leaders of process groups of their own; one with `wait` is answered
 no model over CPUs; a request that pretends tells it, once the ranks can talk, that they are GPUs.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -15,17 +16,21 @@ from pathlib import Path
 
 from common.cli import run
 
+import huggingface_hub.constants
 import torch.distributed.fsdp  # noqa: F401  loaded once, for all
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 import eval_sft
+import merge_adapter
+import push_adapter
 import train_sft
 from benchmarks.reliability import child
+from common import hub_client
 from training import distributed
 from training.trainer import SafeSFTTrainer
 
-COMMANDS = {"train_sft": lambda args: train_sft.main(args), "eval_sft": lambda args: eval_sft.main(args)}
+COMMANDS = {module.__name__: module for module in (eval_sft, merge_adapter, push_adapter, train_sft)}
 TIMEOUT = 120  # s; what takes longer hangs
 
 
@@ -60,14 +65,16 @@ def start(request: dict, rank: int, port: int) -> int:
             os.environ.update({key: str(value) for key, value in place.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         os.environ.update(request["env"])
+        importlib.reload(huggingface_hub.constants)  # of the Hub's address, its cache, and being offline
+        hub_client.WAITS = (0.01,) * 4
         distributed.FILE_TIMEOUT = 0.5
         if request["pretend"]:
             pretend(request["pretend"])
         if request["spoil"] is not None:
             spoil(request["spoil"])
 
-    main, arguments = COMMANDS[request["command"]], request["ranks"][rank]
-    return child(lambda: main(arguments), Path(f"{request['log']}.{rank}"), before)
+    module, arguments = COMMANDS[request["command"]], request["ranks"][rank]
+    return child(lambda: module.main(arguments), Path(f"{request['log']}.{rank}"), before)
 
 
 def wait_for(processes: list[int]) -> list[int | None]:

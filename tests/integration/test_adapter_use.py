@@ -1,4 +1,4 @@
-"""What others do with the results: load the adapter with PEFT, serve it with vLLM, serve the merged model by HTTP."""
+"""Other programs with our results: PEFT and vLLM with the adapter, `transformers serve` with the merged model."""
 
 import base64
 import io
@@ -49,7 +49,7 @@ def ask(image):
     return {"id": "x", "images": [image], "messages": [{"role": "user", "content": f"<image>{QUESTION}"}]}
 
 
-def test_plain_peft_puts_every_tensor_on_a_plain_base_and_changes_its_logits(adapter, tiny_base, demo_raw):
+def test_plain_peft_loads_every_tensor_and_the_logits_change(adapter, tiny_base, demo_raw):
     base = AutoModelForImageTextToText.from_pretrained(tiny_base)
     processor = AutoProcessor.from_pretrained(adapter)
     prompt = encode_prompts(base, processor, [ask(demo_raw / "images" / "0001.jpg")])
@@ -92,7 +92,7 @@ def test_vllm_finds_a_module_for_every_tensor(adapter, tiny_base, tmp_path):
     assert kinds_of(tmp_path) == {"language", "tower", "merger"}  # the last two with --enable-tower-connector-lora
 
 
-def test_vllm_takes_the_adapters_configuration(adapter):
+def test_vllm_accepts_the_adapters_configuration(adapter):
     """`PEFTHelper` in vllm/lora/peft_helper.py of vllm-project/vllm refuses DoRA and whole modules."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 8 and config["lora_alpha"] == 32

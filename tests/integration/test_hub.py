@@ -33,15 +33,6 @@ UPLOADED = {
     "tokenizer_config.json",
     "training_metrics.png",
 }
-# Runs one of the commands, and waits no second before it tries again.
-IMPATIENT = """
-import sys
-from importlib import import_module
-from common.cli import run
-from common import hub_client
-hub_client.WAITS = (0.01,) * 4
-sys.exit(run(import_module(sys.argv.pop(1)).main))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +56,33 @@ def call(server, home, *command, **environment):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
 
 
-def push(server, tmp_path, *args, **environment):
-    return call(server, tmp_path / "home", "-c", IMPATIENT, "push_adapter", *args, **environment)
+@pytest.fixture(scope="module")
+def fork(fork_server):
+    """Run a command in a forked process that knows the loopback Hub; return its exit code and output."""
+
+    def run(server, home, command, *words, **environment):
+        [code], [output] = fork_server.run(command, words, env=server.environment(home, **environment))
+        return SimpleNamespace(returncode=code, output=output)
+
+    return run
+
+
+@pytest.fixture
+def push(fork, tmp_path):
+    def run(server, *words, **environment):
+        return fork(server, tmp_path / "home", "push_adapter", *words, **environment)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def trained(server, tiny_base, demo_data, tmp_path_factory):
+def trained(server, fork, tiny_base, demo_data, tmp_path_factory):
     """A run that pushed, in a process of its own."""
     folder = tmp_path_factory.mktemp("hub")
     settings = {"max_steps": 30, "save_steps": 10, "learning_rate": 5e-3, "per_device_train_batch_size": 8}
     args = train_args(tiny_base, demo_data, folder / "run", **settings, **PUSH)
-    done = call(server, folder / "home", "train_sft.py", *args)
-    assert done.returncode == 0, done.stderr
+    done = fork(server, folder / "home", "train_sft", *args)
+    assert done.returncode == 0, done.output
     arrived, commits = dict(server.files(REPO)), list(server.repos[REPO]["commits"])
     return SimpleNamespace(out=folder / "run", done=done, arrived=arrived, commits=commits)
 
@@ -86,7 +92,7 @@ def test_a_run_pushes_the_listed_files_to_a_private_repository(server, trained):
     assert set(trained.arrived) == UPLOADED
     assert trained.arrived["adapter_model.safetensors"] == (trained.out / "adapter_model.safetensors").read_bytes()
     assert trained.arrived["README.md"] == (trained.out / "README.md").read_bytes()
-    assert f"pushed to {server.url}/{REPO}/commit/" in trained.done.stdout
+    assert f"pushed to {server.url}/{REPO}/commit/" in trained.done.output
     assert server.unknown == []
 
 
@@ -110,7 +116,7 @@ def test_a_run_that_pushes_leaves_no_token_in_its_folder(trained):
     left = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file()}
     assert not any(path.name == "training_args.bin" for path in left)
     assert not any(TOKEN.encode() in content for content in left.values())
-    assert TOKEN not in trained.done.stdout + trained.done.stderr
+    assert TOKEN not in trained.done.output
 
 
 def test_the_adapter_from_the_hub_answers_like_the_one_from_the_folder(
@@ -130,14 +136,14 @@ def test_the_adapter_from_the_hub_answers_like_the_one_from_the_folder(
     assert server.unknown == []
 
 
-def test_pushing_again_sends_nothing_twice(server, trained, tmp_path):
+def test_pushing_again_sends_nothing_twice(server, push, trained):
     sent, commits = server.count("PUT", "/lfs/"), len(server.repos[REPO]["commits"])
-    done = push(server, tmp_path, trained.out, REPO)
-    assert done.returncode == 0, done.stderr
+    done = push(server, trained.out, REPO)
+    assert done.returncode == 0, done.output
     assert (server.count("PUT", "/lfs/"), len(server.repos[REPO]["commits"])) == (sent, commits)
 
 
-def test_a_push_after_evaluation_sends_metrics_and_plots_but_no_images(server, trained, tmp_path):
+def test_a_push_after_evaluation_sends_metrics_and_plots_but_no_images(server, push, trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained.out, out)
     (out / "eval" / "images").mkdir(parents=True)
@@ -147,14 +153,14 @@ def test_a_push_after_evaluation_sends_metrics_and_plots_but_no_images(server, t
     (out / "eval" / "metrics.json").write_text(json.dumps(metrics))
     for name in ("confusion.png", "patient.png", "report.html", "predictions.jsonl", "images/patient.png"):
         (out / "eval" / name).write_bytes(b"...")
-    done = push(server, tmp_path, out, "tester/evaluated", "--revision", "v2")
-    assert done.returncode == 0, done.stderr
+    done = push(server, out, "tester/evaluated", "--revision", "v2")
+    assert done.returncode == 0, done.output
     assert server.files("tester/evaluated") == {}
     arrived = server.files("tester/evaluated", "v2")
     assert set(arrived) == UPLOADED | {"eval/metrics.json", "eval/confusion.png"}
     assert b"| accuracy | 0.90 (0.80 to 0.95) |" in arrived["README.md"]
-    again = push(server, tmp_path, out, "tester/evaluated", "--revision", "v2")
-    assert again.returncode == 0, again.stderr
+    again = push(server, out, "tester/evaluated", "--revision", "v2")
+    assert again.returncode == 0, again.output
 
 
 def test_the_card_of_a_checkpoint_names_its_step(trained):
@@ -165,23 +171,23 @@ def test_the_card_of_a_checkpoint_names_its_step(trained):
     assert json.loads(files["facts.json"])["training"]["step"] == 20
 
 
-def test_after_a_network_failure_the_printed_command_pushes(own_server, tiny_base, demo_data, tmp_path):
+def test_after_a_network_failure_the_printed_command_pushes(own_server, fork, tiny_base, demo_data, tmp_path):
     own_server.stop_after = f"/api/models/{REPO}"  # the last question before training
     out = tmp_path / "my run"
-    command = [IMPATIENT, "train_sft", *train_args(tiny_base, demo_data, out, **PUSH)]
-    done = call(own_server, tmp_path / "home", "-c", *command)
+    command = train_args(tiny_base, demo_data, out, **PUSH)
+    done = fork(own_server, tmp_path / "home", "train_sft", *command)
     assert done.returncode == 1
-    lines = done.stderr.splitlines()
+    lines = done.output.splitlines()
     [warning] = [line for line in lines if line.startswith("warning: checkpoint-2 not pushed to tester/skin: ")]
     assert warning.endswith("; training continues") and f": ConnectError at {own_server.url}: " in warning
     pattern = r"error: not pushed to (.+?): .+; the adapter is in (.+); to push it later: (.+)"
-    said = re.fullmatch(pattern, lines[-1])
-    assert said and (said[1], said[2]) == (REPO, str(out))
+    match = re.fullmatch(pattern, lines[-1])
+    assert match and (match[1], match[2]) == (REPO, str(out))
     assert (out / "adapter_model.safetensors").is_file() and (out / "README.md").is_file()
     assert own_server.files(REPO) == {}
     own_server.stop_after = None
     own_server.start()
-    python, *command = shlex.split(said[3])
+    python, *command = shlex.split(match[3])
     assert (python, command) == ("python", ["push_adapter.py", str(out), REPO])
     later = call(own_server, tmp_path / "home", *command)
     assert later.returncode == 0, later.stderr
@@ -201,40 +207,40 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("wrong", "environment", "message"), REFUSED)
-def test_a_refused_push_ends_with_one_line(own_server, trained, tmp_path, wrong, environment, message):
+def test_a_refused_push_ends_with_one_line(own_server, push, trained, wrong, environment, message):
     own_server.refuse = wrong
-    done = push(own_server, tmp_path, trained.out, "tester/other", **environment)
+    done = push(own_server, trained.out, "tester/other", **environment)
     assert done.returncode == 1
-    *progress, line = done.stderr.splitlines()
+    *progress, line = done.output.splitlines()
     assert not any("Traceback" in bar for bar in progress)  # bars of the upload before it was refused
     assert line.startswith("error: ") and message in line
     assert ("the adapter is in" in line) == line.startswith("error: not pushed")
 
 
 @pytest.mark.parametrize("word", ["/create", "/commit/"])
-def test_requests_to_a_busy_hub_are_retried_and_make_one_commit(own_server, trained, tmp_path, word):
+def test_requests_to_a_busy_hub_are_retried_and_make_one_commit(own_server, push, trained, word):
     own_server.busy = (word, 3)
-    done = push(own_server, tmp_path, trained.out, REPO)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("the Hub says 503 (Come back later); trying again in 0.01 s\n") == 3
+    done = push(own_server, trained.out, REPO)
+    assert done.returncode == 0, done.output
+    assert done.output.count("the Hub says 503 (Come back later); trying again in 0.01 s\n") == 3
     assert own_server.repos[REPO]["commits"] == ["Upload adapter, processor and model card"]
     assert own_server.repos[REPO]["private"] and set(own_server.files(REPO)) == UPLOADED
 
 
-def test_a_commit_whose_response_was_lost_is_not_repeated(own_server, trained, tmp_path):
+def test_a_commit_whose_response_was_lost_is_not_repeated(own_server, push, trained):
     own_server.lost = 1
-    done = push(own_server, tmp_path, trained.out, REPO)
-    assert done.returncode == 0, done.stderr
-    assert "the Hub says 504 (No answer in time); trying again in 0.01 s\n" in done.stderr
+    done = push(own_server, trained.out, REPO)
+    assert done.returncode == 0, done.output
+    assert "the Hub says 504 (No answer in time); trying again in 0.01 s\n" in done.output
     assert own_server.repos[REPO]["commits"] == ["Upload adapter, processor and model card"]
 
 
-def test_a_push_gives_up_when_the_hub_stays_busy(own_server, trained, tmp_path):
+def test_a_push_gives_up_when_the_hub_stays_busy(own_server, push, trained):
     before = (trained.out / "adapter_model.safetensors").read_bytes()
     own_server.busy = ("/commit/", 99)
-    done = push(own_server, tmp_path, trained.out, REPO)
+    done = push(own_server, trained.out, REPO)
     assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
+    line = done.output.splitlines()[-1]
     assert line.startswith("error: not pushed to tester/skin: the Hub says 503 (Come back later); the adapter is in")
     assert own_server.count("POST", "/commit/") == 5 and own_server.repos[REPO]["commits"] == []
     assert (trained.out / "adapter_model.safetensors").read_bytes() == before
@@ -266,17 +272,17 @@ def test_uploads_never_overlap_and_a_failed_one_is_only_a_warning(monkeypatch, c
     assert line.endswith(": the line is down; training continues")
 
 
-def test_a_public_repository_is_refused_for_a_private_push(own_server, trained, tmp_path):
-    assert push(own_server, tmp_path, trained.out, REPO, "--public").returncode == 0
+def test_a_public_repository_is_refused_for_a_private_push(own_server, push, trained):
+    assert push(own_server, trained.out, REPO, "--public").returncode == 0
     assert own_server.repos[REPO]["private"] is False
     own_server.refuse = "/preupload/"
-    done = push(own_server, tmp_path, trained.out, REPO, "--public", "--revision", "v 2")
-    assert done.stderr.endswith(
+    done = push(own_server, trained.out, REPO, "--public", "--revision", "v 2")
+    assert done.output.endswith(
         f"to push it later: python push_adapter.py {trained.out} {REPO} --revision 'v 2' --public\n"
     )
-    done = push(own_server, tmp_path, trained.out, REPO)
+    done = push(own_server, trained.out, REPO)
     assert done.returncode == 1
-    assert done.stderr == (
+    assert done.output == (
         "error: tester/skin is public on the Hub and should be private; "
         "change the option (hub_private_repo, --public) or the repository\n"
     )
@@ -295,19 +301,19 @@ def test_the_error_names_a_folder_without_an_adapter(tmp_path):
         main([str(tmp_path), REPO])
 
 
-def test_an_evaluation_pushes_its_metrics_and_the_card(own_server, trained, demo_data, tmp_path):
+def test_an_evaluation_pushes_its_metrics_and_the_card(own_server, fork, trained, demo_data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained.out, out)
     command = ["--adapter", out, "--dataset", demo_data, "--push", REPO, "--max-new-tokens", 4, "--no-probabilities"]
-    done = call(own_server, tmp_path / "home", "eval_sft.py", *command)
-    assert done.returncode == 0, done.stderr
+    done = fork(own_server, tmp_path / "home", "eval_sft", *command)
+    assert done.returncode == 0, done.output
     files = own_server.files(REPO)
     added = {"eval/metrics.json", "eval/confusion.png", "eval/subgroups.png"}
     assert set(files) == (UPLOADED | added) and own_server.repos[REPO]["private"]
     assert b"| accuracy |" in files["README.md"] and files["README.md"] == (out / "README.md").read_bytes()
     assert not any(str(tmp_path).encode() in content for content in files.values())
-    refused = call(own_server, tmp_path / "home", "eval_sft.py", *command, "--out", tmp_path / "elsewhere")
-    assert (refused.returncode, refused.stderr.count("\n")) == (
+    refused = fork(own_server, tmp_path / "home", "eval_sft", *command, "--out", tmp_path / "elsewhere")
+    assert (refused.returncode, refused.output.count("\n")) == (
         1,
         1,
-    ) and "--push: needs the adapter's folder" in refused.stderr
+    ) and "--push: needs the adapter's folder" in refused.output

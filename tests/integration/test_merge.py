@@ -25,7 +25,8 @@ from helpers.hub_server import HubServer
 from helpers.runs import TEXTS
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
-from publishing.merged_model import UPLOADED_FILES, make_merged_card
+from publishing.hub import MERGED_FILES
+from publishing.model_card import make_merged_card
 
 BIN = Path(sys.executable).parent
 FIRST_QUERY = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -88,7 +89,7 @@ def smallest_lead(model, processor, example):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_plain_transformers_loads_it_and_it_answers_like_the_adapter(
+def test_the_merged_model_in_plain_transformers_answers_like_the_adapter(
     adapter, tiny_base, merged, demo_splits, dtype, tmp_path
 ):
     if dtype == "float16":
@@ -120,13 +121,13 @@ def test_exactly_the_targets_change_and_the_vision_tower_is_bit_identical(tiny_b
     assert len(tower) > 20 and not changed & set(tower)
 
 
-def test_pixel_limits_and_chat_template_survive(adapter, merged):
+def test_the_merged_model_has_the_adapters_pixel_limits_and_chat_template(adapter, merged):
     ours, theirs = AutoProcessor.from_pretrained(adapter), AutoProcessor.from_pretrained(merged)
     assert dict(theirs.image_processor.size) == {"shortest_edge": 12544, "longest_edge": 12544}
     assert theirs.chat_template == ours.chat_template and "<|im_start|>" in theirs.chat_template
 
 
-def test_the_card_and_the_configuration_name_no_path(tiny_base, adapter, merged):
+def test_card_and_configuration_contain_no_path(tiny_base, adapter, merged):
     card = (merged / "README.md").read_text()
     assert f"Base model: {tiny_base.name}. Merged from a LoRA adapter" in card
     assert "Not a medical device; not for diagnosis" in card
@@ -138,7 +139,7 @@ def test_the_card_and_the_configuration_name_no_path(tiny_base, adapter, merged)
     assert "base_model: Qwen/Qwen2.5-VL-7B-Instruct\n" in card and "license: apache-2.0\n" in card
 
 
-def test_the_screen_says_what_was_checked(adapter, tmp_path, capsys):
+def test_the_results_of_the_checks_are_printed(adapter, tmp_path, capsys):
     (tmp_path / "model.unfinished").mkdir()  # of a run that was killed
     (tmp_path / "model.unfinished" / "half.safetensors").touch()
     merge(adapter, tmp_path / "model")
@@ -150,7 +151,7 @@ def test_the_screen_says_what_was_checked(adapter, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_shards_are_as_small_as_asked(adapter, merged, tmp_path):
+def test_shards_have_at_most_the_requested_size(adapter, merged, tmp_path):
     merge(adapter, tmp_path / "model", "--shard-size", "300KB")
     shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(shards) >= 3 and all(path.stat().st_size < 310_000 for path in shards)
@@ -166,7 +167,7 @@ def test_shards_are_as_small_as_asked(adapter, merged, tmp_path):
         ({"target_modules": ["q_proj"], "train_vision": True, "train_merger": True}, 14, "adapted"),
     ],
 )
-def test_other_kinds_of_adapters_are_merged_too(tiny_base, tmp_path, capsys, flags, merged_weights, tower):
+def test_rslora_dora_and_vision_adapters_are_merged(tiny_base, tmp_path, capsys, flags, merged_weights, tower):
     torch.manual_seed(0)
     base = load_model(str(tiny_base), quantization=None, dtype="float32")
     model = get_peft_model(base, build_lora_config(base, r=4, lora_alpha=8, lora_dropout=0.0, **flags))
@@ -183,7 +184,7 @@ def test_other_kinds_of_adapters_are_merged_too(tiny_base, tmp_path, capsys, fla
     assert any(name.startswith("model.visual.") for name in changed) == (tower == "adapted")
 
 
-def test_a_target_that_is_left_unmerged_is_named(damaged, tmp_path, capsys):
+def test_the_error_names_a_target_that_was_not_merged(damaged, tmp_path, capsys):
     """PEFT passes over tensors that the configuration does not ask for; the file says that they are there."""
     folder = damaged(lambda tensors: None)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -196,7 +197,7 @@ def test_a_target_that_is_left_unmerged_is_named(damaged, tmp_path, capsys):
     )
 
 
-def test_a_target_whose_update_is_zero_is_named(damaged, tmp_path, capsys):
+def test_the_error_names_a_target_without_an_update(damaged, tmp_path, capsys):
     def forget(tensors):
         tensors[f"base_model.model.{FIRST_QUERY.removesuffix('weight')}lora_B.weight"].zero_()
 
@@ -222,14 +223,14 @@ def damage_after_saving(monkeypatch, edit):
         ("visual.blocks.1.attn.qkv.bias", "model.visual.blocks.1.attn.qkv.bias"),
     ],
 )
-def test_a_weight_that_should_not_have_changed_is_named(adapter, tmp_path, capsys, monkeypatch, stored, name):
+def test_the_error_names_a_changed_weight_that_is_no_target(adapter, tmp_path, capsys, monkeypatch, stored, name):
     damage_after_saving(monkeypatch, lambda tensors: tensors[stored].view(-1)[-1:].add_(0.125))
     error = refused(capsys, adapter, tmp_path / "model")
     fault = "differs from the base's and is not a target of the adapter"
     assert error == f"error: 1 merged weights are wrong; the first, {name}, {fault}"
 
 
-def test_a_weight_that_was_not_saved_is_named(adapter, tmp_path, capsys, monkeypatch):
+def test_the_error_names_a_weight_that_was_not_saved(adapter, tmp_path, capsys, monkeypatch):
     damage_after_saving(monkeypatch, lambda tensors: tensors.pop("visual.merger.mlp.0.weight"))
     error = refused(capsys, adapter, tmp_path / "model")
     assert "1 merged weights are wrong; the first, model.visual.merger.mlp.0.weight, differs from the base's" in error
@@ -242,9 +243,7 @@ def test_a_weight_that_was_not_saved_is_named(adapter, tmp_path, capsys, monkeyp
         (float("nan"), "logits are not finite in torch.bfloat16"),
     ],
 )
-def test_merged_weights_that_compute_something_else_are_refused(
-    adapter, tmp_path, capsys, monkeypatch, factor, message
-):
+def test_other_logits_are_refused(adapter, tmp_path, capsys, monkeypatch, factor, message):
     damage_after_saving(monkeypatch, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].mul_(factor))
     assert message in refused(capsys, adapter, tmp_path / "model")
 
@@ -260,7 +259,7 @@ def test_a_lost_chat_template_or_pixel_limit_is_refused(adapter, tmp_path, capsy
     assert "pixel limits {'longest_edge': 99999, 'shortest_edge': 12544}" in error
 
 
-def test_other_answers_are_refused_even_when_the_logits_are_near():
+def test_another_first_token_is_refused_even_with_similar_logits():
     ours = torch.zeros(2, 1000)
     ours[:, 0], ours[:, 1] = 3.0, 2.0
     theirs = ours.clone()
@@ -310,7 +309,7 @@ def test_the_base_is_loaded_at_the_revision_of_the_training(adapter, tiny_base):
     assert merge_adapter.choose_base(str(adapter), "other/base") == ("other/base", None)
 
 
-def test_what_a_user_can_get_wrong_is_one_line(adapter, tmp_path, capsys):
+def test_a_user_error_is_one_line(adapter, tmp_path, capsys):
     def error_of(*options):
         assert run(lambda: merge_adapter.main([str(option) for option in options])) == 1
         return capsys.readouterr().err.strip()
@@ -340,22 +339,20 @@ def push_in_a_process(hub, home, *words):
     return subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_push_is_private_and_takes_the_listed_files_only(adapter, tmp_path, hub):
+def test_a_push_is_private_and_uploads_the_listed_files_only(adapter, fork_server, tmp_path, hub):
     out = tmp_path / "model"
     options = ["--adapter", adapter, "--out", out, "--push", "tester/skin", "--shard-size", "500KB"]
-    done = push_in_a_process(hub, tmp_path / "home", "python", "merge_adapter.py", *options)
-    assert done.returncode == 0, done.stderr
-    assert f"pushed     {hub.url}/tester/skin/commit/" in done.stdout
+    [code], [output] = fork_server.run("merge_adapter", options, env=hub.environment(tmp_path / "home"))
+    assert code == 0, output
+    assert f"pushed     {hub.url}/tester/skin/commit/" in output
     assert hub.repos["tester/skin"]["private"]
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert hub.files("tester/skin") == files
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "README.md"} < set(files)
-    assert [name for name in UPLOADED_FILES if "*" in name] == ["model-*.safetensors"]
+    assert [name for name in MERGED_FILES if "*" in name] == ["model-*.safetensors"]
 
 
-def test_after_a_failed_push_the_model_is_there_and_the_printed_command_pushes_it(
-    adapter, tmp_path, capsys, monkeypatch, hub
-):
+def test_after_a_failed_push_the_printed_command_pushes_the_model(adapter, tmp_path, capsys, monkeypatch, hub):
     def fail(self, **options):
         raise ConnectionError("the line\nwent dead")
 
@@ -373,5 +370,5 @@ def test_after_a_failed_push_the_model_is_there_and_the_printed_command_pushes_i
     assert hub.files("tester/skin") == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_repository_that_cannot_be_had_costs_no_merge(adapter, tmp_path, capsys):
+def test_the_repository_is_checked_before_the_merge(adapter, tmp_path, capsys):
     assert "tester/skin" in refused(capsys, adapter, tmp_path / "model", "--push", "tester/skin")

@@ -1,4 +1,4 @@
-"""Answers given to the model are scored as full forward passes score them, whatever shares the batch."""
+"""Scores of given answers equal those of full forward passes, in any batch."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def test_scores_equal_separate_forward_passes(model, processor, examples, rows):
     assert (found[:, 0] != found[:, 1]).all()
 
 
-def test_each_example_may_have_answers_of_its_own(model, processor, examples):
+def test_each_example_can_have_different_answers(model, processor, examples):
     one = score_answers(model, processor, examples[:2], [ANSWERS[:2], ANSWERS[1:]])
     both = score_answers(model, processor, examples[:2], [ANSWERS] * 2)
     assert torch.allclose(one, torch.stack([both[0, :2], both[1, 1:]]), atol=1e-4)
 
 
-def test_positions_are_the_models_own(model, processor, examples):
+def test_positions_equal_those_of_the_model(model, processor, examples):
     from evaluation.generation import encode_prompts
 
     inputs = encode_prompts(model, processor, examples[:2])

@@ -37,12 +37,12 @@ def test_plot_training_draws_each_curve(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["training_metrics.png"]
 
 
-def test_plot_training_takes_a_run_that_has_logged_nothing(tmp_path):
+def test_plot_training_accepts_an_empty_log(tmp_path):
     plot_training([], tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (960, 720)
 
 
-def test_write_metrics_replaces_the_file_in_one_go(tmp_path):
+def test_write_metrics_replaces_the_file_atomically(tmp_path):
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}]
     write_metrics(rows[:1], tmp_path / "metrics.jsonl")
     write_metrics(rows, tmp_path / "metrics.jsonl")
@@ -50,7 +50,7 @@ def test_write_metrics_replaces_the_file_in_one_go(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_full_disk_costs_a_picture_and_not_the_run(tmp_path, capsys):
+def test_a_failed_write_of_the_curves_is_a_warning(tmp_path, capsys):
     state = TrainerState(log_history=[{"step": 1, "loss": 2.0}], is_world_process_zero=True)
     args = SimpleNamespace(output_dir=str(tmp_path / "gone"))
     CurvesCallback().on_log(args, state, None)
