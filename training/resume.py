@@ -18,7 +18,8 @@ from training.distributed import UNSHARDED, requested_sharding
 from training.settings import Settings
 from training.trainer import SafeSFTTrainer
 
-# Settings that may change when a run resumes: they decide what is reported, kept and measured, and not what is learnt.
+# Settings that may change when a run resumes: they decide what is reported, kept and measured, and not what is learnt,
+# or are compared in another way (the base model by name and commit, the data by fingerprint).
 RESUME_IGNORED_PREFIXES = (
     "output_dir", "run_name", "project", "trackio_", "report_to", "logging_", "log_", "disable_tqdm", "debug",
     "skip_memory_", "dry_run",
@@ -48,7 +49,7 @@ def choose_start(settings: Settings) -> Path | None:
 def describe_identity(settings: Settings, base: dict, train: Dataset) -> dict:
     """Return what a run must have in common with the one whose checkpoint it resumes from; JSON, without paths.
 
-    The keys are those of all earlier checkpoints.
+    Do not rename keys: manifests of earlier checkpoints are compared by them.
     """
     merged = {**settings.training.to_dict(), **dataclasses.asdict(settings.data), **dataclasses.asdict(settings.model)}
     order = hashlib.sha256(json.dumps(train["id"][:]).encode()).hexdigest()
@@ -124,7 +125,7 @@ def describe_resuming(trainer: SafeSFTTrainer, checkpoint: Path | None) -> list[
         batch_rows(read_identity(checkpoint)),
     )
     if step > steps:
-        rule = "with fewer gradient_accumulation_steps a run of as many epochs has more"
+        rule = "lower gradient_accumulation_steps or raise num_train_epochs"
         raise ValueError(f"checkpoint {checkpoint}: it is at step {step}, and the run has {steps} steps now; {rule}")
     if (steps, batch) == (state["max_steps"], batch_before):
         return []

@@ -29,7 +29,7 @@ REPORTED_TRAINING_ARGS = (
 
 
 def reported_settings(settings: Settings) -> dict:
-    """Return the settings that another run needs to give the same result, by their names in a recipe."""
+    """Return the settings that the model card and the trackers report, by their names in a recipe."""
     reported = {"pack_tokens": settings.pack_tokens, "processes": settings.training.world_size}
     names = {"model": REPORTED_MODEL_ARGS, "data": REPORTED_DATA_ARGS, "training": REPORTED_TRAINING_ARGS}
     for part, fields in names.items():

@@ -21,7 +21,10 @@ from training.compat import CheckpointHookTrainer, set_token_count
 from training.signals import shield_workers
 
 TRAINING_ARGS = "training_args.bin"
-NOT_IN_CHECKPOINTS = (TRAINING_ARGS, "README.md")  # the first may hold a token; PEFT's card names a local base's path
+NOT_IN_CHECKPOINTS = (
+    TRAINING_ARGS,
+    "README.md",
+)  # the first may hold an access token; PEFT's card names a local base's path
 
 
 class CollatorWithIds:
@@ -116,14 +119,15 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
-        """Save, seal and rotate. When the disk is full, a single process continues, and earlier checkpoints stay.
+        """Save, seal and rotate. When saving fails, as on a full disk, a single process continues, and earlier
+        checkpoints stay.
 
         Raises:
             ValueError: a weight is not finite; nothing is written.
         """
         check_finite(self.model, self.state.global_step)
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        problem = self._missing_space(path)
+        problem = self._clear_and_check_space(path)
         if problem is None:
             try:
                 self._save_and_seal(path, save)
@@ -135,8 +139,9 @@ class SafeSFTTrainer(CheckpointHookTrainer):
             shutil.rmtree(path, ignore_errors=True)
             print(f"warning: {path.name} was not saved, earlier ones stay: {problem}", flush=True)
 
-    def _missing_space(self, path: Path) -> str | None:
-        """Return a message when a checkpoint of the last one's size would not fit, the same in all processes."""
+    def _clear_and_check_space(self, path: Path) -> str | None:
+        """Delete what an earlier run left at `path`; return a message, the same in all processes, when a checkpoint of
+        the last one's size would not fit."""
         message = None
         if self.args.should_save:
             shutil.rmtree(path, ignore_errors=True)  # an incomplete or damaged one of an earlier run

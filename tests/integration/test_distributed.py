@@ -154,7 +154,7 @@ def test_a_run_that_more_processes_would_end_in_the_past_is_refused(train, tmp_p
     assert codes == [1, 1]
     assert (
         "it is at step 32, and the run has 16 steps now" in texts[0]
-        and "with fewer gradient_accumulation_steps" in texts[0]
+        and "lower gradient_accumulation_steps" in texts[0]
     )
 
 

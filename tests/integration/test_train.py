@@ -227,6 +227,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_d
         torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
 def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path):
     settings = {**PACKED, "max_steps": 3, "gradient_checkpointing": "true", "eval_strategy": "no"}
