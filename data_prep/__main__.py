@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace the data set in --out")
     command.add_argument(
         "--on-error", choices=("fail", "drop"), default="fail",
-        help="fail: list all problems and stop (default); drop: skip those records, and list them in rejected.jsonl",
+        help="fail: list all errors and stop (default); drop: skip those records, and list them in rejected.jsonl",
     )  # fmt: skip
     command.add_argument("--folds", type=positive_int, default=0, help="parts for cross-validation; test is separate")
     command.add_argument(

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from .images import PATCH_CELL, ImageInfo
 from .records import IMAGE_MARKER, DataError
+from .split import SPLITS
 
 LONG_ANSWER = 2000  # characters
 
@@ -12,7 +13,7 @@ LONG_ANSWER = 2000  # characters
 ERRORS = {
     "unusable": "records that cannot be used",
     "leak": "groups or pictures in more than one of the given splits",
-    "contradiction": "one picture under different labels",
+    "contradiction": "the same pictures and question under different labels",
     "giveaway": "questions that contain the answer's label",
     "tiny": f"images under {PATCH_CELL} px a side",
 }
@@ -22,8 +23,10 @@ WARNINGS = {
     "long answer": f"answers over {LONG_ANSWER:,} characters",
     "private": "images with GPS, dates, names or comments (not copied into the data set)",
     "rare label": "labels with too few groups for every split",
+    "shared group": "groups that several sources name: kept together",
 }
 NOTES = {
+    "group spelling": "groups written in several ways: taken as one",
     "short answer": "answers of one word",
     "turned": "images stored rotated or mirrored, turned upright by their EXIF orientation",
     "converted": "images stored in another colour mode than RGB, and converted to it",
@@ -43,6 +46,7 @@ class Finding:
         source: name of the record's file or Hub data set.
         file: image file, as the record names it.
         others: ids of the other samples concerned.
+        images: which of its images each of these samples is about, 0-based; the first when empty.
     """
 
     kind: str
@@ -52,6 +56,7 @@ class Finding:
     source: str | None = None
     file: str | None = None
     others: tuple[str, ...] = ()
+    images: tuple[int, ...] = ()
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -85,11 +90,11 @@ def check_texts(samples: list[dict]) -> list[Finding]:
     for sample in samples:
         for question, answer in _pairs(sample["messages"]):
             if _gives_away(question.lower(), answer.lower(), (sample["label"] or "").lower(), labels):
-                findings.append(_about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
+                findings.append(about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
             if len(answer.split()) == 1:
-                findings.append(_about(sample, "short answer", repr(answer[:80])))
+                findings.append(about(sample, "short answer", repr(answer[:80])))
             if len(answer) > LONG_ANSWER:
-                findings.append(_about(sample, "long answer", f"{len(answer):,} characters"))
+                findings.append(about(sample, "long answer", f"{len(answer):,} characters"))
     return findings
 
 
@@ -104,77 +109,96 @@ def _pairs(messages: list[dict]) -> list[tuple[str, str]]:
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _about(sample: dict, kind: str, detail: str, file: str | None = None, others=()) -> Finding:
-    return Finding(kind, detail, sample["record"], sample["id"], sample["origin"], file, tuple(others))
+def about(sample: dict, kind: str, detail: str, file: str | None = None, others=(), images=()) -> Finding:
+    """Return a finding about a sample; see `Finding`."""
+    where = (sample["record"], sample["id"], sample["origin"])
+    return Finding(kind, detail, *where, file, tuple(others), tuple(images))
 
 
 def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Finding]:
     """Check each image once; the finding names the first sample that uses it."""
     findings = []
-    for path, (sample, name) in _first_uses(samples).items():
+    for path, (sample, position) in _first_uses(samples).items():
         info = infos[path]
-        if min(info.size) < PATCH_CELL:
-            findings.append(_about(sample, "tiny", f"{info.size[0]} x {info.size[1]} px", name))
-        if info.turned:
-            findings.append(_about(sample, "turned", "turned upright", name))
-        if info.mode != "RGB":
-            findings.append(_about(sample, "converted", f"mode {info.mode}", name))
-        if info.private:
-            findings.append(_about(sample, "private", ", ".join(info.private), name))
+        found = {
+            "tiny": min(info.size) < PATCH_CELL and f"{info.size[0]} x {info.size[1]} px",
+            "turned": info.turned and "turned upright",
+            "converted": info.mode != "RGB" and f"mode {info.mode}",
+            "private": ", ".join(info.private),
+        }
+        name = sample["files"][position]
+        findings += [about(sample, kind, detail, name, images=[position]) for kind, detail in found.items() if detail]
     return findings
 
 
-def _first_uses(samples: list[dict]) -> dict[str, tuple[dict, str]]:
-    """Return the first sample that uses each image, by path, and the image's name in it."""
+def _first_uses(samples: list[dict]) -> dict[str, tuple[dict, int]]:
+    """Return the first sample that uses each image, by path, and the image's position in it."""
     uses = {}
     for sample in samples:
-        for path, name in zip(sample["images"], sample["files"], strict=True):
-            uses.setdefault(path, (sample, name))
+        for position, path in enumerate(sample["images"]):
+            uses.setdefault(path, (sample, position))
     return uses
 
 
 def check_copies(samples: list[dict], exact: list[list[str]], near: list[list[str]]) -> list[Finding]:
     """Report copied image files, from lists of paths; a finding names the first sample of its list."""
     uses, findings = _first_uses(samples), []
-    for kind, (path, *copies) in [("exact copy", paths) for paths in exact] + [("near copy", paths) for paths in near]:
-        sample, name = uses[path]
-        detail = f"same as {', '.join(uses[copy][1] for copy in copies)}"
-        findings.append(_about(sample, kind, detail, name, [uses[copy][0]["id"] for copy in copies]))
+    for kind, paths in [("exact copy", paths) for paths in exact] + [("near copy", paths) for paths in near]:
+        (first, *others), positions = zip(*(uses[path] for path in paths), strict=True)
+        name, *copies = [uses[path][0]["files"][uses[path][1]] for path in paths]
+        ids = [sample["id"] for sample in others]
+        findings.append(about(first, kind, f"same as {', '.join(copies)}", name, ids, positions))
     return findings
 
 
 def check_labels(samples: list[dict], picture_of: dict[str, str]) -> list[Finding]:
-    """Report pictures with more than one label; `picture_of` maps each path to one path of its copies."""
-    users = defaultdict(list)
+    """Report sets of pictures with more than one label for one question; two sets may share a picture.
+
+    Args:
+        samples: with `asks`, which is the same for all wordings of one question.
+        picture_of: for each image path the path that stands for all copies of the picture.
+    """
+    same = defaultdict(list)
     for sample in samples:
-        for path, name in zip(sample["images"], sample["files"], strict=True):
-            if sample["label"] is not None:
-                users[picture_of[path]].append((sample, name))
+        if sample["label"] is not None and sample["images"]:
+            same[tuple(sorted(picture_of[path] for path in sample["images"])), sample["asks"]].append(sample)
     findings = []
-    for same in users.values():
-        labels = sorted({sample["label"] for sample, _ in same})
+    for first, *others in same.values():
+        labels = sorted({sample["label"] for sample in (first, *others)})
         if len(labels) > 1:
-            (first, name), *others = same
-            ids = [sample["id"] for sample, _ in others]
-            findings.append(_about(first, "contradiction", " and ".join(labels), name, ids))
+            ids = [sample["id"] for sample in others]
+            findings.append(about(first, "contradiction", " and ".join(labels), ", ".join(first["files"]), ids))
     return findings
 
 
-def check_splits(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
-    """Report groups in several splits (which only given splits can cause), and labels that are not in every split."""
-    members = defaultdict(list)
-    for sample, group, split in zip(samples, groups, splits, strict=True):
-        members[group].append((sample, split))
+def check_leaks(samples: list[dict], groups: list[int], given: list[str | None]) -> list[Finding]:
+    """Report the samples whose group stands in several of the given splits, but for those in the last of them."""
+    members = defaultdict(lambda: defaultdict(list))
+    for sample, group, split in zip(samples, groups, given, strict=True):
+        if split is not None:
+            members[group][split].append(sample)
     findings = []
-    for group in members.values():
-        names = sorted({split for _, split in group})
-        if len(names) > 1:
-            first, others = group[0][0], [sample["id"] for sample, _ in group[1:]]
-            findings.append(_about(first, "leak", f"is in {' and '.join(names)}", others=others))
-    return findings + _rare_labels(samples, groups, splits)
+    for by_split in members.values():
+        *leaking, kept = sorted(by_split, key=SPLITS.index)
+        for split in leaking:
+            first, *others = by_split[split]
+            detail = f"is in {split}, and its group or picture in {kept} (id {by_split[kept][0]['id']!r})"
+            findings.append(about(first, "leak", detail, others=[sample["id"] for sample in others]))
+    return findings
 
 
-def _rare_labels(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
+def flawed_samples(findings: list[Finding]) -> dict[str, str]:
+    """Return the reason to drop each sample that an error names, by its id."""
+    return {
+        name: f"{KINDS[finding.kind]}: {finding.detail}"
+        for finding in reversed(findings)
+        if finding.kind in ERRORS and finding.kind != "unusable"
+        for name in (finding.sample_id, *finding.others)
+    }
+
+
+def check_rare_labels(samples: list[dict], groups: list[int], splits: list[str]) -> list[Finding]:
+    """Report labels that are not in every split."""
     splits_of, groups_of = defaultdict(set), defaultdict(set)
     for sample, group, split in zip(samples, groups, splits, strict=True):
         if sample["label"] is not None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from . import check
 from .balance import effective_counts, sampling_weights
 from .download import fetch_links
 from .duplicates import near_pairs
+from .groups import group_samples, unify_groups
 from .images import ImageInfo, clean_copy, inspect_image, is_link, perceptual_hash
 from .records import ATTRIBUTES, READ_KEYS, DataError
 from .sources import Collected, Source, mixing_shares, read_source
@@ -42,13 +44,14 @@ logger = logging.getLogger(__name__)
 
 
 class InvalidRecordsError(ValueError):
-    """All the records that cannot be used, in the order of their sources."""
+    """All the records with an error, in the order of their sources."""
 
     def __init__(self, errors: list[DataError], num_records: int):
         self.errors = errors
         lines = [f"{error.source}: {error}" for error in errors[:MAX_LISTED]]
         if len(errors) > 1:
-            lines.insert(0, f"{len(errors)} of {num_records} records cannot be used")
+            remedy = "`python -m data_prep convert --on-error drop` leaves them out"
+            lines.insert(0, f"{len(errors)} of {num_records} records have an error; {remedy}")
         if len(errors) > MAX_LISTED:
             lines.append(f"... and {len(errors) - MAX_LISTED} more")
         super().__init__("\n  ".join(lines))
@@ -64,7 +67,7 @@ class Options:
         folds: number of equal parts for cross-validation: `fold_0` and so on in place of train and validation.
         group_by: key of the records, or column of the table, to group by in place of `group`.
         stratify_by: attribute whose values keep their share in each split, one of `STRATA`.
-        on_error: "fail" raises with every problem, "drop" skips those records.
+        on_error: "fail" raises with every error, "drop" skips the records that have one.
         balance: how training samples are weighted, see `balance.sampling_weights`.
         num_workers: processes that decode images; all cores when None.
         show_progress: show a progress bar.
@@ -151,26 +154,36 @@ def prepare(sources: list[Source], **options) -> Prepared:
     collected = _collect(sources, options)
     infos = inspect_images(collected, num_workers=options.num_workers, show_progress=options.show_progress)
     collected.num_renamed = _make_ids_unique(collected.samples)
+    picture_of, copies = find_copies(infos)
+    findings = _check_samples(collected.samples, infos, picture_of, copies)
+    findings = [*check.check_records(collected.errors), *findings]
+    reasons = check.flawed_samples(findings)
+    _reject(collected, lambda sample: reasons.get(sample["id"]))
     _require_usable(collected, options.on_error)
     _log_skipped(collected)
     samples = collected.samples
-    picture_of, copies = find_copies(infos)
-    groups = _group_samples(samples, picture_of)
+    groups = group_samples(samples, picture_of)
     splits = _assign_all(samples, groups, options)
-    findings = [
-        *check.check_records(collected.errors),
-        *check.check_texts(samples),
-        *check.check_images(samples, infos),
-        *check.check_copies(samples, *copies),
-        *check.check_labels(samples, picture_of),
-        *check.check_splits(samples, groups, splits),
-    ]
+    findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     if options.clean_dir is not None:
         _clean_images(samples, infos, options.clean_dir)
     group_of = {sample["id"]: group for sample, group in zip(samples, groups, strict=True)}
     errors = [*collected.errors, *collected.skipped]
     return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of)
+
+
+def _check_samples(samples: list[dict], infos: dict[str, ImageInfo], picture_of: dict, copies: tuple) -> list:
+    """Return the findings that do not depend on the split; give the samples of one group one spelling of its name."""
+    shared = unify_groups(samples)
+    return [
+        *check.check_texts(samples),
+        *check.check_images(samples, infos),
+        *check.check_copies(samples, *copies),
+        *check.check_labels(samples, picture_of),
+        *check.check_leaks(samples, group_samples(samples, picture_of), [_given_split(sample) for sample in samples]),
+        *shared,
+    ]
 
 
 def _collect(sources: list[Source], options: Options) -> Collected:
@@ -198,21 +211,29 @@ def inspect_images(collected: Collected, *, num_workers: int | None, show_progre
     """
     paths = sorted({path for sample in collected.samples for path in sample["images"]})
     results = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
-    _reject_samples(collected, {path: result for path, result in results.items() if isinstance(result, str)})
+    _reject_images(collected, {path: result for path, result in results.items() if isinstance(result, str)})
     for sample in collected.samples:
         sample["image_sizes"] = [list(results[path].size) for path in sample["images"]]
     return {path: result for path, result in results.items() if not isinstance(result, str)}
 
 
-def _reject_samples(collected: Collected, reasons: dict[str, str]) -> None:
+def _reject_images(collected: Collected, reasons: dict[str, str]) -> None:
     """Move the samples with an image that is in `reasons`, by path, to the errors."""
+
+    def reason_of(sample: dict) -> str | None:
+        bad = next((n for n, path in enumerate(sample["images"]) if path in reasons), None)
+        return None if bad is None else f"image {sample['files'][bad]!r}: {reasons[sample['images'][bad]]}"
+
+    _reject(collected, reason_of)
+
+
+def _reject(collected: Collected, reason_of: Callable[[dict], str | None]) -> None:
+    """Move the samples with a reason to the errors."""
     samples, collected.samples = collected.samples, []
     for sample in samples:
-        bad = next((n for n, path in enumerate(sample["images"]) if path in reasons), None)
-        if bad is None:
+        if (reason := reason_of(sample)) is None:
             collected.samples.append(sample)
         else:
-            reason = f"image {sample['files'][bad]!r}: {reasons[sample['images'][bad]]}"
             about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
             collected.errors.append(DataError(reason, **about))
     collected.errors.sort(key=lambda error: (error.source, error.record))
@@ -226,7 +247,7 @@ def _download_links(collected: Collected, show_progress: bool) -> None:
         for file, path in zip(sample["files"], sample["images"], strict=True)
         if is_link(file)
     }
-    _reject_samples(collected, fetch_links(links, show_progress=show_progress))
+    _reject_images(collected, fetch_links(links, show_progress=show_progress))
 
 
 def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageInfo | str]:
@@ -288,17 +309,6 @@ def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list
     picture_of = {path: firsts[roots[n]] for n, paths in enumerate(by_digest.values()) for path in paths}
     exact = [paths for paths in by_digest.values() if len(paths) > 1]
     return picture_of, (exact, [paths for paths in alike.values() if len(paths) > 1])
-
-
-def _group_samples(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
-    """Return each sample's group: samples with one `group`, or with copies of one picture, share a group."""
-    members = defaultdict(list)
-    for index, sample in enumerate(samples):
-        if sample["group"] is not None:
-            members["group", sample["source"], sample["group"]].append(index)
-        for path in sample["images"]:
-            members["picture", picture_of[path]].append(index)
-    return join_groups(len(samples), list(members.values()))
 
 
 def _assign_all(samples: list[dict], groups: list[int], options: Options) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 from datasets import DatasetDict, Image, List, load_from_disk
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
-from data_prep.images import PATCH_CELL, count_image_tokens, fit_size, load_image
+from data_prep.images import PATCH_CELL, Fit, count_image_tokens, fit_size, load_image
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table
@@ -31,7 +32,7 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
     """
     splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
     lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
-    findings = [Finding(**{**row, "others": tuple(row["others"])}) for row in map(json.loads, lines)]
+    findings = [Finding(**row) for row in map(json.loads, lines)]
     statistics = summarise(splits, findings, max_pixels)
     (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")
     page = _render(folder.resolve().name, splits, findings, statistics)
@@ -81,6 +82,7 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
+    fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
     positions = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
     return environment.get_template("data_report.html").render(
         name=name,
@@ -90,8 +92,8 @@ def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics:
         charts=_charts(splits, statistics),
         budget=[{**row, "chosen": row["max_pixels"] == statistics["max_pixels"]} for row in statistics["budget"]],
         advice=_advice(statistics),
-        findings=_finding_groups(findings, splits, positions),
-        samples=_samples(splits, positions, statistics["max_pixels"]),
+        findings=_finding_groups(findings, splits, positions, fit),
+        samples=_samples(splits, positions, fit),
         max_pixels=statistics["max_pixels"],
     )
 
@@ -190,12 +192,12 @@ def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
     return encode_figure(figure, title)
 
 
-def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dict[str, tuple[str, int]]) -> list[dict]:
+def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dict, fit: Fit) -> list[dict]:
     @cache
-    def thumbnail(sample_id: str | None) -> str | None:
+    def thumbnail(sample_id: str | None, image: int) -> str | None:
         split, row = positions.get(sample_id, (None, None))
         images = splits[split][row]["images"] if split else []
-        return encode_image(load_image(images[0]), 144) if images else None
+        return encode_image(load_image(images[image], fit=fit), 144) if images else None
 
     groups = []
     for kind, title in KINDS.items():
@@ -203,7 +205,7 @@ def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dic
         if not matches:
             continue
         shown = [
-            {"text": str(finding), "thumbs": [*filter(None, map(thumbnail, (finding.sample_id, *finding.others[:2])))]}
+            {"text": str(finding), "thumbs": [shown for place in _places(finding)[:3] if (shown := thumbnail(*place))]}
             for finding in matches[:MAX_FINDINGS]
         ]
         tone = "bad" if kind in ERRORS else "look" if kind in WARNINGS else ""
@@ -212,10 +214,14 @@ def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dic
     return groups
 
 
-def _samples(splits: DatasetDict, positions: dict[str, tuple[str, int]], max_pixels: int) -> list[dict]:
+def _places(finding: Finding) -> list[tuple[str | None, int]]:
+    """Return the samples that a finding names, each with the position of the image concerned."""
+    return list(zip_longest((finding.sample_id, *finding.others), finding.images, fillvalue=0))
+
+
+def _samples(splits: DatasetDict, positions: dict, fit: Fit) -> list[dict]:
     """Return random samples, the same ones every time, with their images at the size of training."""
     chosen = random.Random(0).sample(sorted(positions), min(NUM_SAMPLES, len(positions)))
-    fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
     samples = []
     for sample_id in chosen:
         split, row = positions[sample_id]

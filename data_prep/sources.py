@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from .download import HUB_ID, link_path, read_hub
+from .groups import question_key
 from .images import is_link, resolve_image
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .tables import TABLE_ENDINGS, load_mapping, make_record, read_folders, read_rows, rows_of, suggest
@@ -121,7 +122,10 @@ def _make_sample(raw, number: int, source: Source, mapping: dict | None, group_b
     if group_by is not None and isinstance(raw, dict):
         raw = {**raw, "group": group or None}
     sample = parse_record(raw, number, format="flat" if mapping else source.format)
-    return {**sample, "files": sample["images"], "source": _name(source, mapping), "origin": source.data.name}
+    # A mapping's wordings all ask for the row's label.
+    asks = None if mapping else question_key(sample["messages"])
+    names = {"source": _name(source, mapping), "origin": source.data.name}
+    return {**sample, **names, "files": sample["images"], "asks": asks}
 
 
 def _map_row(row: dict, mapping: dict, number: int) -> dict:

@@ -5,8 +5,18 @@ from collections import defaultdict
 import pytest
 
 from data_prep.__main__ import main as data_prep
-from data_prep.check import ERRORS, Finding, check_texts, count_findings, has_errors
-from data_prep.convert import prepare
+from data_prep.check import (
+    ERRORS,
+    Finding,
+    check_copies,
+    check_labels,
+    check_leaks,
+    check_texts,
+    count_findings,
+    flawed_samples,
+    has_errors,
+)
+from data_prep.convert import InvalidRecordsError, prepare
 from data_prep.sources import Source
 from data_prep.split import assign_splits
 from helpers.planted import PlantedSet
@@ -49,17 +59,27 @@ def test_every_planted_fault_is_found_and_nothing_else(planted, prepared, kind):
 
 
 def test_every_unusable_record_is_refused_with_its_reason(planted, prepared):
-    assert {error.sample_id for error in prepared.errors} == planted.bad
     assert found_ids(prepared.findings, "unusable") == planted.bad
-    kept = sum(len(split) for split in prepared.splits.values())
-    assert kept + len(planted.bad) == len(planted.records)
+    dropped = planted.bad.union(*(found_ids(prepared.findings, kind) for kind in ERRORS))
+    assert {error.sample_id for error in prepared.errors} == dropped
+    kept = {name for split in prepared.splits.values() for name in split["id"]}
+    assert kept == {record["id"] for record in planted.records} - dropped
 
 
-def links(planted):
+def test_an_error_is_the_same_for_convert_check_and_drop(planted, prepared):
+    source = Source(planted.folder / "a.json", planted.images)
+    with pytest.raises(InvalidRecordsError) as failure:
+        prepare([source], show_progress=False)
+    assert [error.sample_id for error in failure.value.errors] == [error.sample_id for error in prepared.errors]
+    first = f"{len(prepared.errors)} of {len(planted.records)} records have an error; `python -m data_prep convert"
+    assert str(failure.value).startswith(first)
+
+
+def links(planted, kept):
     """Return what must stay together: the ids of each lesion, and of each picture with its copies."""
     together = defaultdict(set)
     for record in planted.records:
-        if record["id"] in planted.bad:
+        if record["id"] not in kept:
             continue
         if "group" in record:
             together[record["group"]].add(record["id"])
@@ -74,7 +94,7 @@ def test_no_planted_group_crosses_splits(planted, prepared, seed):
     labels = {record["id"]: record["label"] for record in planted.records}
     splits = assign_splits(ids, (0.8, 0.1, 0.1), seed=seed, groups=groups, labels=[labels[name] for name in ids])
     split_of = dict(zip(ids, splits, strict=True))
-    for together in links(planted):
+    for together in links(planted, split_of):
         assert len({split_of[name] for name in together}) == 1
 
 
@@ -111,6 +131,44 @@ def test_the_check_command_guards_a_pipeline(planted, write_records, capsys):
     assert data_prep(["check", *source]) == 1
     out = capsys.readouterr().out
     assert "records that cannot be used: 140" in out and "... and 130 more" in out
-    assert "one picture under different labels: 10" in out
+    assert "the same pictures and question under different labels: 10" in out
     path, images = write_records([{"image": "red.jpg", "question": "What?", "answer": "A nevus."}])
     assert data_prep(["check", "--annotations", str(path), "--images", str(images)]) == 0
+
+
+def pair(name, images, label, asks="what?", split=None):
+    return {"record": 0, "id": name, "origin": "a.json", "images": images, "files": images, "label": label,
+            "asks": asks, "split": split}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("second", "contradicting"),
+    [
+        (pair("b", ["2.jpg", "3.jpg"], "nevus"), []),  # shares one picture of two
+        (pair("b", ["1.jpg"], "nevus"), []),
+        (pair("b", ["1.jpg", "2.jpg"], "nevus", asks="where?"), []),
+        (pair("b", ["1.jpg", "2.jpg"], "acne"), []),
+        (pair("b", ["2.jpg", "1.jpg"], "nevus"), [("a", ("b",), "acne and nevus")]),
+    ],
+)
+def test_a_label_belongs_to_all_pictures_and_the_question(second, contradicting):
+    findings = check_labels(
+        [pair("a", ["1.jpg", "2.jpg"], "acne"), second], {f"{n}.jpg": f"{n}.jpg" for n in (1, 2, 3)}
+    )
+    assert [(f.sample_id, f.others, f.detail) for f in findings] == contradicting
+
+
+def test_of_a_leak_the_last_split_keeps_its_samples():
+    splits = ["train", "test", "train", "validation", "train", None]
+    samples = [pair(name, [], None) for name in "abcdef"]
+    findings = check_leaks(samples, [0, 0, 0, 0, 1, 0], splits)
+    assert [(f.sample_id, f.others) for f in findings] == [("a", ("c",)), ("d", ())]
+    assert findings[0].detail == "is in train, and its group or picture in test (id 'b')"
+    assert set(flawed_samples(findings)) == {"a", "c", "d"}
+
+
+def test_a_copy_is_reported_with_its_position_in_a_record_of_several_images():
+    samples = [pair("a", ["1.jpg", "2.jpg"], "acne"), pair("b", ["3.jpg"], "acne")]
+    [finding] = check_copies(samples, [["2.jpg", "3.jpg"]], [])
+    assert (finding.file, finding.detail) == ("2.jpg", "same as 3.jpg")
+    assert (finding.sample_id, finding.others, finding.images) == ("a", ("b",), (1, 0))

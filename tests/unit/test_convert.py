@@ -57,7 +57,9 @@ def test_all_problems_are_collected_and_raised_once(write_records):
     with pytest.raises(InvalidRecordsError) as error:
         prepare_dataset(path, images, **ALL_TRAIN)
     reasons = {e.record: e.reason for e in error.value.errors}
-    assert str(error.value).startswith("7 of 8 records cannot be used\n  a.json: record 1 (id 'b'), image 'gone.jpg'")
+    first, second, *_ = str(error.value).split("\n")
+    assert first == "7 of 8 records have an error; `python -m data_prep convert --on-error drop` leaves them out"
+    assert second.startswith("  a.json: record 1 (id 'b'), image 'gone.jpg'")
     assert reasons[1] == "image 'gone.jpg': no such file"
     assert "'../a.json' is outside the image folder" in reasons[2]
     assert "'http://x/y.jpg' is an address" in reasons[3]
@@ -245,8 +247,11 @@ def test_given_splits_are_kept_and_validation_comes_out_of_train(write_records):
     assert {m[0]["content"] for m in prepared.splits["test"]["messages"]} == {f"q{n}" for n in range(10)}
     assert prepared.findings == []
     path, _ = write_records([{**records[0], "group": "p1"}, {**records[20], "group": "p1"}, *records[21:]])
-    [leak] = [f for f in prepare([Source(path)], show_progress=False).findings if f.kind == "leak"]
-    assert leak.detail == "is in test and train"
+    prepared = prepare([Source(path)], on_error="drop", show_progress=False)
+    [leak] = [f for f in prepared.findings if f.kind == "leak"]
+    assert leak.detail.startswith("is in train, and its group or picture in test (id ")
+    assert [(error.record, error.sample_id) for error in prepared.errors] == [(1, leak.sample_id)]
+    assert prepared.splits["test"]["group"] == ["p1"] and "p1" not in prepared.splits["train"]["group"]
     path, _ = write_records([{**records[0], "split": "tset"}])
     with pytest.raises(ValueError, match=r"field 'split': expected train, validation or test, found 'tset'"):
         prepare([Source(path)], show_progress=False)

@@ -64,3 +64,24 @@ def test_a_small_image_is_shown_at_the_size_that_the_model_gets(write_records, t
     (shown,) = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", (tmp_path / "set" / "report.html").read_text())
     assert Image.open(io.BytesIO(base64.b64decode(shown))).size == (10 * 28, 7 * 28)
     assert json.loads((tmp_path / "set" / "report.json").read_text())["budget"][0]["mean"] == 10 * 7
+
+
+def test_a_finding_shows_the_image_that_it_names_as_the_model_sees_it(write_records, tmp_path):
+    records = [
+        {"id": "a", "images": ["blue.png", "red.png"], "question": "What?", "answer": "It is this."},
+        {"id": "b", "image": "again.png", "question": "What?", "answer": "It is that."},
+    ]
+    path, images = write_records(records)
+    Image.effect_noise((300, 300), 90).convert("RGB").save(images / "blue.png")
+    Image.new("RGB", (32, 32), "red").save(images / "red.png")
+    (images / "again.png").write_bytes((images / "red.png").read_bytes())
+    data_prep(["convert", "--annotations", str(path), "--images", str(images), "--out", str(tmp_path / "set")])
+    data_prep(["inspect", str(tmp_path / "set")])
+    page = (tmp_path / "set" / "report.html").read_text()
+    findings = page[page.index("<h2>Findings</h2>") : page.index("samples as the model gets them")]
+    shown = [
+        Image.open(io.BytesIO(base64.b64decode(data)))
+        for data in re.findall(r"data:image/jpeg;base64,([\w+/=]+)", findings)
+    ]
+    assert [image.size for image in shown] == [(144, 144)] * 2
+    assert all(image.getpixel((72, 72))[0] > 240 and image.getpixel((72, 72))[2] < 20 for image in shown)

@@ -70,7 +70,11 @@ def test_a_download_that_never_ends_is_cut_off(tmp_path, server, monkeypatch):
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub data set with a class label and an image column, as `load_dataset` returns it."""
-    rows = {"image": [Image.new("RGB", (30 + n, 50)) for n in range(4)], "dx": [0, 1, 1, 0], "patient": [1, 1, 2, 2]}
+    rows = {
+        "image": [Image.effect_noise((30 + n, 50), 90) for n in range(4)],
+        "dx": [0, 1, 1, 0],
+        "patient": [1, 1, 2, 2],
+    }
     features = Features(
         {"image": ImageFeature(), "dx": ClassLabel(names=["nevus", "acne"]), "patient": Value("int64")}
     )
@@ -86,14 +90,16 @@ def test_a_hub_data_set_with_a_mapping_is_a_source(hub, tmp_path):
         "questions: ['What is it?']\nanswer: 'This is {label}.'\n"
     )
     source = Source(download.Path("someone/skin"), mapping=str(mapping))
-    prepared = prepare([source], hub_dir=tmp_path / "hub", show_progress=False, split=(1, 0, 0))
+    options = {"hub_dir": tmp_path / "hub", "show_progress": False, "split": (1, 0, 0), "on_error": "drop"}
+    prepared = prepare([source], **options)
     train = prepared.splits["train"]
-    assert train["id"] == ["train-000000", "train-000001", "train-000002", "train-000003"]
-    assert train["label"] == ["nevus", "acne", "acne", "nevus"]
-    assert train["image_sizes"][3] == [[33, 50]]
-    assert train[1]["messages"][1]["content"] == "This is acne."
+    assert train["id"] == ["train-000002", "train-000003"]
+    assert train["label"] == ["acne", "nevus"]
+    assert train["image_sizes"][1] == [[33, 50]]
+    assert train[0]["messages"][1]["content"] == "This is acne."
     assert prepared.splits["test"]["id"] == ["test-000000"]
-    assert "leak" in {finding.kind for finding in prepared.findings}  # one picture stands in train and test
+    [leak] = [finding for finding in prepared.findings if finding.kind == "leak"]  # one patient is in train and test
+    assert (leak.sample_id, leak.others) == ("train-000000", ("train-000001",))
 
 
 def test_a_hub_data_set_of_chats_needs_no_mapping(tmp_path, monkeypatch):

@@ -1,0 +1,65 @@
+"""Which samples must stay in one split: those of one patient or lesion, of one picture, of one text-only question."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+
+from .check import Finding, about
+from .records import IMAGE_MARKER
+from .split import join_groups
+
+
+def group_key(name: str) -> str:
+    """Return what the spellings of one group's name share: `5`, `5.0` and `005` are one, so are `P 1` and `p 1`."""
+    key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    if number := re.fullmatch(r"(-?)0*(\d+)(?:\.0+)?", key):
+        return "".join(number.groups())
+    return key
+
+
+def unify_groups(samples: list[dict]) -> list[Finding]:
+    """Give all samples of a group its most frequent spelling; report the others, and groups of several sources."""
+    members = defaultdict(list)
+    for sample in samples:
+        if sample["group"] is not None:
+            members[group_key(sample["group"])].append(sample)
+    findings = []
+    for group in members.values():
+        spellings = Counter(sample["group"] for sample in group)
+        name = max(sorted(spellings), key=spellings.get)
+        sources = sorted({sample["origin"] for sample in group})
+        others = [sample["id"] for sample in group[1:]]
+        if len(spellings) > 1:
+            detail = f"written {', '.join(map(repr, sorted(spellings)))}, taken as {name!r}"
+            findings.append(about(group[0], "group spelling", detail, others=others))
+        if len(sources) > 1:
+            detail = f"group {name!r} is in {' and '.join(sources)}, taken as one patient or lesion"
+            findings.append(about(group[0], "shared group", detail, others=others))
+        for sample in group:
+            sample["group"] = name
+    return findings
+
+
+def group_samples(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
+    """Return each sample's group: samples with one `group`, with copies of one picture, or without a picture and with
+    the same questions share a group.
+
+    Args:
+        samples: with `group`, `images` and `messages`.
+        picture_of: for each image path the path that stands for all copies of the picture.
+    """
+    members = defaultdict(list)
+    for index, sample in enumerate(samples):
+        if sample["group"] is not None:
+            members["group", group_key(sample["group"])].append(index)
+        for path in sample["images"]:
+            members["picture", picture_of[path]].append(index)
+        if not sample["images"]:
+            members["question", question_key(sample["messages"])].append(index)
+    return join_groups(len(samples), list(members.values()))
+
+
+def question_key(messages: list[dict]) -> str:
+    """Return what a sample asks, in all user turns, whatever its case and white space."""
+    text = "\n".join(message["content"] for message in messages if message["role"] == "user")
+    return " ".join(unicodedata.normalize("NFKC", text.replace(IMAGE_MARKER, " ")).casefold().split())
