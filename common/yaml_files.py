@@ -1,11 +1,13 @@
 """YAML 1.2 files of settings, read strictly."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 MAX_DEPTH = 50
 
@@ -48,6 +50,25 @@ def load_yaml(path: Path):
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{where}: not YAML: {' '.join(str(problem).split())[:200]}") from error
+
+
+def line_of(path: Path, keys: Iterable) -> int:
+    """Return the line, from 1, of a setting in a YAML file: that of the last of its `keys` which is there.
+
+    Args:
+        path: a file that `load_yaml` reads.
+        keys: keys of mappings and positions in lists, from the outside in.
+    """
+    node, line = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8")), 1
+    for key in keys:
+        if isinstance(node, MappingNode):
+            inner = [(name, value) for name, value in node.value if name.value == str(key)]
+        else:
+            inner = [(value, value) for value in node.value[key : key + 1]] if isinstance(node, SequenceNode) else []
+        if not inner:
+            break
+        line, node = inner[0][0].start_mark.line + 1, inner[0][1]
+    return line
 
 
 class _Composer(Composer):

@@ -18,11 +18,11 @@ from common.yaml_files import load_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, Prepared, prepare
+from data_prep.mapping import shipped
 from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.sources import Source, is_hub
-from data_prep.tables import shipped
 
 EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",

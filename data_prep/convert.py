@@ -21,10 +21,10 @@ from .download import fetch_links
 from .duplicates import near_pairs
 from .groups import group_samples, unify_groups
 from .images import ImageInfo, clean_copy, inspect_image, is_link, perceptual_hash
+from .reading import suggest
 from .records import ATTRIBUTES, READ_KEYS, DataError
 from .sources import Collected, Source, mixing_shares, read_source
-from .split import SPLITS, assign_splits, check_fractions, join_groups
-from .tables import suggest
+from .split import GIVEN_SPLITS, SPLITS, assign_splits, check_fractions, join_groups
 
 FEATURES = Features(
     {
@@ -38,7 +38,6 @@ FEATURES = Features(
 )
 STRATA = (*(name for name in ATTRIBUTES if name not in ("group", "split")), "source")
 MAX_LISTED = 20
-GIVEN_SPLITS = {name: name for name in SPLITS} | {"val": "validation", "valid": "validation", "dev": "validation"}
 
 logger = logging.getLogger(__name__)
 

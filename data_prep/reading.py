@@ -1,11 +1,12 @@
 """JSON files become records: an array from the text of the file, JSON Lines line by line."""
 
+import difflib
 import io
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -48,7 +49,7 @@ def _read(file: TextIO, path: Path) -> Iterator:
     if not first:
         raise ValueError(f"{path}: the file is empty")
     file.seek(0)
-    if path.suffix == ".jsonl" and first != "[":
+    if path.suffix.lower() == ".jsonl" and first != "[":
         yield from _read_lines(file)
         return
     if (size := path.stat().st_size) > MAX_BYTES_IN_MEMORY:
@@ -159,3 +160,10 @@ def describe(value) -> str:
     if isinstance(value, dict):
         return f"{name} with the keys {[key[:40] for key in sorted(value)[:5]]}"
     return f"{name} {value!r}" if isinstance(value, str | int | float) and len(str(value)) <= 60 else name
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return the end of an error message that names the nearest of the known names, whatever its case, or ""."""
+    folded = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    return f"; did you mean {folded[near[0]]!r}?" if near else ""

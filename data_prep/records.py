@@ -20,9 +20,20 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 # Tokens that Qwen's tokenizer recognises anywhere: inside a text they would end a turn or add an image. `<|...|>`
 # covers all control tokens of the family but tool_call and its reply.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
+# Other ways to name an image, or its place, in a text: <img>x.jpg</img>, <image_1>, <Image>, ![](x.jpg)
+OTHER_MARKER = re.compile(
+    r"<(?!(?-i:image>))/?(?:image|img)[^<>\n]{0,300}>|!\[[^\]\n]{0,300}\]\([^)\n]{1,300}\)", re.IGNORECASE
+)
+IMAGE_ENDING = re.compile(r"\w\.(?:jpe?g|jfif|png|tiff?|bmp|gif|webp|jp2|avif|hei[cf]|jxl|dcm)\b", re.IGNORECASE)
+# Keys under which other programs keep an image's name, in lower case without `_`, `-` and white space
+IMAGE_KEYS = {
+    *("image", "images", "imageid", "imagename", "imagepath", "imagepaths", "imagefile", "imagefilename", "imageurl"),
+    *("img", "imgs", "imgid", "imgname", "imgpath", "imgfile", "imgurl", "picture", "pictures", "photo", "photos"),
+}
 TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
 MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
+MAX_PATH = 1000  # characters; a longer text is none
 
 
 class DataError(ValueError):
@@ -136,6 +147,8 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
     else:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
+    if not images:
+        _check_no_image_is_lost(raw, messages, FORMAT_KEYS[format])
     return {"images": images, "messages": messages, **{name: _text(raw, name) for name in ATTRIBUTES}}
 
 
@@ -160,6 +173,32 @@ def _image_paths(raw: dict) -> list[str]:
         if not isinstance(path, str) or not path.strip():
             raise FieldError(field, f"expected a path, found {describe(path)}")
     return list(paths)
+
+
+def _check_no_image_is_lost(raw: dict, messages: list[dict], field: str) -> None:
+    """Raise FieldError for a record without images that names one under a key that is not read, or in a question."""
+    rule = "name the image under the key 'image'"
+    for key, value in raw.items():
+        if key not in READ_KEYS and value and (_is_image_key(key) or _names_image(value)):
+            raise FieldError(key[:80], f"names an image and is not read; {rule}")
+    for message in messages:
+        if message["role"] == "user" and (ending := IMAGE_ENDING.search(message["content"])):
+            file = message["content"][: ending.end()].split()[-1][-80:]
+            raise FieldError(field, f"the user's text names {file!r}, and the record has no image; {rule}")
+
+
+def _is_image_key(key: str) -> bool:
+    return re.sub(r"[\s_-]", "", key).lower() in IMAGE_KEYS
+
+
+def _names_image(value) -> bool:
+    """Whether a value is an image's name or address, or contains one."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    names = [name.strip() for name in values if isinstance(name, str) and len(name) < MAX_PATH]
+    return any(
+        ending and (ending.end() == len(name) or " " not in name)  # "photo 1.jpg", "https://x.org/1.jpg?raw=1"
+        for name, ending in zip(names, map(IMAGE_ENDING.search, names), strict=True)
+    )
 
 
 def _text(raw: dict, field: str) -> str | None:
@@ -257,6 +296,9 @@ def _check_texts(messages: list[dict], field: str) -> None:
         _check_text(field, message["content"], f"the {message['role']}'s text")
         if message["role"] != "user" and IMAGE_MARKER in message["content"]:
             raise FieldError(field, f"an {IMAGE_MARKER} marker in the {message['role']}'s text")
+        if other := OTHER_MARKER.search(message["content"]):
+            rule = f"name the image under the key 'image', and write {IMAGE_MARKER} for its place"
+            raise FieldError(field, f"the {message['role']}'s text contains {other.group()!r:.80}; {rule}")
 
 
 def _place_markers(messages: list[dict], num_images: int, field: str) -> None:

@@ -1,17 +1,26 @@
 """Sources of samples: JSON files, tables, class folders, the Hub; records are parsed, image paths resolved."""
 
+import filecmp
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
+from .class_folders import is_system_name, read_folders
 from .download import HUB_ID, link_path, read_hub
 from .groups import question_key
 from .images import is_link, resolve_image
+from .mapping import Mapping, load_mapping
+from .reading import Flaw, suggest
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
-from .tables import TABLE_ENDINGS, load_mapping, make_record, read_folders, read_rows, rows_of, suggest
+from .rows import make_record, read_rows, rows_of
+from .split import GIVEN_SPLITS
+from .tables import TABLE_ENDINGS, text_rows
+
+MAX_NAMED = 12  # keys in an error message
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,7 +30,7 @@ class Source:
     Attributes:
         data: a JSON or JSON Lines file, a table (with `mapping`), a folder of class folders, or a Hub data set id.
         images: folder that image paths start from; the class folders' or the Hub data set's own when None.
-        mapping: name or path of a mapping for a table, see `tables.load_mapping`.
+        mapping: name or path of a mapping for a table, see `mapping.load_mapping`.
         format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
         weight: share of this source among several; by its size when None.
     """
@@ -75,8 +84,8 @@ def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     return dict(zip(names, weights, strict=True))
 
 
-def _name(source: Source, mapping: dict | None) -> str:
-    return (mapping or {}).get("source") or source.data.stem
+def _name(source: Source, mapping: Mapping | None) -> str:
+    return (mapping and mapping.source) or source.data.stem
 
 
 def read_source(
@@ -108,16 +117,28 @@ def read_source(
     if mapping is None:
         used = {*READ_KEYS, group_by}
         collected.unused_keys = Counter({key: count for key, count in keys.items() if key not in used})
+    _check_images_are_named(collected, source, keys)
     return collected
+
+
+def _check_images_are_named(collected: Collected, source: Source, keys: Iterable[str]) -> None:
+    """Raise ValueError if an image folder is given and no record names an image; warn if some do not."""
+    without = sum(not sample["images"] for sample in collected.samples)
+    if source.images is not None and collected.samples and without == len(collected.samples):
+        found = f"none of the {without} records of {source.data} names an image"
+        rule = f"the key is 'image' or 'images', and theirs are {', '.join(map(repr, list(keys)[:MAX_NAMED]))}"
+        raise ValueError(f"image_dir: {source.images} is given, and {found}; {rule}")
+    if 0 < without < len(collected.samples):
+        logger.warning("%d of %d records of %s have no image", without, len(collected.samples), source.data.name)
 
 
 class SkippedRowError(DataError):
     """A row that the mapping says to skip."""
 
 
-def _make_sample(raw, number: int, source: Source, mapping: dict | None, group_by: str | None) -> dict:
+def _make_sample(raw, number: int, source: Source, mapping: Mapping | None, group_by: str | None) -> dict:
     group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
-    if mapping is not None:
+    if mapping is not None and not isinstance(raw, Flaw):
         raw = _map_row(raw, mapping, number)
     if group_by is not None and isinstance(raw, dict):
         raw = {**raw, "group": group or None}
@@ -128,7 +149,7 @@ def _make_sample(raw, number: int, source: Source, mapping: dict | None, group_b
     return {**sample, **names, "files": sample["images"], "asks": asks}
 
 
-def _map_row(row: dict, mapping: dict, number: int) -> dict:
+def _map_row(row: dict, mapping: Mapping, number: int) -> dict:
     try:
         record, reason = make_record(row, mapping)
     except ValueError as error:
@@ -143,25 +164,47 @@ def is_hub(source: Source) -> bool:
     return not source.data.exists() and source.data.suffix == "" and bool(HUB_ID.fullmatch(str(source.data)))
 
 
-def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, dict | None]:
+def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, Mapping | None]:
     """Return a source's records (of a JSON file one by one) or rows, and the mapping of the rows."""
     if hub_dir is not None and is_hub(source):
         records = read_hub(str(source.data), hub_dir)
         if source.mapping is None:
             return records, None
-        mapping = load_mapping(source.mapping)
-        return rows_of(pd.DataFrame(records).astype(object).fillna("").map(str), mapping, source.data), mapping
+        mapping = _with_given_split(load_mapping(source.mapping), records)
+        mapping = _with_embedded_images(mapping, records, hub_dir)
+        return rows_of(text_rows(records), mapping, source.data), mapping
     if source.data.is_dir():
-        return read_folders(source.data), load_mapping(source.mapping or "folder")
+        rows = read_folders(source.data)
+        mapping = _with_given_split(load_mapping(source.mapping or "folder"), rows)
+        return rows_of(rows, mapping, source.data), mapping
     if source.mapping is not None:
         mapping = load_mapping(source.mapping)
         return read_rows(source.data, mapping), mapping
-    if source.data.suffix in TABLE_ENDINGS and source.data.suffix != ".jsonl":
+    if source.data.suffix.lower() in TABLE_ENDINGS:
         raise ValueError(f"{source.data} is a table: name the mapping that says what its columns are (--mapping)")
     return iter_annotations(source.data), None
 
 
-def _make_finder(source: Source, mapping: dict | None, hub_dir: Path | None, links_dir: Path | None) -> "FileFinder":
+def _with_given_split(mapping: Mapping, rows: list[dict]) -> Mapping:
+    """Return the mapping with the splits that folders or the Hub give, unless it names a column of its own."""
+    given = {(row.get("split") or "").lower() for row in rows}
+    if mapping.split or not given - {""} or not given <= {"", *GIVEN_SPLITS}:
+        return mapping
+    return mapping.model_copy(update={"split": ["split"]})
+
+
+def _with_embedded_images(mapping: Mapping, records: list[dict], hub_dir: Path) -> Mapping:
+    """Return the mapping with a Hub data set's image columns in place of names of files that are not there."""
+    files = {path.name for path in hub_dir.iterdir()}
+    columns = {name for row in records for name, value in row.items() if isinstance(value, str) and value in files}
+    if not columns or columns & set(mapping.image_columns()):
+        return mapping
+    return mapping.model_copy(update={"images": [f"{{{column}}}" for column in sorted(columns)]})
+
+
+def _make_finder(
+    source: Source, mapping: Mapping | None, hub_dir: Path | None, links_dir: Path | None
+) -> "FileFinder":
     default = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
     root = source.images or default
     if root is not None and not Path(root).is_dir():
@@ -170,7 +213,10 @@ def _make_finder(source: Source, mapping: dict | None, hub_dir: Path | None, lin
 
 
 class FileFinder:
-    """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well."""
+    """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well.
+
+    The same bytes in two folders are one image.
+    """
 
     def __init__(self, root: Path | None, data: Path, *, search: bool, links_dir: Path | None = None):
         self.root, self.data, self.search, self.links_dir, self.index = root, data, search, links_dir, None
@@ -191,10 +237,18 @@ class FileFinder:
 
     def _search(self, name: str) -> Path | None:
         if self.index is None:
-            self.index = defaultdict(list)
-            for path in self.root.rglob("*"):
-                self.index[path.name].append(path)
-        paths = self.index[Path(name).name]
-        if len(paths) > 1:
-            raise ValueError(f"{name!r} is in {len(paths)} folders, {paths[0].parent} and {paths[1].parent}")
-        return resolve_image(str(paths[0].relative_to(self.root)), self.root) if paths else None
+            self.index = _index_files(self.root)
+        first, *others = self.index.get(Path(name).name) or [None]
+        for other in others:
+            if not filecmp.cmp(first, other, shallow=False):
+                raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
+        return resolve_image(str(first.relative_to(self.root)), self.root) if first else None
+
+
+def _index_files(root: Path) -> dict[str, list[Path]]:
+    """Return the files in a folder and its subfolders by their names, without hidden and system ones."""
+    index = defaultdict(list)
+    for path in sorted(root.rglob("*")):
+        if not any(map(is_system_name, path.relative_to(root).parts)) and path.is_file():
+            index[path.name].append(path)
+    return index

@@ -4,6 +4,13 @@ import hashlib
 from collections import Counter, defaultdict
 
 SPLITS = ("train", "validation", "test")
+# Names of given splits, in lower case
+GIVEN_SPLITS = {
+    **{name: name for name in SPLITS},
+    **dict.fromkeys(("training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validating", "dev"), "validation"),
+    **dict.fromkeys(("testing", "tst"), "test"),
+}
 
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:

@@ -1,234 +1,183 @@
-"""Tables become records by a mapping: which columns are the attributes, and the wording of question and answer."""
+"""Table files become rows of text: CSV, TSV, Excel, Parquet, JSON and JSON Lines."""
 
-import ast
-import difflib
-import hashlib
+import codecs
+import csv
+import io
+import logging
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from common.yaml_files import read_yaml
+from .reading import Flaw, describe, iter_json, suggest
 
-MAPPINGS = Path(__file__).parent / "mappings"
-TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", ".jsonl")
-MAPPING_KEYS = {
-    *("source", "join", "id", "images", "group", "group_pattern", "label", "skin_type", "age", "sex", "site", "split"),
-    *("texts", "missing", "skip", "optional", "questions", "answer"),
+EXCEL_ENDINGS = (".xlsx", ".xlsm")
+OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
+TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", *EXCEL_ENDINGS, *OTHER_ENDINGS)  # JSON may also be a table
+MAX_CELL = 1_000_000  # characters; a quotation mark without its partner would swallow the rest of a file
+# Cells that pandas reads as missing, and writes for missing values
+NOT_A_VALUE = {
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
 }
-PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+WHOLE_NUMBER, MIDNIGHT = re.compile(r"(-?\d+)\.0+"), re.compile(r"(\d{4}-\d\d-\d\d) 00:00:00")
+
+csv.field_size_limit(MAX_CELL)
+logger = logging.getLogger(__name__)
+Rows = list[dict[str, str] | Flaw]
 
 
-def shipped() -> list[str]:
-    """Return the names of the mappings that come with the project."""
-    return sorted(file.stem for file in MAPPINGS.glob("*.yaml"))
+def read_table(path: Path) -> Rows:
+    """Return a table's rows, every cell as text without white space around it: see `cell_text`.
 
-
-def load_mapping(name: str | Path) -> dict:
-    """Return a mapping by the name of a shipped one ("ham10000") or the path of a YAML file.
-
-    Raises:
-        ValueError: no such mapping, not YAML, an unknown key, or a key that is missing.
-    """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else MAPPINGS / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"mapping: no file {name}; shipped are {', '.join(shipped())}")
-    try:
-        mapping = read_yaml(path, "mapping")
-    except ValueError as error:
-        raise ValueError(f"mapping {error}") from error
-    for key in mapping:
-        if key not in MAPPING_KEYS:
-            raise ValueError(f"mapping {path}: unknown key {key!r}{suggest(str(key), MAPPING_KEYS)}")
-    if missing := {"images", "questions", "answer"} - set(mapping):
-        raise ValueError(f"mapping {path}: lacks {', '.join(sorted(missing))}")
-    return mapping
-
-
-def suggest(word: str, known) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Return a table with every cell as stripped text, "" where it is empty; `5.0` reads as `5`.
+    A `Flaw` takes the place of a row with fewer or more cells than the header, and of a broken line of JSON Lines.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, an unknown ending, not a table, or empty.
+        FileNotFoundError, ValueError: no such file, not a table, two columns of one name, or no rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"table: no file {path}")
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path).astype(object).fillna("").map(str)
-        elif path.suffix == ".jsonl":
-            table = pd.read_json(path, lines=True, dtype=False).astype(object).fillna("").map(str)
-        else:
-            separator = "\t" if path.suffix == ".tsv" else None  # None: detected, comma or tab
-            options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-            table = pd.read_csv(path, sep=separator, engine="python", **options)
-    except (ValueError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a table: {' '.join(str(error).split())}") from error
-    if table.empty:
-        raise ValueError(f"{path}: has no rows")
-    table.columns = [str(column).strip() for column in table.columns]
-    return table.map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip()))
-
-
-def read_rows(path: Path, mapping: dict) -> list[dict]:
-    """Return a table's rows, joined by the mapping, with its markers of missing values as "".
-
-    Raises:
-        ValueError: a column that the mapping names is not there; the message suggests the nearest.
-    """
-    table = read_table(path)
-    if "join" in mapping:
-        table = _join(table, path.parent / mapping["join"]["file"], mapping["join"]["by"])
-    return rows_of(table, mapping, path)
-
-
-def rows_of(table: pd.DataFrame, mapping: dict, path: Path) -> list[dict]:
-    """Return the rows of a table of texts that was read from `path`; see `read_rows`."""
-    _check_columns(path, table, mapping)
-    missing = {"", *map(str, mapping.get("missing", ()))}
-    return [{c: "" if cell in missing else cell for c, cell in row.items()} for row in table.to_dict("records")]
-
-
-def read_folders(root: Path) -> list[dict]:
-    """Return a row for each file in a folder of class folders: its `path` from there and its `folder`."""
-    files = sorted(path.relative_to(root) for path in root.rglob("[!.]*") if path.is_file())
-    rows = [{"path": str(path), "folder": path.parts[-2]} for path in files if len(path.parts) > 1]
+    ending = path.suffix.lower()
+    if ending in OTHER_ENDINGS:
+        raise ValueError(f"{path}: {ending} is not read; save the table as .xlsx, or as .csv in UTF-8")
+    if ending in (".json", ".jsonl"):
+        rows = text_rows(iter_json(path))
+    elif ending == ".parquet":
+        rows = text_rows(_read_parquet(path))
+    else:
+        rows = _rows_below_header(_read_excel(path) if ending in EXCEL_ENDINGS else _read_csv(path), path)
     if not rows:
-        raise ValueError(f"{root}: expected a folder for each class, with images in it")
+        raise ValueError(f"{path}: has no rows")
     return rows
 
 
-def _join(table: pd.DataFrame, path: Path, key: str) -> pd.DataFrame:
-    other = read_table(path)
-    for name, side in (("table", table), (path.name, other)):
-        if key not in side.columns:
-            raise ValueError(f"{name}: no column {key!r} to join by{suggest(key, side.columns)}")
-    added = [key, *(column for column in other.columns if column not in table.columns)]
-    return table.merge(other[added], on=key, how="left", validate="many_to_one").fillna("")
+def cell_text(value) -> str:
+    """Return a cell as text: 5.0 and "5.0" as "5", a date without its midnight, "" for what pandas calls missing."""
+    text = str(value).strip()
+    if text in NOT_A_VALUE:
+        return ""
+    if text.endswith("0") and (match := WHOLE_NUMBER.fullmatch(text) or MIDNIGHT.fullmatch(text)):
+        return match[1]
+    return text
 
 
-def _columns_of(mapping: dict) -> list[str]:
-    """Return the columns that a mapping names."""
-    names = [name for template in mapping["images"] for name in PLACEHOLDER.findall(template)]
-    label = mapping.get("label", {})
-    lists = [mapping.get(name, []) for name in ("group", "age", "sex", "site", "split")]
-    lists += [label.get("names", {}) if label.get("one_hot") else label.get("columns", [])]
-    lists += [mapping.get("skin_type", {}).get("columns", []), mapping.get("skin_type", {}).get("scales", {})]
-    single = [mapping.get("id"), mapping.get("skip", {}).get("column"), mapping.get("group_pattern", {}).get("column")]
-    return [*names, *(column for columns in lists for column in columns), *(column for column in single if column)]
+def text_rows(rows: Iterable) -> Rows:
+    """Return records as rows of text that all have the same columns, in the order of their first appearance."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
+    return [_text_row(row, columns) for row in rows]
 
 
-def _check_columns(path: Path, table: pd.DataFrame, mapping: dict) -> None:
-    optional = set(mapping.get("optional", ()))
-    for column in _columns_of(mapping):
-        if column in table.columns:
-            continue
-        if column not in optional:
-            near = suggest(column, table.columns)
-            raise ValueError(f"{path}: no column {column!r}{near or f'; there are {list(table.columns)[:12]}'}")
-        table[column] = ""
-    for text, columns in mapping.get("texts", {}).items():
-        if not set(columns) & set(table.columns):
-            raise ValueError(f"{path}: none of the columns {columns} for {text!r}{suggest(columns[0], table.columns)}")
-
-
-def make_record(row: dict, mapping: dict) -> tuple[dict, str | None]:
-    """Return a row as the input of `records.parse_record`, and the reason why the mapping skips it, or None.
+def join_tables(rows: Rows, path: Path, key: str) -> Rows:
+    """Add the columns of the table in `path` to the rows that have the same value of the column `key`.
 
     Raises:
-        ValueError: a code that the mapping does not know, or several diagnoses at once.
+        ValueError: a table lacks the column, the added one has a flaw or a value twice, or no value is in both.
     """
-    label = _label(row, mapping.get("label", {}))
-    texts = {name: _first(row, columns) for name, columns in mapping.get("texts", {}).items()}
-    values = {**row, **texts, "label": label}
-    images = [name for name in (_fill(template, row) for template in mapping["images"]) if name]
-    sample_id = row[mapping["id"]] if "id" in mapping else ", ".join(images)
-    record = {
-        "id": sample_id,
-        "images": images,
-        "label": label or None,
-        "group": _group(row, mapping) or None,
-        "skin_type": _skin_type(row, mapping.get("skin_type", {})) or None,
-        **{name: _first(row, mapping.get(name, [])) or None for name in ("age", "sex", "site", "split")},
-        "question": _fill(_choose(mapping["questions"], sample_id), values),
-        "answer": _fill(mapping["answer"], values),
-    }
-    return record, _reason_to_skip(row, mapping, values)
+    other = read_table(path)
+    if flaw := next((row for row in other if isinstance(row, Flaw)), None):
+        raise ValueError(f"{path}, {flaw.reason}")
+    sound = [row for row in rows if not isinstance(row, Flaw)]
+    for name, side in (("table", sound), (path.name, other)):
+        if side and key not in side[0]:
+            raise ValueError(f"{name}: no column {key!r} to join by{suggest(key, side[0])}")
+    found = {row[key]: row for row in other}
+    if len(found) < len(other):
+        twice = next(row[key] for row in other if found[row[key]] is not row)
+        raise ValueError(f"{path}: two rows have {twice!r} in the column {key!r} to join by")
+    if lost := sum(row[key] not in found for row in sound):
+        if lost == len(sound):
+            raise ValueError(f"{path}: none of its values of {key!r} is in the table that it is joined to")
+        logger.warning("%d of %d rows have no partner in %s", lost, len(sound), path.name)
+    empty = dict.fromkeys(other[0], "")
+    return [row if isinstance(row, Flaw) else {**found.get(row[key], empty), **row} for row in rows]
 
 
-def _reason_to_skip(row: dict, mapping: dict, values: dict) -> str | None:
-    skip = mapping.get("skip")
-    if skip and re.search(skip["matching"], row[skip["column"]]):
-        return f"{skip['column']} is {row[skip['column']]!r}"
-    empty = [name for name in PLACEHOLDER.findall(mapping["answer"]) if not values.get(name)]
-    return f"no {empty[0]} to answer with" if empty else None
+def _text_row(row, columns: list[str]) -> dict[str, str] | Flaw:
+    if isinstance(row, Flaw):
+        return row
+    if not isinstance(row, dict):
+        return Flaw(f"expected an object, found {describe(row)}")
+    return {column: cell_text(row.get(column, "")) for column in columns}
 
 
-def _fill(template: str, values: dict) -> str:
-    """Replace the `{placeholders}`; "" when the value of one is empty."""
-    if any(not values.get(name) for name in PLACEHOLDER.findall(template)):
-        return ""
-    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
-
-
-def _first(row: dict, columns: list[str]) -> str:
-    return next((row[column] for column in columns if row.get(column)), "")
-
-
-def _label(row: dict, spec: dict) -> str:
-    if spec.get("one_hot"):
-        positive = [column for column in spec["names"] if row[column] == "1"]
-        if len(positive) > 1:
-            raise ValueError(f"the columns {', '.join(positive)} are 1 at once")
-        return spec["names"][positive[0]] if positive else ""
-    text = _first(row, spec.get("columns", []))
-    if spec.get("pick") == "heaviest" and text:
-        text = _heaviest(text)
-    for old, new in spec.get("replace", {}).items():
-        text = text.replace(old, new)
-    return _decode(text, spec, spec.get("columns", []))
-
-
-def _decode(code: str, spec: dict, columns: list[str]) -> str:
-    """Return the name of a code; the code itself when the mapping lists no names."""
-    if not code or "names" not in spec:
-        return code
-    if code not in spec["names"]:
-        raise ValueError(f"column {columns[0]!r}: {code!r} is not one of {', '.join(spec['names'])}")
-    return spec["names"][code]
-
-
-def _heaviest(text: str) -> str:
-    """Return the name with the largest weight of a dictionary written in Python."""
+def _read_parquet(path: Path) -> list[dict]:
     try:
-        weights = ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"expected a dictionary of weights, found {text[:60]!r}") from error
-    if not isinstance(weights, dict):
-        raise ValueError(f"expected a dictionary of weights, found {text[:60]!r}")
-    return max(weights, key=weights.get) if weights else ""
+        table = pd.read_parquet(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
+    table.columns = [str(column).strip() for column in table.columns]
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def _group(row: dict, mapping: dict) -> str:
-    if pattern := mapping.get("group_pattern"):
-        match = re.search(pattern["matching"], row[pattern["column"]])
-        return next((part for part in match.groups() if part), "") if match else ""
-    return _first(row, mapping.get("group", []))
+def _read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the cells of each row of the only sheet that has any."""
+    try:
+        sheets = pd.read_excel(path, sheet_name=None, header=None, dtype=str, keep_default_na=False, engine="openpyxl")
+    except Exception as error:  # for a damaged file openpyxl raises whatever its zip and XML readers do
+        raise ValueError(f"{path}: not an Excel file: {' '.join(str(error).split())[:200]}") from error
+    filled = {name: sheet for name, sheet in sheets.items() if not sheet.empty}
+    if len(filled) > 1:
+        raise ValueError(f"{path}: has the sheets {', '.join(map(repr, filled))}; save the right one as a file")
+    for sheet in filled.values():
+        yield from ((f"row {number}", list(row)) for number, row in enumerate(sheet.itertuples(index=False), 1))
 
 
-def _skin_type(row: dict, spec: dict) -> str:
-    """Return a Fitzpatrick type by its Roman numeral, or a value of another scale with the scale's name before it."""
-    columns = spec.get("columns", [])
-    if name := _decode(_first(row, columns), spec, columns):
-        return name
-    return next((f"{scale} {row[column]}" for column, scale in spec.get("scales", {}).items() if row.get(column)), "")
+def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the cells of each row; the header tells what separates them."""
+    lines = io.StringIO(_read_text(path), newline="")
+    first = next((line for line in lines if line.strip()), "")
+    lines.seek(0)
+    reader = csv.reader(lines, delimiter=_separator(path, first), skipinitialspace=True, strict=True)
+    try:
+        yield from ((f"line {reader.line_num}", row) for row in reader if row[:1] != ["sep="])
+    except csv.Error as error:
+        rule = "a quotation mark lacks its partner, or stands inside a quoted cell without being doubled"
+        raise ValueError(f"{path}, line {reader.line_num}: not a table: {error}; {rule}") from error
 
 
-def _choose(questions: list[str], sample_id: str) -> str:
-    """Pick a wording by the sample's id, so that it does not depend on the order of the rows."""
-    return questions[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(questions)]
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if not marked and b"\0" in data[:1000]:
+        raise ValueError(f"{path}: not text, or UTF-16 without its mark; save the table as .csv in UTF-8, or as .xlsx")
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line, found = data.count(b"\n", 0, error.start) + 1, data[error.start : error.start + 1]
+        guess = "" if marked else ", but most likely Windows-1252 or another code page"
+        raise ValueError(f"{path}, line {line}: {found!r} is not UTF-8{guess}; save the file as UTF-8") from error
+
+
+def _separator(path: Path, first: str) -> str:
+    """Return what separates cells: what Excel's line `sep=;` says, or what makes the most cells of the first line."""
+    if match := re.fullmatch(r"sep=(.)", first.strip("\r\n")):
+        return match[1]
+    if path.suffix.lower() in (".tsv", ".tab"):
+        return "\t"
+    return max(",;\t|", key=lambda sign: sum(1 for _ in next(csv.reader([first], delimiter=sign), ())))
+
+
+def _rows_below_header(lines: Iterable[tuple[str, list[str]]], path: Path) -> Rows:
+    """Return the rows below the first; empty rows are passed over, as are empty cells behind the last column."""
+    lines = [(place, cells) for place, row in lines if any(cells := [cell.strip() for cell in row])]
+    if not lines:
+        return []
+    header = _without_empty_end(lines[0][1])
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise ValueError(f"{path}: two columns have the name {twice[0]!r}")
+    return [_row(header, place, cells) for place, cells in lines[1:]]
+
+
+def _row(header: list[str], place: str, cells: list[str]) -> dict[str, str] | Flaw:
+    cells = cells[: len(header)] + _without_empty_end(cells[len(header) :])
+    if len(cells) != len(header):
+        return Flaw(f"{place}: {len(cells)} cells, and the header has {len(header)}")
+    return {name: cell_text(cell) for name, cell in zip(header, cells, strict=True) if name}
+
+
+def _without_empty_end(cells: list[str]) -> list[str]:
+    while cells and not cells[-1]:
+        cells = cells[:-1]
+    return cells

@@ -8,7 +8,7 @@ import pytest
 
 from common.yaml_files import read_yaml
 from data_prep.__main__ import main as data_prep
-from data_prep.tables import load_mapping
+from data_prep.mapping import load_mapping
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"

@@ -99,9 +99,11 @@ def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):
 
 
 def test_keys_that_nobody_reads_are_said(write_records, caplog):
-    path, images = write_records([{"imgae": "red.jpg", "Label": "nevus", "question": "a", "answer": "b"}])
+    path, images = write_records(
+        [{"grop": "P1", "Label": "nevus", "image": "red.jpg", "question": "a", "answer": "b"}]
+    )
     prepare_dataset(path, images, **ALL_TRAIN)
-    assert "the key 'imgae' of 1 records is not read; did you mean 'image'?" in caplog.text
+    assert "the key 'grop' of 1 records is not read; did you mean 'group'?" in caplog.text
     assert "the key 'Label' of 1 records is not read; did you mean 'label'?" in caplog.text
 
 

@@ -8,8 +8,10 @@ from PIL import Image
 
 from data_prep.__main__ import main as data_prep
 from data_prep.convert import InvalidRecordsError, prepare, prepare_dataset
+from data_prep.mapping import load_mapping, shipped
+from data_prep.rows import make_record, read_rows
 from data_prep.sources import Source
-from data_prep.tables import load_mapping, make_record, read_rows, read_table, shipped
+from data_prep.tables import read_table
 
 SCIN_CASES = "case_id,source,age_group,sex_at_birth,fitzpatrick_skin_type,image_1_path,image_2_path,image_3_path\n"
 SCIN_LABELS = (
@@ -188,24 +190,6 @@ def test_every_shipped_mapping_is_tested():
         load_mapping(name)
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".jsonl"])
-def test_every_kind_of_table_reads_alike(tmp_path, ending):
-    frame = pd.DataFrame(
-        {"DDI_ID": [1, 2], "DDI_file": ["a.png", "b.png"], "skin_tone": [12, 56], "disease": ["x-y", ""]}
-    )
-    path = tmp_path / f"t{ending}"
-    if ending == ".parquet":
-        frame.to_parquet(path)
-    elif ending == ".jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
-        frame.to_csv(path, sep="\t" if ending == ".tsv" else ",", index=False)
-    assert read_table(path).to_dict("records") == [
-        {"DDI_ID": "1", "DDI_file": "a.png", "skin_tone": "12", "disease": "x-y"},
-        {"DDI_ID": "2", "DDI_file": "b.png", "skin_tone": "56", "disease": ""},
-    ]
-
-
 def test_a_wrong_column_name_suggests_the_nearest(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("DDI_ID,DDI_fil,skin_tone,disease\n1,a.png,12,x\n")
@@ -243,7 +227,7 @@ def test_a_table_finds_its_images_in_subfolders(tmp_path):
         ("part_1", "ISIC_3.jpg"),
         ("part_2", "ISIC_3.jpg"),
     ):
-        draw(tmp_path / part / name, (10 * len(part), 90, 30 * int(name[5])))
+        draw(tmp_path / part / name, (10 * int(part[-1]), 90, 30 * int(name[5])))
     table = tmp_path / "m.csv"
     header = "lesion_id,image_id,dx,dx_type,age,sex,localization\n"
     table.write_text(header + "L1,ISIC_1,nv,histo,50,male,back\nL1,ISIC_2,nv,histo,50,male,back\n")
@@ -254,16 +238,6 @@ def test_a_table_finds_its_images_in_subfolders(tmp_path):
     table.write_text(header + "L1,ISIC_3,nv,histo,50,male,back\n")
     with pytest.raises(InvalidRecordsError, match=r"image 'ISIC_3\.jpg' is in 2 folders"):
         prepare([Source(table, tmp_path, "ham10000")], show_progress=False)
-
-
-def test_class_folders_are_a_source(tmp_path):
-    draw(tmp_path / "nevus" / "1.jpg", "brown")
-    (tmp_path / "nevus" / ".DS_Store").write_text("not an image")
-    draw(tmp_path / "basal_cell_carcinoma" / "deep" / "2.png", "pink")
-    draw(tmp_path / "basal_cell_carcinoma" / "3.png", "red")
-    train = prepare([Source(tmp_path)], split=(1, 0, 0), show_progress=False).splits["train"]
-    assert sorted(train["label"]) == ["basal cell carcinoma", "deep", "nevus"]
-    assert {m[1]["content"] for m in train["messages"]} >= {"This is nevus.", "This is basal cell carcinoma."}
 
 
 def test_sources_mix_by_their_weights(tmp_path):

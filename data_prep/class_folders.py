@@ -1,0 +1,82 @@
+"""A folder of class folders becomes rows; folders called train, validation or test above them are given splits."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .split import GIVEN_SPLITS
+
+# Names that operating systems, network storage and archives give to files of their own
+SYSTEM_NAMES = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "$recycle.bin"),
+    *("system volume information", "lost+found", "__pycache__"),
+}
+# Endings of files that stand beside images and are none
+OTHER_ENDINGS = {
+    *(".txt", ".md", ".rst", ".csv", ".tsv", ".tab", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml"),
+    *(".html", ".htm", ".pdf", ".doc", ".docx", ".ini", ".db", ".log", ".py", ".ipynb", ".npy", ".mat", ".zip"),
+}
+LAYOUT = "CLASS/FILE, or SPLIT/CLASS/FILE where every SPLIT is called train, validation or test"
+MAX_NAMED = 5  # files in a warning
+
+logger = logging.getLogger(__name__)
+
+
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is hidden, or an operating system's or an archive's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def read_folders(root: Path) -> list[dict[str, str]]:
+    """Return a row for each image file: its `path` from `root`, its class as `folder`, and `split` ("" if not given).
+
+    Hidden and system files are passed over. So are files that are no images by their ending, with a warning.
+
+    Raises:
+        ValueError: no images, images at another depth, or a link to a folder.
+    """
+    images, others, empty = [], [], []
+    for folder, files, is_leaf in _walk(root):
+        kinds = {name: Path(name).suffix.lower() in OTHER_ENDINGS for name in files}
+        images += [folder / name for name, other in kinds.items() if not other]
+        others += [folder / name for name, other in kinds.items() if other]
+        empty += [folder] if is_leaf and all(kinds.values()) else []
+    _warn("%d files are no images by their names, and are left out: %s", others)
+    _warn("%d folders have no images: %s", empty)
+    if not images:
+        raise ValueError(f"{root}: expected a folder for each class, with images in it")
+    depth = _depth(root, images)
+    return [_row(path, depth) for path in sorted(images)]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
+    """Yield each folder below `root`, the files in it, and whether it has no folders."""
+    for name, folders, files in os.walk(root):
+        folders[:] = sorted(folder for folder in folders if not is_system_name(folder))
+        for folder in folders:
+            if (Path(name) / folder).is_symlink():
+                raise ValueError(f"{Path(name) / folder} is a link to a folder, and such links are not followed")
+        yield Path(name).relative_to(root), [file for file in files if not is_system_name(file)], not folders
+
+
+def _warn(message: str, paths: list[Path]) -> None:
+    if paths:
+        named = ", ".join(path.as_posix() for path in sorted(paths)[:MAX_NAMED])
+        logger.warning(message, len(paths), named + (", ..." if len(paths) > MAX_NAMED else ""))
+
+
+def _depth(root: Path, images: list[Path]) -> int:
+    """Return how many folders are above each image, 1 or 2; raise ValueError unless it is the same for all."""
+    tops = {path.parts[0] for path in images}
+    depth = 2 if all(top.lower() in GIVEN_SPLITS for top in tops) else 1
+    if wrong := next((path for path in sorted(images) if len(path.parts) - 1 != depth), None):
+        found = f"{wrong.as_posix()!r} has {len(wrong.parts) - 1} folder(s) above it"
+        hint = f"; did you mean {root / wrong.parts[0]}?" if len(tops) == 1 and len(wrong.parts) > 2 else ""
+        raise ValueError(f"{root}: {found}, expected {LAYOUT}{hint}")
+    return depth
+
+
+def _row(path: Path, depth: int) -> dict[str, str]:
+    split = GIVEN_SPLITS[path.parts[0].lower()] if depth == 2 else ""
+    return {"path": path.as_posix(), "folder": path.parts[-2], "split": split}

@@ -1,0 +1,169 @@
+"""Every kind of table file, as Excel, pandas and people write them, reads alike; a broken one is refused in words."""
+
+import pandas as pd
+import pytest
+
+from data_prep.reading import Flaw
+from data_prep.tables import join_tables, read_table
+
+FRAME = pd.DataFrame({"DDI_ID": [1, 2], "DDI_file": ["a.png", "b.png"], "skin_tone": [12, 56], "disease": ["x-y", ""]})
+ROWS = [
+    {"DDI_ID": "1", "DDI_file": "a.png", "skin_tone": "12", "disease": "x-y"},
+    {"DDI_ID": "2", "DDI_file": "b.png", "skin_tone": "56", "disease": ""},
+]
+
+
+def written(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["t.csv", "T.CSV", "t.tsv", "t.tab", "t.txt", "t", "t.parquet", "t.jsonl", "t.json", "t.xlsx", "T.XLSX"]
+)
+def test_every_kind_of_table_reads_alike(tmp_path, name):
+    path = tmp_path / name
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        FRAME.to_parquet(path)
+    elif kind in (".json", ".jsonl"):
+        FRAME.to_json(path, orient="records", lines=kind == ".jsonl")
+    elif kind == ".xlsx":
+        with path.open("wb") as file:
+            FRAME.to_excel(file, index=False, engine="openpyxl")
+    else:
+        FRAME.to_csv(path, sep="\t" if kind in (".tsv", ".tab") else ",", index=False)
+    assert read_table(path) == ROWS
+
+
+READABLE = {
+    "a trailing comma on each row": "dx,site,image\nnv,arm,1.jpg,\nmel,leg,2.jpg,\n",
+    "trailing commas everywhere": "dx,site,image,,\nnv,arm,1.jpg,,\nmel,leg,2.jpg,,\n",
+    "semicolons": "dx;site;image\r\nnv;arm;1.jpg\r\nmel;leg;2.jpg\r\n",
+    "Excel says the separator": "sep=;\r\ndx;site;image\r\nnv;arm;1.jpg\r\nmel;leg;2.jpg\r\n",
+    "tabs under .csv": "dx\tsite\timage\nnv\tarm\t1.jpg\nmel\tleg\t2.jpg\n",
+    "bars": "dx|site|image\nnv|arm|1.jpg\nmel|leg|2.jpg\n",
+    "byte order mark": "\ufeffdx,site,image\nnv,arm,1.jpg\nmel,leg,2.jpg\n",
+    "UTF-16, as Excel's Unicode text": "dx\tsite\timage\r\nnv\tarm\t1.jpg\r\nmel\tleg\t2.jpg\r\n".encode("utf-16"),
+    "line ends of an old Mac": "dx,site,image\rnv,arm,1.jpg\rmel,leg,2.jpg\r",
+    "blank lines, empty rows": "\ndx,site,image\n\nnv,arm,1.jpg\n,,\nmel,leg,2.jpg\n\n",
+    "white space": " dx , site,image \nnv, arm ,1.jpg\n mel,leg, 2.jpg\n",
+    "all quoted": '"dx","site","image"\n"nv","arm","1.jpg"\n"mel", "leg", "2.jpg"\n',
+    "an index without a name": "dx,,site,image\nnv,0,arm,1.jpg\nmel,1,leg,2.jpg\n",
+}
+
+
+@pytest.mark.parametrize("content", READABLE.values(), ids=READABLE)
+def test_a_csv_is_read_however_it_was_written(tmp_path, content):
+    rows = read_table(written(tmp_path, "t.csv", content))
+    assert rows == [
+        {"dx": "nv", "site": "arm", "image": "1.jpg"},
+        {"dx": "mel", "site": "leg", "image": "2.jpg"},
+    ]
+
+
+def test_rows_with_other_numbers_of_cells_are_flaws_with_their_lines(tmp_path):
+    path = written(tmp_path, "t.csv", 'a,b,c\n1,2,3\n4,5\n6,7,8,9\n"x\ny",10,11\n12\n')
+    assert read_table(path) == [
+        {"a": "1", "b": "2", "c": "3"},
+        Flaw("line 3: 2 cells, and the header has 3"),
+        Flaw("line 4: 4 cells, and the header has 3"),
+        {"a": "x\ny", "b": "10", "c": "11"},
+        Flaw("line 7: 1 cells, and the header has 3"),
+    ]
+
+
+def test_commas_quotes_and_line_separators_inside_cells_are_kept(tmp_path):
+    path = written(tmp_path, "t.csv", 'a,b\n"x, ""y""",5" long\n"two\u2028parts",z\n')
+    assert read_table(path) == [{"a": 'x, "y"', "b": '5" long'}, {"a": "two\u2028parts", "b": "z"}]
+
+
+def test_numbers_dates_and_missing_cells_become_text(tmp_path):
+    path = tmp_path / "t.xlsx"
+    day = pd.Timestamp("2020-01-02")
+    frame = {"id": [7.0, 8.0], "age": [80.0, None], "size": [0.5, 10.0], "seen": [day, None], "dx": ["nan", "N/A"]}
+    pd.DataFrame(frame).to_excel(path, index=False)
+    first = {"id": "7", "age": "80", "size": "0.5", "seen": "2020-01-02", "dx": ""}
+    assert read_table(path) == [first, {"id": "8", "age": "", "size": "10", "seen": "", "dx": ""}]
+    path = written(tmp_path, "t.csv", "id,a,b\n007,nan,-5.00\n1.50,NULL,NaN\n")
+    assert read_table(path) == [{"id": "007", "a": "", "b": "-5"}, {"id": "1.50", "a": "", "b": ""}]
+
+
+def test_objects_without_some_keys_have_empty_cells(tmp_path):
+    path = written(tmp_path, "t.jsonl", '[{"a": 1, "b": null}, {"c": true}, 5, {"a": 2, "a": 3}]')
+    empty = {"a": "", "b": "", "c": ""}
+    first, second, *flaws = read_table(path)
+    assert (first, second) == ({**empty, "a": "1"}, {**empty, "c": "True"})
+    assert flaws == [Flaw("expected an object, found a number 5"), Flaw("line 1: duplicate key 'a'")]
+
+
+UNREADABLE = {
+    "Windows-1252": (
+        "t.csv",
+        "a,b\n1,2\nGrün,3\n".encode("cp1252"),
+        ", line 3: b'\\xfc' is not UTF-8, but most likely",
+    ),
+    "a Russian code page": ("t.csv", "a,b\nневус,3\n".encode("cp1251"), "save the file as UTF-8"),
+    "UTF-16 without its mark": ("t.csv", "a,b\n1,2\n".encode("utf-16-le"), ": not text, or UTF-16 without its mark"),
+    "Excel under .csv": ("t.csv", b"PK\x03\x04\x14\x00\x06\x00", ": not text"),
+    "CSV under .xlsx": ("t.xlsx", "a,b\n1,2\n", ": not an Excel file"),
+    "old Excel": ("t.XLS", b"\xd0\xcf\x11\xe0", ": .xls is not read; save the table as .xlsx, or as .csv in UTF-8"),
+    "not Parquet": ("t.parquet", "a,b\n", ": not a table"),
+    "a quote that does not close": ("t.csv", 'a,b\n1,"2\n3,4\n', ", line 3: not a table: unexpected end of data"),
+    "a quote inside": ("t.csv", 'a,b\n1,"x "y" z"\n', ", line 2: not a table: ',' expected after"),
+    "a cell without end": ("t.csv", 'a,b\n1,"' + "x" * 1_100_000, ": not a table: field larger than field limit"),
+    "a name twice": ("t.csv", "dx,image,dx\na,1.jpg,b\n", ": two columns have the name 'dx'"),
+    "no rows": ("t.csv", "a,b\n", ": has no rows"),
+    "nothing": ("t.csv", "", ": has no rows"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_table_gives_one_clear_line(tmp_path, name, content, reason):
+    path = written(tmp_path, name, content)
+    with pytest.raises(ValueError) as error:
+        read_table(path)
+    assert str(error.value).startswith(str(path)) and reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_excel_file_has_one_sheet_with_rows(tmp_path):
+    path = tmp_path / "t.xlsx"
+    with pd.ExcelWriter(path) as file:
+        FRAME.to_excel(file, sheet_name="Data", index=False)
+        pd.DataFrame().to_excel(file, sheet_name="Empty", index=False)
+    assert read_table(path) == ROWS
+    with pd.ExcelWriter(path) as file:
+        FRAME.to_excel(file, sheet_name="Data", index=False)
+        FRAME.to_excel(file, sheet_name="Key", index=False)
+    with pytest.raises(ValueError, match=r"has the sheets 'Data', 'Key'; save the right one as a file"):
+        read_table(path)
+
+
+def test_empty_rows_above_an_excel_header_are_passed_over(tmp_path):
+    path = tmp_path / "t.xlsx"
+    FRAME.to_excel(path, index=False, startrow=3)
+    assert read_table(path) == ROWS
+
+
+def test_tables_are_joined_by_a_key(tmp_path, caplog):
+    rows = [{"id": "1", "a": "x"}, Flaw("line 3: 1 cells, and the header has 2"), {"id": "2", "a": "y"}]
+    path = written(tmp_path, "more.csv", "id,a,b\n1,other,p\n3,other,q\n")
+    assert join_tables(rows, path, "id") == [{"id": "1", "a": "x", "b": "p"}, rows[1], {"id": "2", "a": "y", "b": ""}]
+    assert "1 of 2 rows have no partner in more.csv" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("id,b\n1,p\n1,q\n", "two rows have '1' in the column 'id' to join by"),
+        ("id,b\n8,p\n9,q\n", "none of its values of 'id' is in the table that it is joined to"),
+        ("Id,b\n1,p\n", "no column 'id' to join by; did you mean 'Id'?"),
+        ("id,b\n1\n", "line 2: 1 cells, and the header has 2"),
+    ],
+)
+def test_a_wrong_join_is_refused(tmp_path, content, reason):
+    path = written(tmp_path, "more.csv", content)
+    with pytest.raises(ValueError) as error:
+        join_tables([{"id": "1"}, {"id": "2"}], path, "id")
+    assert "more.csv" in str(error.value) and reason in str(error.value)
