@@ -9,8 +9,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BaseImageProcessor, ProcessorMixin
 
-from data_prep.images import fit_options, fit_size, load_image
+from data_prep.images import load_image
 from data_prep.records import IMAGE_MARKER, to_chat
+from data_prep.sizes import fit_options, fit_size
 from models.families import Family, families_of
 
 IGNORED = -100  # PyTorch's ignore_index

@@ -3,11 +3,13 @@
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
-from .images import PATCH_CELL, ImageInfo
+from .inspection import ImageInfo
 from .records import IMAGE_MARKER, DataError
+from .sizes import PATCH_CELL
 from .split import SPLITS
 
 LONG_ANSWER = 2000  # characters
+BLACK = 16  # of 255; an image without a brighter value is nearly black
 
 # Kinds of findings, the worst first. Errors would harm training; warnings should be reviewed; notes are counted.
 ERRORS = {
@@ -21,7 +23,9 @@ WARNINGS = {
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
-    "private": "images with GPS, dates, names or comments (not copied into the data set)",
+    "private": "images with GPS, dates, names, comments or previews (not copied into the data set)",
+    "bit depth": "16-bit images with values of fewer bits, which are scaled to fill the range",
+    "dark": f"images that are nearly black: no value over {BLACK} of 255",
     "rare label": "labels with too few groups for every split",
     "shared group": "groups that several sources name: kept together",
 }
@@ -29,7 +33,7 @@ NOTES = {
     "group spelling": "groups written in several ways: taken as one",
     "short answer": "answers of one word",
     "turned": "images stored rotated or mirrored, turned upright by their EXIF orientation",
-    "converted": "images stored in another colour mode than RGB, and converted to it",
+    "converted": "images stored in other colours than sRGB, and converted to it",
 }
 KINDS = {**ERRORS, **WARNINGS, **NOTES}
 
@@ -120,10 +124,13 @@ def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Findi
     findings = []
     for path, (sample, position) in _first_uses(samples).items():
         info = infos[path]
+        profile = f", profile {info.profile}" if info.profile else ""
         found = {
             "tiny": min(info.size) < PATCH_CELL and f"{info.size[0]} x {info.size[1]} px",
             "turned": info.turned and "turned upright",
-            "converted": info.mode != "RGB" and f"mode {info.mode}",
+            "converted": (info.mode != "RGB" or info.profile) and f"mode {info.mode}{profile}",
+            "bit depth": info.bits is not None and info.bits < 16 and f"values of {info.bits} bits",
+            "dark": info.brightest < BLACK and f"brightest value {info.brightest} of 255",
             "private": ", ".join(info.private),
         }
         name = sample["files"][position]

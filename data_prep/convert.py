@@ -20,7 +20,9 @@ from .balance import effective_counts, sampling_weights
 from .download import fetch_links
 from .duplicates import near_pairs
 from .groups import group_samples, unify_groups
-from .images import ImageInfo, clean_copy, inspect_image, is_link, perceptual_hash
+from .inspection import ImageInfo, inspect_image, perceptual_hash
+from .metadata import clean_copy
+from .paths import is_link
 from .reading import suggest
 from .records import ATTRIBUTES, READ_KEYS, DataError
 from .sources import Collected, Source, mixing_shares, read_source

@@ -5,41 +5,41 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
-import imagehash
-import numpy as np
-import xxhash
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 
-MAX_IMAGE_PIXELS = 50_000_000  # a decoded RGB picture of this size takes 150 MB
-# Sets another limit, px, for every command and its workers: a prepared data set stays usable for training.
-PIXELS_VARIABLE = "DATA_PREP_MAX_IMAGE_PIXELS"
-PILLOWS_LIMIT = 178_956_970  # Pillow opens no larger image
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "PPM")  # not EPS, which runs programs
-MAX_ASPECT_RATIO = 200  # MAX_RATIO of qwen_vl_utils
-PATCH_CELL = 28  # px; in Qwen2.5-VL one language-model token covers a square of this side (patch 14 x merge 2)
-ORIENTATION, GPS_IFD, EXIF_IFD = 0x0112, 0x8825, 0x8769  # EXIF tags
-PRIVATE_TAGS = {
-    "GPS": {GPS_IFD},
-    "date": {0x0132, 0x9003, 0x9004},
-    # artist, copyright, owner, serial numbers of body and lens, Windows' author
-    "person or device": {0x013B, 0x8298, 0xA430, 0xA431, 0xA435, 0x9C9D},
-    "text": {0x010E, 0x9286, 0x9C9B, 0x9C9C, 0x9C9E, 0x9C9F},  # description, comment, title, keywords
-}
+from .colours import ORIENTATION, to_srgb
+from .containers import PNG, drop_png_text
+from .sizes import PILLOWS_LIMIT, check_size, max_image_pixels
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "HEIF", "PPM")  # not EPS: runs programs
 SWAPPED_SIDES = (5, 6, 7, 8)  # orientations that swap width and height
 # A JPEG is decoded at least this much larger than requested. Less would give sharper images than the pretraining's.
 DRAFT_HEADROOM = 4 / 3
-SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+# First bytes of images that are not read: (offset, bytes, name)
+UNREAD_KINDS = (
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL \r\n", "JPEG XL"),
+    (128, b"DICM", "DICOM"),
+    (0, b"SIMPLE  =", "FITS"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"II\xbc\x01", "JPEG XR"),
+    (4, b"ftyp", "a film or a sequence of images, or damaged"),
+)
+NO_IMAGE = "not an image"
 Fit = Callable[[int, int], tuple[int, int]]
 
+register_heif_opener()
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes; also limits an ICC profile, and those of printers have several MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` has its own limit
 
 
 def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | None = None) -> Image.Image:
-    """Decode an image and return it upright, in RGB, alpha over white.
+    """Decode an image and return it upright, in sRGB, alpha over white.
 
     Args:
         source: a path, a PIL image, or the `{"bytes", "path"}` of `datasets.Image(decode=False)`.
@@ -52,27 +52,68 @@ def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | Non
     """
     if isinstance(source, Image.Image):
         check_size(source.width, source.height)
-        upright = _to_rgb(source)
+        upright = to_srgb(source)
         return upright.resize(fit(*upright.size)) if fit else upright
     if isinstance(source, dict):
         source = io.BytesIO(source["bytes"]) if source.get("bytes") is not None else source["path"]
-    if not isinstance(source, io.BytesIO):
-        _check_file(Path(source))
-    with _plain_reasons():
-        return _decode(Image.open(source, formats=FORMATS), fit)
+    if isinstance(source, io.BytesIO):
+        with open_image(source) as image:
+            return decode(image, fit)
+    check_file(Path(source))
+    with Path(source).open("rb") as file, open_image(file) as image:
+        return decode(image, fit)
 
 
-def _decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
+@contextmanager
+def open_image(file: io.BufferedIOBase):
+    """Yield an image file, opened but not decoded; errors of Pillow's decoders within the block become ValueError."""
+    head = file.read(len(PNG) + 128)
+    file.seek(0)
+    try:
+        yield Image.open(io.BytesIO(drop_png_text(file.read())) if head.startswith(PNG) else file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(_describe_unread(head)) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large: over {PILLOWS_LIMIT:,} px, at most {max_image_pixels():,} px in all") from error
+    except MemoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except Exception as error:
+        # For damaged bytes decoders raise any type: OSError, SyntaxError, struct.error, ...
+        raise ValueError(f"broken image: {error}") from error
+
+
+def _describe_unread(head: bytes) -> str:
+    """Return why a file cannot be read, by its first 136 bytes."""
+    kind = next((name for at, start, name in UNREAD_KINDS if head.startswith(start, at)), None)
+    return f"not an image that can be read: {kind}; save it as PNG or JPEG" if kind else NO_IMAGE
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is named like an image, or contains one, whether it can be used or not."""
+    if path.suffix.lower() in {".jxl", ".dcm"} or Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
+        return True
+    try:
+        check_file(path)
+        with path.open("rb") as file, open_image(file):
+            return True
+    except (OSError, ValueError) as error:
+        return str(error) != NO_IMAGE
+
+
+def decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
+    """Return an opened image as `load_image` does."""
     check_size(image.width, image.height)
     # Only formats with several pictures have this attribute. In an MPO, written by phones, the others are previews or
     # depth maps.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise ValueError("several frames or pages, expected one picture")
     if fit is None:
-        return _to_rgb(image)
+        return to_srgb(image)
     turned = image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
     size = fit(*(image.size[::-1] if turned else image.size))
-    return _to_rgb(_draft(image, size[::-1] if turned else size)).resize(size)
+    return to_srgb(_draft(image, size[::-1] if turned else size)).resize(size)
 
 
 def _draft(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -84,23 +125,7 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, box=drafted[1])  # the box excludes the pixels added by rounding up
 
 
-@contextmanager
-def _plain_reasons():
-    """Turn the errors of Pillow's decoders for damaged files into ValueError."""
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"too large: over {PILLOWS_LIMIT:,} px, at most {max_image_pixels():,} px in all") from error
-    except (ValueError, MemoryError):
-        raise
-    except Exception as error:
-        # For damaged bytes decoders raise any type: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"broken image: {error}") from error
-
-
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise unless it is a regular file, before it is opened: reading a pipe or a device could hang."""
     try:
         info = path.stat()
@@ -112,196 +137,3 @@ def _check_file(path: Path) -> None:
         raise ValueError("not a plain file")
     if info.st_size == 0:
         raise ValueError("the file is empty (zero bytes)")
-
-
-def max_image_pixels() -> int:
-    """Return the largest number of pixels of an image: 50 million, or that of the environment variable."""
-    text = os.environ.get(PIXELS_VARIABLE) or str(MAX_IMAGE_PIXELS)
-    if not text.isdecimal() or not 1 <= int(text) <= PILLOWS_LIMIT:
-        raise ValueError(f"{PIXELS_VARIABLE}: expected a whole number from 1 to {PILLOWS_LIMIT}, found {text!r:.60}")
-    return int(text)
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a size, px, that the model does not support or that needs too much memory."""
-    if width * height > (limit := max_image_pixels()):
-        raise ValueError(f"too large: {width} x {height} px, at most {limit:,} px in all")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ValueError(f"too narrow: {width} x {height} px, at most {MAX_ASPECT_RATIO}:1")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)  # phone photos are stored rotated
-    if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no defined white; save the image with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
-    """Properties of an image file.
-
-    Attributes:
-        size: upright width and height, px.
-        mode: colour mode as stored.
-        digest: 128-bit hash of the file, the same for exact copies.
-        hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
-        thumbnail: 8 x 8 RGB, to distinguish equal hashes by chance from copies.
-        turned: the file is stored rotated or mirrored, according to its EXIF data.
-        private: kinds of private metadata: "GPS", "date", "person or device", "text".
-    """
-
-    size: tuple[int, int]
-    mode: str
-    digest: str
-    hashes: tuple[int, int]
-    thumbnail: bytes
-    turned: bool
-    private: tuple[str, ...]
-
-
-def inspect_image(path: str) -> ImageInfo | str:
-    """Decode an image completely and return its properties, or the reason why it cannot be used."""
-    try:
-        _check_file(Path(path))
-        data = Path(path).read_bytes()
-        with _plain_reasons(), Image.open(io.BytesIO(data), formats=FORMATS) as stored:
-            check_size(stored.width, stored.height)  # first: to look for its EXIF data, Pillow decodes a PNG
-            mode, turned, private = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1, private_metadata(stored)
-            upright = _decode(stored)
-    except (ValueError, OSError) as error:
-        return str(error)
-    small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    grey = small.convert("L")
-    return ImageInfo(
-        size=upright.size,
-        mode=mode,
-        digest=xxhash.xxh3_128_hexdigest(data),
-        hashes=(perceptual_hash(grey), perceptual_hash(ImageOps.mirror(grey))),
-        thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
-        turned=turned,
-        private=private,
-    )
-
-
-def perceptual_hash(grey: Image.Image) -> int:
-    """Return the 64-bit hash of a grey picture by its lowest 8 x 8 frequencies."""
-    return int(np.packbits(imagehash.phash(grey).hash).view(">u8")[0])
-
-
-def private_metadata(image: Image.Image) -> tuple[str, ...]:
-    """Return the kinds of private metadata in an opened image file."""
-    exif = image.getexif()
-    tags = {*exif, *exif.get_ifd(EXIF_IFD)}
-    kinds = [kind for kind, private in PRIVATE_TAGS.items() if private & tags]
-    texts = {key for key, value in image.info.items() if isinstance(value, str)} if image.format == "PNG" else set()
-    if texts or {"comment", "photoshop", "xmp"} & set(image.info):
-        kinds.append("text")
-    return tuple(dict.fromkeys(kinds))
-
-
-def clean_copy(path: str) -> tuple[bytes, str]:
-    """Return an image file with the same pixels and orientation but no metadata, and its suffix.
-
-    A JPEG loses its metadata segments and keeps its encoded pixels; other formats become an upright PNG.
-    """
-    data = Path(path).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        kind, orientation = image.format, image.getexif().get(ORIENTATION, 1)
-    pixels = load_image({"bytes": data})
-    if kind == "JPEG" and orientation in range(1, 9):
-        with suppress(ValueError, IndexError):  # damaged, though it can be decoded
-            stripped = _strip_jpeg(data, orientation)
-            if load_image({"bytes": stripped}).tobytes() == pixels.tobytes():
-                return stripped, ".jpg"
-    buffer = io.BytesIO()
-    Image.frombytes("RGB", pixels.size, pixels.tobytes()).save(buffer, "PNG")
-    return buffer.getvalue(), ".png"
-
-
-def _strip_jpeg(data: bytes, orientation: int) -> bytes:
-    """Keep a JPEG's segments for decoding (tables, JFIF, ICC, Adobe) and its orientation, up to the image's end."""
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    payload = exif.tobytes()
-    kept = [data[:2], b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload]
-    position = 2
-    while data[position + 1] != 0xDA:  # start of scan: coded pixels follow
-        length = 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if data[position + 1] in (0xE0, 0xE2, 0xEE) or not 0xE0 <= data[position + 1] <= 0xFE:
-            kept.append(data[position : position + length])
-        position += length
-    end = data.find(b"\xff\xd9", position)
-    return b"".join([*kept, data[position : end + 2]])
-
-
-def is_link(name: str) -> bool:
-    return "://" in name
-
-
-def resolve_image(name: str, image_dir: Path) -> Path:
-    """Return the absolute path of an image inside `image_dir`, a resolved path.
-
-    Raises:
-        ValueError: the name is an address, or the path is outside the folder.
-    """
-    quoted = repr(name if len(name) <= 100 else name[:100] + "...")
-    if is_link(name) or name.startswith("data:"):
-        raise ValueError(f"{quoted} is an address, expected a path inside the image folder")
-    if "\0" in name:
-        raise ValueError(f"{quoted} contains a NUL character")
-    try:
-        path = (image_dir / name).resolve()
-    except (RuntimeError, OSError) as error:  # links that lead to each other
-        raise ValueError(f"{quoted} cannot be followed: {error.__class__.__name__}") from error
-    if not path.is_relative_to(image_dir):
-        raise ValueError(f"{quoted} is outside the image folder")
-    return path
-
-
-def fit_size(width: int, height: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> tuple[int, int]:
-    """Return the width and height, px, that the model gets an image in: multiples of `cell`.
-
-    Args:
-        width: decoded image width, px.
-        height: decoded image height, px.
-        min_pixels: smallest area after resizing, px^2.
-        max_pixels: largest area after resizing, px^2.
-        cell: side of the square that one token covers, px.
-
-    Raises:
-        ValueError: too many pixels, aspect ratio above 200, less than a cell wide or high, or min_pixels > max_pixels.
-
-    Source:
-        smart_resize in qwen_vl_utils.
-    """
-    from qwen_vl_utils import smart_resize  # imports torch, which `convert` should not wait for
-
-    if min_pixels > max_pixels:
-        raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
-    check_size(width, height)
-    fitted_height, fitted_width = smart_resize(
-        height, width, factor=cell, min_pixels=min_pixels, max_pixels=max_pixels
-    )
-    if fitted_width * fitted_height == 0:
-        raise ValueError(f"too narrow: {width} x {height} px under max_pixels {max_pixels}")
-    return fitted_width, fitted_height
-
-
-def fit_options(image_processor) -> dict[str, int]:
-    """Return the keywords of `fit_size` that match a model's image processor."""
-    limits = {"min_pixels": image_processor.size["shortest_edge"], "max_pixels": image_processor.size["longest_edge"]}
-    return {**limits, "cell": image_processor.patch_size * image_processor.merge_size}
-
-
-def count_image_tokens(height: int, width: int, *, min_pixels: int, max_pixels: int, cell: int = PATCH_CELL) -> int:
-    """Return how many language-model tokens one image costs: one per cell; see `fit_size`."""
-    width, height = fit_size(width, height, min_pixels=min_pixels, max_pixels=max_pixels, cell=cell)
-    return width * height // cell**2

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
-from data_prep.images import PATCH_CELL, Fit, count_image_tokens, fit_size, load_image
+from data_prep.images import Fit, load_image
+from data_prep.sizes import PATCH_CELL, count_image_tokens, fit_size
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table

@@ -10,8 +10,8 @@ from pathlib import Path
 from .class_folders import is_system_name, read_folders
 from .download import HUB_ID, link_path, read_hub
 from .groups import question_key
-from .images import is_link, resolve_image
 from .mapping import Mapping, load_mapping
+from .paths import is_link, resolve_image
 from .reading import Flaw, suggest
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .rows import make_record, read_rows, rows_of

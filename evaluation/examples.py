@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.images import load_image, resolve_image
+from data_prep.images import load_image
+from data_prep.paths import resolve_image
 from data_prep.records import FieldError, normalise_messages, read_annotations
 from evaluation.questions import labels_of, load_split
 

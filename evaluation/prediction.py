@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.files import atomic_path
-from data_prep.images import fit_options, fit_size
+from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
 from evaluation.generation import generate_answers, score_answers
 from evaluation.label_matching import LABEL_PLACEHOLDER

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, DatasetDict
 
-from data_prep.images import count_image_tokens
+from data_prep.sizes import count_image_tokens
 from planning.activations import Activations
 from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes

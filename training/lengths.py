@@ -9,8 +9,8 @@ from datasets.fingerprint import Hasher
 from transformers import ProcessorMixin
 
 from data_prep import fingerprint
-from data_prep.images import count_image_tokens, fit_options
 from data_prep.records import to_chat
+from data_prep.sizes import count_image_tokens, fit_options
 
 
 @dataclass

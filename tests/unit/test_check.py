@@ -1,12 +1,16 @@
 """Every planted fault is found, clean images are left in peace, and no planted group crosses splits."""
 
+import json
 from collections import defaultdict
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.__main__ import main as data_prep
 from data_prep.check import (
     ERRORS,
+    WARNINGS,
     Finding,
     check_copies,
     check_labels,
@@ -172,3 +176,18 @@ def test_a_copy_is_reported_with_its_position_in_a_record_of_several_images():
     [finding] = check_copies(samples, [["2.jpg", "3.jpg"]], [])
     assert (finding.file, finding.detail) == ("2.jpg", "same as 3.jpg")
     assert (finding.sample_id, finding.others, finding.images) == ("a", ("b",), (1, 0))
+
+
+def test_shallow_and_dark_images_are_found(tmp_path):
+    deep = np.linspace(0, 4000, 3600, dtype=np.uint16).reshape(60, 60)
+    Image.fromarray(deep).save(tmp_path / "twelve.png")
+    Image.effect_noise((60, 60), 3).point(lambda value: value // 16).save(tmp_path / "black.png")
+    Image.effect_noise((60, 60), 60).save(tmp_path / "fine.png")
+    records = [{"image": name, "question": "q", "answer": "a b"} for name in ("twelve.png", "black.png", "fine.png")]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    prepared = prepare([Source(tmp_path / "a.json", tmp_path)], show_progress=False, num_workers=1)
+    found = {(finding.kind, finding.file, finding.detail) for finding in prepared.findings if finding.kind in WARNINGS}
+    assert found == {
+        ("bit depth", "twelve.png", "values of 12 bits"),
+        ("dark", "black.png", "brightest value 8 of 255"),
+    }

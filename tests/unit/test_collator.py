@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText
 from trl.chat_template_utils import get_training_chat_template
 
 from collator import VisionSFTCollator, build_labels, collate_prompts, encode, load_pixels, render
-from data_prep.images import fit_options, fit_size
 from data_prep.records import to_chat
+from data_prep.sizes import fit_options, fit_size
 from models.attention import use_varlen
 from models.loading import load_processor
 from planning.estimates import estimate_lengths

@@ -18,7 +18,9 @@ from PIL import Image
 
 from collator import build_labels
 from common.yaml_files import read_yaml
-from data_prep.images import clean_copy, inspect_image, load_image
+from data_prep.images import load_image
+from data_prep.inspection import inspect_image
+from data_prep.metadata import clean_copy
 from data_prep.reading import Flaw
 from data_prep.records import ATTRIBUTES, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
 
@@ -143,9 +145,9 @@ def pictures() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x013B] = 6, "someone"
     picture, coded = Image.effect_noise((40, 30), 60).convert("RGB"), []
-    for kind in ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "MPO", "PPM", "JPEG2000", "AVIF"):
+    for kind in ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "MPO", "PPM", "JPEG2000", "AVIF", "HEIF"):
         file = io.BytesIO()
-        picture.save(file, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "TIFF", "WEBP", "MPO") else {}))
+        picture.save(file, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "TIFF", "WEBP", "MPO", "HEIF") else {}))
         coded.append(file.getvalue())
     return coded
 

@@ -9,7 +9,8 @@ import sklearn.datasets
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 
-from data_prep.images import count_image_tokens, fit_size, load_image
+from data_prep.images import load_image
+from data_prep.sizes import count_image_tokens, fit_size
 
 
 def saved(tmp_path, image, name, **options):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -11,7 +10,6 @@ from data_prep.convert import InvalidRecordsError, prepare, prepare_dataset
 from data_prep.mapping import load_mapping, shipped
 from data_prep.rows import make_record, read_rows
 from data_prep.sources import Source
-from data_prep.tables import read_table
 
 SCIN_CASES = "case_id,source,age_group,sex_at_birth,fitzpatrick_skin_type,image_1_path,image_2_path,image_3_path\n"
 SCIN_LABELS = (

@@ -1,0 +1,78 @@
+"""What the checks need to know of an image file, found by decoding it once."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import xxhash
+from PIL import Image, ImageOps
+
+from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
+from .images import check_file, decode, open_image
+from .metadata import private_metadata
+from .sizes import check_size
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """Properties of an image file.
+
+    Attributes:
+        size: upright width and height, px.
+        mode: colour mode as stored.
+        digest: 128-bit hash of the file, the same for exact copies.
+        hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
+        thumbnail: 8 x 8 RGB, to distinguish equal hashes by chance from copies.
+        turned: the file is stored rotated or mirrored, according to its EXIF data.
+        private: kinds of private metadata, see `metadata.private_metadata`.
+        profile: name of the ICC profile that was converted to sRGB, if any.
+        bits: how many bits the values of a 16-bit image need; None for other images.
+        brightest: largest value of any colour, of 255, in a thumbnail.
+    """
+
+    size: tuple[int, int]
+    mode: str
+    digest: str
+    hashes: tuple[int, int]
+    thumbnail: bytes
+    turned: bool
+    private: tuple[str, ...]
+    profile: str | None
+    bits: int | None
+    brightest: int
+
+
+def inspect_image(path: str) -> ImageInfo | str:
+    """Decode an image completely and return its properties, or the reason why it cannot be used."""
+    try:
+        check_file(Path(path))
+        data = Path(path).read_bytes()
+        with open_image(io.BytesIO(data)) as stored:
+            check_size(stored.width, stored.height)  # first: to look for its EXIF data, Pillow decodes a PNG
+            mode, turned = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1
+            private, profile = private_metadata(stored, data), profile_name(stored)
+            upright = decode(stored)
+            bits = used_bits(stored) if mode in SIXTEEN_BIT_MODES else None
+    except (ValueError, OSError) as error:
+        return str(error)
+    small = upright.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    grey = small.convert("L")
+    return ImageInfo(
+        size=upright.size,
+        mode=mode,
+        digest=xxhash.xxh3_128_hexdigest(data),
+        hashes=(perceptual_hash(grey), perceptual_hash(ImageOps.mirror(grey))),
+        thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
+        turned=turned,
+        private=private,
+        profile=profile,
+        bits=bits,
+        brightest=max(high for _, high in small.getextrema()),
+    )
+
+
+def perceptual_hash(grey: Image.Image) -> int:
+    """Return the 64-bit hash of a grey picture by its lowest 8 x 8 frequencies."""
+    return int(np.packbits(imagehash.phash(grey).hash).view(">u8")[0])
