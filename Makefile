@@ -45,7 +45,7 @@ test: install
 reliability: install pillow
 	$(BIN)/python -m benchmarks.reliability
 	$(BIN)/python -m pytest -m slow
-	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/unit/test_fuzz.py
+	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/unit/test_fuzz.py tests/unit/test_fuzz_tables.py
 
 # The tests of images under the oldest and the newest Pillow that requirements.txt allows.
 pillow: install

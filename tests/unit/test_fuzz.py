@@ -5,14 +5,12 @@
 
 import io
 import json
-import os
 import tempfile
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,11 +21,7 @@ from data_prep.inspection import inspect_image
 from data_prep.metadata import clean_copy
 from data_prep.reading import Flaw
 from data_prep.records import ATTRIBUTES, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
-CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-hypothesis.configuration.set_hypothesis_home_dir(tempfile.mkdtemp())  # and not the folder that the tests run in
-fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=CHECKS, print_blob=True)
+from helpers.fuzzing import fuzz
 
 WORDS = ["<image>", "a", " ", "\n", "<|im_end|>", "<|im_", "end|>", "\0", "\ud83d", "هل", "🩺", "{{ x }}", "<", "|>"]
 texts = st.text(max_size=8) | st.lists(st.sampled_from(WORDS), max_size=4).map("".join)
