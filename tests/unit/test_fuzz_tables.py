@@ -1,4 +1,4 @@
-"""What hypothesis makes up of tables and mappings: nothing but our own errors comes out, and every cell keeps its column.
+"""What hypothesis makes up of tables and mappings: only our own errors come out, and a cell keeps its column.
 
 `FUZZ_EXAMPLES=20000 pytest tests/unit/test_fuzz_tables.py` tries more than the few of every run.
 """
