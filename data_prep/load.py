@@ -96,6 +96,9 @@ def standardise(dataset: Dataset, name: str) -> Dataset:
         raise ValueError(f"split {name!r} has the columns {columns}, and none is 'messages'")
     if "image" in columns and "images" in columns:
         raise ValueError(f"split {name!r} has both an 'image' and an 'images' column")
+    others = [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+    if others and not {"image", "images"} & set(columns):
+        raise ValueError(f"split {name!r} has images in the column {others[0]!r}, expected 'image' or 'images'")
     if "images" in columns:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
     if "image" in columns:

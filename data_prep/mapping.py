@@ -21,9 +21,8 @@ EXPECTED = {
     "list_type": "a list of texts",
     "literal_error": "heaviest",
     "model_type": "keys and their values",
-    "string_too_short": "some text",
     "string_type": "a text",
-    "too_short": "at least one",
+    "too_short": "something that is not empty",
 }
 
 

@@ -183,7 +183,7 @@ def _check_no_image_is_lost(raw: dict, messages: list[dict], field: str) -> None
             raise FieldError(key[:80], f"names an image and is not read; {rule}")
     for message in messages:
         if message["role"] == "user" and (ending := IMAGE_ENDING.search(message["content"])):
-            file = message["content"][: ending.end()].split()[-1][-80:]
+            file = message["content"][: ending.end()].split()[-1].strip("\"'()<>")[-80:]
             raise FieldError(field, f"the user's text names {file!r}, and the record has no image; {rule}")
 
 

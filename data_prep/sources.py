@@ -169,6 +169,7 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, Mapping |
     if hub_dir is not None and is_hub(source):
         records = read_hub(str(source.data), hub_dir)
         if source.mapping is None:
+            _check_columns_are_read(source.data, _embedded_columns(records, hub_dir))
             return records, None
         mapping = _with_given_split(load_mapping(source.mapping), records)
         mapping = _with_embedded_images(mapping, records, hub_dir)
@@ -195,11 +196,27 @@ def _with_given_split(mapping: Mapping, rows: list[dict]) -> Mapping:
 
 def _with_embedded_images(mapping: Mapping, records: list[dict], hub_dir: Path) -> Mapping:
     """Return the mapping with a Hub data set's image columns in place of names of files that are not there."""
-    files = {path.name for path in hub_dir.iterdir()}
-    columns = {name for row in records for name, value in row.items() if isinstance(value, str) and value in files}
-    if not columns or columns & set(mapping.image_columns()):
+    columns = _embedded_columns(records, hub_dir)
+    if not columns or set(columns) & set(mapping.image_columns()):
         return mapping
-    return mapping.model_copy(update={"images": [f"{{{column}}}" for column in sorted(columns)]})
+    return mapping.model_copy(update={"images": [f"{{{column}}}" for column in columns]})
+
+
+def _check_columns_are_read(name: Path, columns: list[str]) -> None:
+    if columns and not {"image", "images"} & set(columns):
+        raise ValueError(
+            f"{name}: the images are in the column {columns[0]!r}; expected 'image' or 'images', or a mapping"
+        )
+
+
+def _embedded_columns(records: list[dict], hub_dir: Path) -> list[str]:
+    """Return the columns of a Hub data set whose images became files in `hub_dir`."""
+    files, columns = {path.name for path in hub_dir.iterdir()}, set()
+    for row in records:
+        for name, value in row.items():
+            if {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)} & files:
+                columns.add(name)
+    return sorted(columns)
 
 
 def _make_finder(

@@ -102,6 +102,40 @@ def test_a_hub_data_set_with_a_mapping_is_a_source(hub, tmp_path):
     assert (leak.sample_id, leak.others) == ("train-000000", ("train-000001",))
 
 
+def test_a_copy_of_ham10000_on_the_hub_is_read_with_its_images_and_splits(tmp_path, monkeypatch):
+    names = ("image_id", "lesion_id", "dx", "dx_type", "age", "sex", "localization")
+    rows = [("ISIC_1", "L1", "melanocytic_Nevi", "histo", 45.0, "male", "back"),
+            ("ISIC_2", "L2", "actinic_keratoses", "histo", None, "unknown", "face")]  # fmt: skip
+    splits = DatasetDict()
+    for number, (split, row) in enumerate(zip(("train", "test"), rows, strict=True)):
+        pictures = {"image": [Image.new("RGB", (30 + number, 50), ("red", "blue")[number])]}
+        columns = {name: [value] for name, value in zip(names, row, strict=True)}
+        splits[split] = Dataset.from_dict(pictures | columns).cast_column("image", ImageFeature())
+    monkeypatch.setattr(download, "load_dataset", lambda name: splits)
+    source = Source(download.Path("someone/ham"), mapping="ham10000")
+    prepared = prepare([source], hub_dir=tmp_path / "hub", show_progress=False, split=(1, 0, 0))
+    [first], [second] = prepared.splits["train"], prepared.splits["test"]
+    assert (first["id"], first["label"], first["age"]) == ("ISIC_1", "melanocytic nevus", "45")
+    assert (second["id"], second["label"], second["image_sizes"]) == (
+        "ISIC_2", "actinic keratosis or Bowen's disease", [[31, 50]]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_images_of_the_hub_under_another_name_are_not_lost(tmp_path, monkeypatch, many):
+    feature, picture = ImageFeature(), Image.new("RGB", (30, 50))
+    features = Features(
+        {"question": Value("string"), "answer": Value("string"), "scan": List(feature) if many else feature}
+    )
+    rows = {"question": ["What?"], "answer": ["Acne."], "scan": [[picture] if many else picture]}
+    splits = DatasetDict({"train": Dataset.from_dict(rows, features=features)})
+    monkeypatch.setattr(download, "load_dataset", lambda name: splits)
+    with pytest.raises(
+        ValueError, match=r"someone/x: the images are in the column 'scan'; expected 'image' or 'images'"
+    ):
+        prepare([Source(download.Path("someone/x"))], hub_dir=tmp_path / "hub", show_progress=False)
+
+
 def test_a_hub_data_set_of_chats_needs_no_mapping(tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Acne."}]
     features = Features(

@@ -141,6 +141,102 @@ def test_a_bad_record_is_named_with_field_and_rule(raw, message):
     assert error.value.record == 3
 
 
+LOST = {
+    "img_name": "x.jpg",
+    "image_path": "photos/x.PNG",
+    "file_name": "x.webp",
+    "Image": "x.jpg",
+    "img": "x",
+    "image_id": "ISIC_1",
+    "Images": ["x"],
+    "path": "a b/x 1.jpeg",
+    "picture": "x",
+    "photo": {"bytes": None, "path": "x"},
+    "src": ["x.tif"],
+    "file": {"path": "x.jpg"},
+    "link": "https://x.org/x.jpg?raw=1",
+    "Image Path": "x.heic",
+}
+
+
+@pytest.mark.parametrize("key", LOST)
+@pytest.mark.parametrize("more", [{}, {"image": None}, {"images": []}])
+def test_an_image_under_a_key_that_is_not_read_is_not_lost_in_silence(key, more):
+    with pytest.raises(DataError) as error:
+        parse_record({"question": "a", "answer": "b", key: LOST[key], **more}, 3)
+    reason = f"field '{key}': names an image and is not read; name the image under the key 'image'"
+    assert str(error.value) == f"record 3, {reason}"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_id": ""},
+        {"image_path": None},
+        {"images": [], "file_name": ""},
+        {"source": "dialogs.json"},
+        {"url": "x.org"},
+        {"note": "see fig1.jpg for more"},
+        {"note": "x" * 2000 + ".jpg"},
+        {"num_images": 0},
+        {"image_quality": "good"},
+    ],
+)
+def test_a_record_that_names_no_image_under_other_keys_is_a_text(more):
+    assert parse_record({"question": "a", "answer": "see b.jpg", **more}, 0)["images"] == []
+
+
+def test_other_keys_may_name_what_they_like_beside_an_image():
+    record = {
+        "image": "a.jpg",
+        "file_name": "original.tif",
+        "image_id": 7,
+        "question": "What is in a.jpg?",
+        "answer": "b",
+    }
+    assert parse_record(record, 0)["images"] == ["a.jpg"]
+
+
+def test_a_question_that_names_a_file_has_to_have_an_image():
+    for text in ("What is on 0000.jpg?", "images/x.PNG\nWhat?", "'a.jpeg' or 'b.jpeg'"):
+        with pytest.raises(
+            DataError, match=r"the user's text names '.*', and the record has no image; name the image"
+        ):
+            parse_record({"question": text, "answer": "b"}, 0)
+
+
+MARKERS = [
+    *("<img>0000.jpg</img>", "<IMG>x</IMG>", '<img src="x.jpg">', "<img/>", "![](x.jpg)", "![a mole](photos/x y.jpg)"),
+    *(
+        "<image_1>",
+        "<image 2>",
+        "<image1>",
+        "<Image>",
+        "<IMAGE>",
+        "<image>x.jpg</image>",
+        "<ImageHere>",
+        "<IMG_CONTEXT>",
+    ),
+]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+@pytest.mark.parametrize("image", [{}, {"image": "x.jpg"}])
+def test_another_marker_of_an_image_is_refused(marker, image):
+    with pytest.raises(DataError) as error:
+        parse_record({**image, "question": f"{marker}\nWhat?", "answer": "b"}, 0)
+    assert "the user's text contains '" in str(error.value) and "write <image> for its place" in str(error.value)
+    with pytest.raises(DataError, match=r"assistant's text"):
+        parse_record({**image, "question": "What?", "answer": f"b {marker}"}, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["a <b and c> d", "I![0](x)" + "y" * 400, "imaging <3 cm", "[image 1] (see)", "< image >"]
+)
+def test_what_only_looks_like_a_marker_is_kept(text):
+    assert parse_record({"question": text.replace("![", "! ["), "answer": "b"}, 0)["messages"][0]["content"]
+
+
 def test_a_folder_is_told_apart_from_a_missing_annotation_file(tmp_path):
     with pytest.raises(ValueError, match="is a folder, expected a JSON"):
         read_annotations(tmp_path)

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from datasets import Image as ImageFeature
+from datasets import List
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
@@ -274,3 +276,56 @@ def test_recipe_is_an_alias_of_mapping(tmp_path, capsys):
     for name in ("mapping", "recipe"):
         made = prepare_dataset(table, tmp_path, **{name: str(mapping)}, split=(1, 0, 0), show_progress=False)
         assert made["train"]["label"] == ["nevus", "melanoma"]
+
+
+MAPPING = "images: ['{file}']\nlabel: {columns: [label]}\nquestions: [What?]\nanswer: '{label}'\n"
+
+
+def test_an_image_folder_whose_images_nobody_names_is_an_error(write_records):
+    path, images = write_records([{"question": "a", "answer": "b", "scan": "0001"}] * 2)
+    for on_error in ("fail", "drop"):
+        with pytest.raises(ValueError) as error:
+            prepare([Source(path, images)], on_error=on_error, show_progress=False)
+        assert str(error.value) == (
+            f"image_dir: {images} is given, and none of the 2 records of {path} names an image; "
+            "the key is 'image' or 'images', and theirs are 'question', 'answer', 'scan'"
+        )
+    assert len(prepare([Source(path)], split=(1, 0, 0), show_progress=False).splits["train"]) == 2
+
+
+def test_records_without_images_among_others_are_counted(write_records, caplog):
+    path, images = write_records(
+        [{"question": "a", "answer": "b"}, {"image": "red.jpg", "question": "a", "answer": "b"}]
+    )
+    prepare([Source(path, images)], split=(1, 0, 0), show_progress=False)
+    assert "1 of 2 records of a.json have no image" in caplog.text
+
+
+def test_flawed_rows_are_dropped_or_end_the_command(tmp_path):
+    draw(tmp_path / "0.png", "red")
+    mapping, table = tmp_path / "m.yaml", tmp_path / "t.csv"
+    mapping.write_text(MAPPING)
+    table.write_text("file,label\n0.png,nevus\n0.png\n,nevus\n")
+    source = Source(table, tmp_path, str(mapping))
+    with pytest.raises(InvalidRecordsError) as error:
+        prepare([source], show_progress=False)
+    assert str(error.value) == (
+        "2 of 3 records cannot be used\n  t.csv: record 1, line 3: 1 cells, and the header has 2\n"
+        "  t.csv: record 2, column 'file': empty, and the mapping makes an image's name from it"
+    )
+    kept = prepare([source], on_error="drop", split=(1, 0, 0), show_progress=False)
+    assert kept.splits["train"]["label"] == ["nevus"] and len(kept.errors) == 2
+
+
+def test_the_same_bytes_in_two_folders_are_one_image(tmp_path):
+    for part in ("HAM10000_images_part_1", "ham10000_images_part_1", "__MACOSX", ".ipynb_checkpoints", "a.jpg"):
+        draw(tmp_path / "HAM" / part / "ISIC_1.jpg", "blue" if part.startswith(("_", ".")) else "red")
+    table = tmp_path / "HAM10000_metadata.csv"
+    table.write_text("lesion_id,image_id,dx,dx_type,age,sex,localization\nL1,ISIC_1,nv,histo,50,male,back\n")
+    prepared = prepare([Source(table, tmp_path / "HAM", "ham10000")], split=(1, 0, 0), show_progress=False)
+    [row] = prepared.splits.cast_column("images", List(ImageFeature(decode=False)))["train"]
+    assert [image["path"] for image in row["images"]] == [str(tmp_path / "HAM/HAM10000_images_part_1/ISIC_1.jpg")]
+    assert "exact copy" not in {finding.kind for finding in prepared.findings}
+    draw(tmp_path / "HAM" / "a.jpg" / "ISIC_1.jpg", "green")
+    with pytest.raises(InvalidRecordsError, match=r"'ISIC_1\.jpg' is in 3 folders"):
+        prepare([Source(table, tmp_path / "HAM", "ham10000")], show_progress=False)
