@@ -18,6 +18,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "names and their values",
+    "invalid_key": "a text as key",
     "list_type": "a list of texts",
     "literal_error": "heaviest",
     "model_type": "keys and their values",

@@ -25,11 +25,8 @@ OTHER_MARKER = re.compile(
     r"<(?!(?-i:image>))/?(?:image|img)[^<>\n]{0,300}>|!\[[^\]\n]{0,300}\]\([^)\n]{1,300}\)", re.IGNORECASE
 )
 IMAGE_ENDING = re.compile(r"\w\.(?:jpe?g|jfif|png|tiff?|bmp|gif|webp|jp2|avif|hei[cf]|jxl|dcm)\b", re.IGNORECASE)
-# Keys under which other programs keep an image's name, in lower case without `_`, `-` and white space
-IMAGE_KEYS = {
-    *("image", "images", "imageid", "imagename", "imagepath", "imagepaths", "imagefile", "imagefilename", "imageurl"),
-    *("img", "imgs", "imgid", "imgname", "imgpath", "imgfile", "imgurl", "picture", "pictures", "photo", "photos"),
-}
+# Keys under which other programs keep an image, in lower case without `_`, `-` and white space
+IMAGE_KEY = re.compile(r"(?:image|img|picture|photo)(?:id|name|path|file|filename|url)?s?(?P<number>\d*)")
 TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
 MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
@@ -147,8 +144,7 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
     else:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
-    if not images:
-        _check_no_image_is_lost(raw, messages, FORMAT_KEYS[format])
+    _check_no_image_is_lost(raw, images, messages, FORMAT_KEYS[format])
     return {"images": images, "messages": messages, **{name: _text(raw, name) for name in ATTRIBUTES}}
 
 
@@ -175,20 +171,32 @@ def _image_paths(raw: dict) -> list[str]:
     return list(paths)
 
 
-def _check_no_image_is_lost(raw: dict, messages: list[dict], field: str) -> None:
-    """Raise FieldError for a record without images that names one under a key that is not read, or in a question."""
-    rule = "name the image under the key 'image'"
+def _check_no_image_is_lost(raw: dict, images: list[str], messages: list[dict], field: str) -> None:
+    """Raise FieldError for an image under a key that is not read: a numbered one, or any when there are no others.
+
+    So does a question that names a file, in a record without images.
+    """
     for key, value in raw.items():
-        if key not in READ_KEYS and value and (_is_image_key(key) or _names_image(value)):
-            raise FieldError(key[:80], f"names an image and is not read; {rule}")
+        if key not in READ_KEYS and value and (_is_numbered(key) or (not images and _is_image(key, value))):
+            raise FieldError(key[:80], "names an image and is not read; name it under the key 'image' or 'images'")
     for message in messages:
-        if message["role"] == "user" and (ending := IMAGE_ENDING.search(message["content"])):
+        if not images and message["role"] == "user" and (ending := IMAGE_ENDING.search(message["content"])):
             file = message["content"][: ending.end()].split()[-1].strip("\"'()<>")[-80:]
-            raise FieldError(field, f"the user's text names {file!r}, and the record has no image; {rule}")
+            rule = "and the record has no image; name it under the key 'image'"
+            raise FieldError(field, f"the user's text names {file!r}, {rule}")
 
 
-def _is_image_key(key: str) -> bool:
-    return re.sub(r"[\s_-]", "", key).lower() in IMAGE_KEYS
+def _is_numbered(key: str) -> bool:
+    match = IMAGE_KEY.fullmatch(_fold(key))
+    return bool(match and match["number"])
+
+
+def _is_image(key: str, value) -> bool:
+    return bool(IMAGE_KEY.fullmatch(_fold(key))) or _names_image(value)
+
+
+def _fold(key: str) -> str:
+    return re.sub(r"[\s_-]", "", key[:80]).lower()
 
 
 def _names_image(value) -> bool:
@@ -257,6 +265,8 @@ def _turn(turn, images: list, name: str) -> dict:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise FieldError(name, f"role {role!r:.60} is not one of {', '.join(ROLES)}")
+    if key := next((key for key, value in turn.items() if value and IMAGE_KEY.fullmatch(_fold(str(key)))), None):
+        raise FieldError(name, f"an image under {key!r:.80} is not read; name it under the record's key 'images'")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_block(block, images, name) for block in content)
@@ -273,7 +283,7 @@ def _block(block, images: list, field: str) -> str:
         return block["text"]
     if kind not in ("image", "image_url"):
         raise FieldError(field, f"expected a block of type text, image or image_url, found {describe(block)}")
-    path = block.get(kind)
+    path = next((block[key] for key in (kind, "path", "url") if block.get(key) is not None), None)
     path = path.get("url") if isinstance(path, dict) else path
     if path is not None:
         if not isinstance(path, str):

@@ -153,7 +153,7 @@ def _map_row(row: dict, mapping: Mapping, number: int) -> dict:
     try:
         record, reason = make_record(row, mapping)
     except ValueError as error:
-        raise DataError(str(error), record=number) from error
+        raise DataError(str(error), record=number, sample_id=row.get(mapping.id) or None) from error
     if reason is not None:
         raise SkippedRowError(reason, record=number, sample_id=record["id"])
     return record

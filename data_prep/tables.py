@@ -34,7 +34,8 @@ def read_table(path: Path) -> Rows:
     A `Flaw` takes the place of a row with fewer or more cells than the header, and of a broken line of JSON Lines.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a table, two columns of one name, or no rows.
+        FileNotFoundError, ValueError: no such file, not a table, two columns of one name, no rows, or none that fits
+            the header.
     """
     if not path.is_file():
         raise FileNotFoundError(f"table: no file {path}")
@@ -167,7 +168,10 @@ def _rows_below_header(lines: Iterable[tuple[str, list[str]]], path: Path) -> Ro
     header = _without_empty_end(lines[0][1])
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise ValueError(f"{path}: two columns have the name {twice[0]!r}")
-    return [_row(header, place, cells) for place, cells in lines[1:]]
+    rows = [_row(header, place, cells) for place, cells in lines[1:]]
+    if rows and all(isinstance(row, Flaw) for row in rows):
+        raise ValueError(f"{path}: {rows[0].reason}, {header!r:.200}; is there a title above the header?")
+    return rows
 
 
 def _row(header: list[str], place: str, cells: list[str]) -> dict[str, str] | Flaw:

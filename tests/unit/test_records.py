@@ -164,7 +164,7 @@ LOST = {
 def test_an_image_under_a_key_that_is_not_read_is_not_lost_in_silence(key, more):
     with pytest.raises(DataError) as error:
         parse_record({"question": "a", "answer": "b", key: LOST[key], **more}, 3)
-    reason = f"field '{key}': names an image and is not read; name the image under the key 'image'"
+    reason = f"field '{key}': names an image and is not read; name it under the key 'image' or 'images'"
     assert str(error.value) == f"record 3, {reason}"
 
 
@@ -197,11 +197,32 @@ def test_other_keys_may_name_what_they_like_beside_an_image():
     assert parse_record(record, 0)["images"] == ["a.jpg"]
 
 
+@pytest.mark.parametrize("key", ["image2", "image_1", "Image 3", "img-2", "image_path_2"])
+def test_a_second_image_under_a_numbered_key_is_not_lost(key):
+    with pytest.raises(DataError, match=f"field '{key}': names an image and is not read"):
+        parse_record({"image": "a.jpg", key: "b", "question": "a", "answer": "b"}, 0)
+
+
+@pytest.mark.parametrize("key", ["image", "images", "img", "image_path"])
+def test_an_image_inside_a_turn_is_not_lost(key):
+    turns = [
+        {"role": "user", "content": "What?", key: ["a.jpg"]},
+        {"role": "assistant", "content": "b", "image": None},
+    ]
+    with pytest.raises(DataError, match=rf"field 'messages\[0\]': an image under '{key}' is not read"):
+        parse_record({"messages": turns, "image": "b.jpg"}, 0)
+
+
+@pytest.mark.parametrize("key", ["image", "path", "url"])
+def test_a_block_names_its_image_as_transformers_does(key):
+    turns = [{"role": "user", "content": [{"type": "image", key: "a.jpg"}, {"type": "text", "text": "What?"}]}]
+    sample = parse_record({"messages": [*turns, {"role": "assistant", "content": "b"}]}, 0)
+    assert sample["images"] == ["a.jpg"] and sample["messages"][0]["content"] == "<image>What?"
+
+
 def test_a_question_that_names_a_file_has_to_have_an_image():
     for text in ("What is on 0000.jpg?", "images/x.PNG\nWhat?", "'a.jpeg' or 'b.jpeg'"):
-        with pytest.raises(
-            DataError, match=r"the user's text names '.*', and the record has no image; name the image"
-        ):
+        with pytest.raises(DataError, match=r"the user's text names '.*', and the record has no image; name it under"):
             parse_record({"question": text, "answer": "b"}, 0)
 
 

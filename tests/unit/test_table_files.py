@@ -114,6 +114,11 @@ UNREADABLE = {
     "a quote inside": ("t.csv", 'a,b\n1,"x "y" z"\n', ", line 2: not a table: ',' expected after"),
     "a cell without end": ("t.csv", 'a,b\n1,"' + "x" * 1_100_000, ": not a table: field larger than field limit"),
     "a name twice": ("t.csv", "dx,image,dx\na,1.jpg,b\n", ": two columns have the name 'dx'"),
+    "a title above the header": (
+        "t.csv",
+        "Table 1: lesions,,\ndx,site,image\nnv,arm,1.jpg\n",
+        ": line 2: 3 cells, and the header has 1, ['Table 1: lesions']; is there a title above the header?",
+    ),
     "no rows": ("t.csv", "a,b\n", ": has no rows"),
     "nothing": ("t.csv", "", ": has no rows"),
 }
