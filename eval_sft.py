@@ -17,6 +17,7 @@ from datasets import disable_progress_bars
 from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
+from evaluation.clusters import cluster_samples, image_keys
 from evaluation.questions import load_runs
 from evaluation.report import format_verdict, write_report
 from evaluation.runner import answer_questions, open_journal
@@ -78,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     answer_questions(args, runs, journal, state)
     if state.is_main_process:
         rows = journal.finish({name: len(questions.rows) for name, questions in runs.items()})
-        options = {"sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
+        keys, image_rows = image_keys(runs["adapter"].images), runs["adapter"].image_rows
+        clusters = cluster_samples(rows["adapter"], [keys[row] for row in image_rows])
+        options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
         summary = {"split": args.split, **summarise(rows, label_map, columns=args.subgroups, **options)}
         write_report(out, summary, rows, label_map, runs["adapter"].images)
         print(format_verdict(summary, out))

@@ -7,21 +7,23 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation.metrics import bootstrap_weights, interval, rounded
+from evaluation.metrics import MIN_CLUSTERS, bootstrap_weights, count_clusters, interval, rounded
 
 BINS = 10  # of confidence, for the calibration error
+MIN_CALIBRATION = 50  # samples, five a bin; with fewer the error says more about chance than about the model
 SPECIFICITY = 0.9  # at which sensitivity is reported
+MIN_NEGATIVES = 10  # samples without the label that a threshold at that specificity is taken from
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Log-likelihoods (N, K) of K labels' answers to N samples, the true labels (N,) and the groups (N,)."""
+    """Log-likelihoods (N, K) of K labels' answers to N samples, the true labels (N,) and the clusters (N,)."""
 
     labels: list[str]
     logits: np.ndarray
     true: np.ndarray
-    groups: np.ndarray
+    clusters: np.ndarray
 
 
 def fit_temperature(scores: LabelScores) -> float:
@@ -38,28 +40,33 @@ def fit_temperature(scores: LabelScores) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method="bounded").x))
 
 
-def probability_metrics(scores: LabelScores, *, temperature: float | None, sensitivity_of: list[str]) -> dict:
+def probability_metrics(
+    scores: LabelScores, *, validation: LabelScores | None = None, sensitivity_of: list[str]
+) -> dict:
     """Return the metrics of the labels' probabilities, the softmax over their answers' log-likelihoods.
 
     Args:
         scores: of the samples to evaluate.
-        temperature: fitted on another split; no metrics after temperature scaling when None.
+        validation: of another split, that temperature and thresholds are taken from; without it there are no metrics
+            after temperature scaling, and the thresholds are those of the evaluated samples.
         sensitivity_of: labels whose sensitivity at `SPECIFICITY` is reported.
     """
-    weights = bootstrap_weights(scores.groups)
+    weights, clusters = bootstrap_weights(scores.clusters), count_clusters(scores.clusters)
     probabilities = softmax(scores.logits, axis=1)
     correct = probabilities.argmax(1) == scores.true
     metrics = {
-        "choice_accuracy": interval(correct.mean(), weights @ correct / weights.sum(1)),
+        "choice_accuracy": interval(correct.mean(), weights @ correct / weights.sum(1), clusters),
         **_ranking_metrics(scores, probabilities, weights),
-        "calibration": _calibration(probabilities, scores.true, weights),
         "abstention": accuracy_by_coverage(probabilities, scores.true),
-        "sensitivity": {label: _sensitivity(scores, probabilities, label, weights) for label in sensitivity_of},
+        "sensitivity": {label: _sensitivity(scores, validation, label, weights) for label in sensitivity_of},
     }
-    if temperature is not None:
-        scaled = softmax(scores.logits / temperature, axis=1)
-        metrics["temperature"] = rounded(temperature)
-        metrics["calibration_tempered"] = _calibration(scaled, scores.true, weights)
+    if enough := len(scores.true) >= MIN_CALIBRATION and clusters >= MIN_CLUSTERS:
+        metrics["calibration"] = _calibration(probabilities, scores.true)
+    if validation is not None:
+        temperature = fit_temperature(validation)
+        metrics |= {"temperature": rounded(temperature), "validation_samples": len(validation.true)}
+        if enough:
+            metrics["calibration_tempered"] = _calibration(softmax(scores.logits / temperature, axis=1), scores.true)
     return metrics
 
 
@@ -76,10 +83,10 @@ def _ranking_metrics(scores: LabelScores, probabilities: np.ndarray, weights: np
             "average_precision": rounded(average_precision_score(positive, probability)),
         }
     if not per_label:
-        return {"macro_auroc": interval(np.nan, np.array([])), "per_label": {}}
+        return {"macro_auroc": interval(np.nan, np.array([]), 0), "per_label": {}}
     means = {name: np.mean([row[name] for row in per_label.values()]) for name in ("auroc", "average_precision")}
     return {
-        "macro_auroc": interval(means["auroc"], np.mean(resampled, axis=0)),
+        "macro_auroc": interval(means["auroc"], np.mean(resampled, axis=0), count_clusters(scores.clusters)),
         "macro_average_precision": rounded(means["average_precision"]),
         "per_label": per_label,
     }
@@ -113,32 +120,62 @@ def auroc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.nd
     return np.trapezoid(np.hstack([zero, true_rate]), np.hstack([zero, false_rate]), axis=1)
 
 
-def _sensitivity(scores: LabelScores, probabilities: np.ndarray, label: str, weights: np.ndarray) -> dict:
-    """Return the highest sensitivity for a label at a specificity of at least `SPECIFICITY`."""
+def _sensitivity(scores: LabelScores, validation: LabelScores | None, label: str, weights: np.ndarray) -> dict:
+    """Return the sensitivity for a label, and the specificity, at a threshold taken from `validation`.
+
+    Without it, or with fewer than `MIN_NEGATIVES` samples of other labels there, the threshold is that of the
+    evaluated samples, which makes the sensitivity too high. The number of clusters is that of those with the label.
+    """
     number = scores.labels.index(label)
-    positive = scores.true == number
+    positive, probability = scores.true == number, softmax(scores.logits, axis=1)[:, number]
+    source = "validation"
+    if validation is None or (validation.true != number).sum() < MIN_NEGATIVES:
+        source, validation = "evaluated", scores
+    negatives = softmax(validation.logits, axis=1)[validation.true != number, number]
+    above = probability > threshold_at_specificity(negatives)
+    return {
+        **_share(above, positive & (len(negatives) > 0), weights, scores.clusters),
+        "specificity": SPECIFICITY,
+        "threshold_from": source,
+        "threshold_negatives": len(negatives),
+        "specificity_found": _share(~above, ~positive, weights, scores.clusters),
+        "positives": int(positive.sum()),
+        "clusters": count_clusters(scores.clusters[positive]),
+    }
 
-    def at_specificity(weights: np.ndarray) -> np.ndarray:
-        true_rate, false_rate = _roc_points(probabilities[:, number], positive, weights)
-        best = np.where(false_rate <= 1 - SPECIFICITY + 1e-9, true_rate, 0).max(1)
-        return np.where(np.isnan(true_rate[:, -1] + false_rate[:, -1]), np.nan, best)
 
-    value = interval(at_specificity(np.ones((1, len(positive))))[0], at_specificity(weights))
-    return {**value, "specificity": SPECIFICITY, "positives": int(positive.sum())}
+def threshold_at_specificity(negatives: np.ndarray) -> float:
+    """Return the lowest score that at most a share of 1 - `SPECIFICITY` of the negatives exceeds; NaN without any."""
+    allowed = int((1 - SPECIFICITY) * len(negatives) + 1e-9)
+    return np.sort(negatives)[::-1][allowed] if len(negatives) else np.nan
 
 
-def _calibration(probabilities: np.ndarray, true: np.ndarray, weights: np.ndarray) -> dict:
-    """Return the expected calibration error over `BINS` equal bins of confidence, and the bins that hold samples."""
+def _share(hit: np.ndarray, among: np.ndarray, weights: np.ndarray, clusters: np.ndarray) -> dict:
+    """Return the share of hits among the samples of a mask, with its interval."""
+    with np.errstate(invalid="ignore"):
+        resampled = weights @ (hit & among) / (weights @ among)
+    value = hit[among].mean() if among.any() else np.nan
+    return interval(value, resampled, count_clusters(clusters[among]))
+
+
+def _calibration(probabilities: np.ndarray, true: np.ndarray) -> dict:
+    """Return the expected calibration error over `BINS` equal bins of confidence, and the bins that hold samples.
+
+    It has no interval: it is too high by chance, resamples are so twice, and their percentiles can all exceed it.
+    """
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == true
     bin_number = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    in_bin = bin_number[:, None] == np.arange(BINS)  # (N, BINS)
-
-    def error(weights: np.ndarray) -> np.ndarray:
-        return np.abs(weights @ (in_bin * (confidence - correct)[:, None])).sum(1) / weights.sum(1)
-
-    means = [(int(mask.sum()), confidence[mask].mean(), correct[mask].mean()) for mask in in_bin.T if mask.any()]
-    bins = [{"samples": n, "confidence": rounded(sure), "accuracy": rounded(share)} for n, sure, share in means]
-    return {"expected_calibration_error": interval(error(np.ones((1, len(true))))[0], error(weights)), "bins": bins}
+    masks = [bin_number == number for number in np.unique(bin_number)]
+    error = sum(abs((confidence - correct)[mask].sum()) for mask in masks) / len(true)
+    bins = [
+        {
+            "samples": int(mask.sum()),
+            "confidence": rounded(confidence[mask].mean()),
+            "accuracy": rounded(correct[mask].mean()),
+        }
+        for mask in masks
+    ]
+    return {"expected_calibration_error": rounded(error), "bins": bins}
 
 
 def accuracy_by_coverage(probabilities: np.ndarray, true: np.ndarray) -> list[dict]:

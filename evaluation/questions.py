@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from common.yaml_files import read_yaml
 from data_prep import load_splits
 from data_prep.records import IMAGE_MARKER
+from evaluation.clusters import image_keys
 from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, build_label_map
 
 SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
@@ -82,7 +83,8 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
     if args.baseline:
         shared = (questions.rows, questions.messages, questions.images)
         runs["base"] = Questions(*shared, questions.image_rows, questions.candidates, adapter=False)
-        runs["shuffled"] = Questions(*shared, shuffle_images(questions))
+        if (shuffled := shuffle_images(questions)) != questions.image_rows:
+            runs["shuffled"] = Questions(*shared, shuffled)
     return runs, label_map
 
 
@@ -112,13 +114,24 @@ def set_candidates(questions: Questions, label_map: dict, templates: dict[str, s
 
 
 def shuffle_images(questions: Questions, *, seed: int = 0) -> list[int]:
-    """Return `image_rows` in which no sample has its own images; samples swap with samples of as many images."""
+    """Return `image_rows` in which samples have the images of others, as many as they had themselves.
+
+    A sample keeps its own when it has none, and when too few others have as many and show other images.
+    """
+    keys = image_keys(questions.images)
     by_count = {}
-    for index, sizes in enumerate(questions.images["image_sizes"]):
-        by_count.setdefault(len(sizes), []).append(index)
+    for index, row in enumerate(questions.image_rows):
+        by_count.setdefault(len(keys[row]), []).append(index)
+    by_count.pop(0, None)
     image_rows = list(questions.image_rows)
     for indices in by_count.values():
-        shuffled = random.Random(seed).sample(indices, len(indices))
-        for source, target in zip(shuffled, [*shuffled[1:], shuffled[0]], strict=True):
-            image_rows[target] = source
+        alike = {}  # samples that show the same images stand together; a shift by the most of them parts all
+        for index in random.Random(seed).sample(indices, len(indices)):
+            alike.setdefault(keys[questions.image_rows[index]], []).append(index)
+        ordered = [index for members in alike.values() for index in members]
+        shift = max(map(len, alike.values()))
+        for place, target in enumerate(ordered):
+            source = questions.image_rows[ordered[place - shift]]
+            if keys[source] != keys[image_rows[target]]:
+                image_rows[target] = source
     return image_rows

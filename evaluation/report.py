@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
+from evaluation.calibration import MIN_CALIBRATION
 from evaluation.label_matching import read_label
 from evaluation.metrics import MAIN_METRICS
+from publishing import metric_notes
 from publishing.model_card import METRIC_TITLES, RUN_TITLES
 
 MAX_EXAMPLES = 8  # of each kind
@@ -44,7 +46,9 @@ def write_report(
         summary=summary,
         run_titles=RUN_TITLES,
         main_metrics=MAIN_METRICS,
-        cards=make_cards(summary["runs"]["adapter"]),
+        cards=make_cards(summary),
+        notes=metric_notes,
+        calibration_needs=MIN_CALIBRATION,
         charts=charts,
         examples=choose_examples(runs, label_map, samples),
     )
@@ -52,7 +56,7 @@ def write_report(
 
 
 def format_verdict(summary: dict, out: Path) -> str:
-    """Return the lines on the screen: accuracy of each run, or chrF for data without labels."""
+    """Return the lines on the screen: accuracy of each run, or chrF for data without labels, and what they rest on."""
     lines = [""]
     for name, run in summary["runs"].items():
         accuracy = run.get("diagnosis", {}).get("accuracy")
@@ -61,9 +65,23 @@ def format_verdict(summary: dict, out: Path) -> str:
         lines.append(f"{RUN_TITLES[name]:<26}{value}" + (f"   95 % interval {spread}" if spread else ""))
     if "shuffled_same_label" in summary:
         lines.append(f"{'  shuffled image, same label':<35}{summary['shuffled_same_label']:.3f}")
-    lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label")
+    lines += _gain_lines(summary)
+    clusters = f", of {summary['clusters']} {summary['cluster_unit']}" if metric_notes.has_clusters(summary) else ""
+    lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label{clusters}")
+    if summary.get("shuffled_left_out"):
+        lines += metric_notes.shuffled_notes(summary)[-1:]
+    lines += metric_notes.interval_notes(summary)
     lines.append(f"{'report':<26}{out / 'report.html'}")
     return "\n".join(lines)
+
+
+def _gain_lines(summary: dict) -> list[str]:
+    """Return how much of the difference to the base model is knowledge, and how much is form."""
+    if (gain := summary.get("against_base", {}).get("gain")) is None:
+        return []
+    knowledge, form = gain["knowledge"]["value"], gain["form"]["value"]
+    problem = metric_notes.form_problem(summary["runs"]["base"]["diagnosis"])
+    return [f"{'difference to the base':<26}knowledge {knowledge:+.3f}, form {form:+.3f} (the base {problem})"]
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
@@ -79,16 +97,24 @@ def format_range(metric: dict) -> str:
     return "" if metric["low"] is None else f"{metric['low']:.3f} to {metric['high']:.3f}"
 
 
-def make_cards(run: dict) -> list[dict]:
-    """Return the numbers at the top of the page."""
+def make_cards(summary: dict) -> list[dict]:
+    """Return the numbers at the top of the page, each with its interval and the size of the sample."""
+    run = summary["runs"]["adapter"]
+    size = metric_notes.describe_size(
+        summary["diagnosed"] or run["samples"], summary["clusters"], summary["cluster_unit"]
+    )
     if "diagnosis" not in run:
-        return [{"name": METRIC_TITLES[key], "value": f"{value:.2f}"} for key, value in run["text"].items()]
+        texts = run["text"].items()
+        return [{"name": METRIC_TITLES[key], "value": f"{value:.2f}", "size": size} for key, value in texts]
     metrics = {METRIC_TITLES[key]: run["diagnosis"][key] for key in MAIN_METRICS}
-    if "probabilities" in run:
-        metrics["macro-AUROC"] = run["probabilities"]["macro_auroc"]
-        metrics["calibration error"] = run["probabilities"]["calibration"]["expected_calibration_error"]
+    probabilities = run.get("probabilities", {})
+    if "macro_auroc" in probabilities:
+        metrics["macro-AUROC"] = probabilities["macro_auroc"]
+    if "calibration" in probabilities:
+        error = probabilities["calibration"]["expected_calibration_error"]
+        metrics["calibration error"] = {"value": error, "low": None, "high": None}
     return [
-        {"name": name, "value": format_number(metric["value"]), "range": format_range(metric)}
+        {"name": name, "value": format_number(metric["value"]), "range": format_range(metric), "size": size}
         for name, metric in metrics.items()
     ]
 
@@ -99,9 +125,10 @@ def draw_charts(summary: dict) -> dict[str, Figure]:
     if "diagnosis" in run:
         charts["confusion"] = draw_confusion(run["diagnosis"]["confusion"])
     if summary.get("subgroups"):
-        charts["subgroups"] = draw_subgroups(summary["subgroups"], run["diagnosis"]["accuracy"]["value"])
+        charts["subgroups"] = draw_subgroups(summary, run["diagnosis"]["accuracy"]["value"])
     if "probabilities" in run:
-        charts["reliability"] = draw_reliability(run["probabilities"])
+        if "calibration" in run["probabilities"]:
+            charts["reliability"] = draw_reliability(run["probabilities"])
         charts["abstention"] = draw_abstention(run["probabilities"]["abstention"])
     return charts
 
@@ -136,13 +163,14 @@ def draw_confusion(matrix: dict) -> Figure:
     return figure
 
 
-def draw_subgroups(subgroups: dict[str, dict], overall: float) -> Figure:
+def draw_subgroups(summary: dict, overall: float) -> Figure:
     """Draw the accuracy of each subgroup with its interval, and that of all samples as a line."""
-    lines = []
-    for column, metrics in subgroups.items():
-        lines.append((f"{column.replace('_', ' ')}  (samples)", None))
+    unit, lines = summary["cluster_unit"], []
+    for column, metrics in summary["subgroups"].items():
+        lines.append((f"{column.replace('_', ' ')}  ({'samples' if unit == 'samples' else f'of {unit}'})", None))
         groups = metrics["groups"].items()
-        lines += [(f"{name}  ({group['samples']})", group.get("accuracy")) for name, group in groups]
+        sizes = {name: group["samples"] if unit == "samples" else f"of {group['clusters']}" for name, group in groups}
+        lines += [(f"{name}  ({sizes[name]})", group.get("accuracy")) for name, group in groups]
     figure, axes = make_axes(5.2, max(3.2, 0.3 * len(lines) + 1.2), "Accuracy by subgroup")
     for y, (_, accuracy) in enumerate(lines):
         if accuracy is not None:

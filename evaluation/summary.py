@@ -3,7 +3,9 @@
 import numpy as np
 
 from evaluation import metrics
-from evaluation.calibration import LabelScores, fit_temperature, probability_metrics
+from evaluation.calibration import LabelScores, probability_metrics
+from evaluation.clusters import cluster_samples, describe_clusters
+from evaluation.comparison import compare_paired, split_gain
 from evaluation.label_matching import asks_for_label, read_label
 
 SUBGROUP_COLUMNS = ("skin_type", "sex", "age", "site", "source")
@@ -11,7 +13,13 @@ HIGH_RISK_LABELS = ("melanoma",)  # sensitivity is reported for these by default
 
 
 def summarise(
-    runs: dict[str, list[dict]], label_map: dict, *, columns: list[str], sensitivity_of: list[str], min_group: int
+    runs: dict[str, list[dict]],
+    label_map: dict,
+    *,
+    clusters: list[int] | None = None,
+    columns: list[str],
+    sensitivity_of: list[str],
+    min_group: int,
 ) -> dict:
     """Return the content of `metrics.json`.
 
@@ -19,34 +27,66 @@ def summarise(
         runs: rows of "adapter" and, if they exist, "base", "shuffled" and "validation". The first three hold the same
             samples in the same order.
         label_map: see `build_label_map`; empty when the data have no labels.
+        clusters: number of each sample's cluster, see `cluster_samples`; from ids and groups alone when None.
         columns: columns to report subgroups by.
         sensitivity_of: labels whose sensitivity is reported; when empty, those of `HIGH_RISK_LABELS` that occur.
         min_group: smallest size of a subgroup whose metrics are reported, samples.
     """
     labels, rows = list(label_map), runs["adapter"]
+    clusters = np.array(cluster_samples(rows) if clusters is None else clusters)
     sensitivity_of = sensitivity_of or [label for label in HIGH_RISK_LABELS if label in labels]
-    diagnosed = [n for n, row in enumerate(rows) if label_map and asks_for_label(row, label_map)]
-    answers = {name: runs[name] for name in ("adapter", "base", "shuffled") if name in runs}
-    summary = {"samples": len(rows), "diagnosed": len(diagnosed), "labels": labels}
-    summary["runs"] = {name: {"text": _text_metrics(run)} for name, run in answers.items()}
-    if not diagnosed:
-        return summary
-    questions = {name: [run[n] for n in diagnosed] for name, run in answers.items()}
-    diagnoses = {name: _encode_answers(run, label_map) for name, run in questions.items()}
-    temperature = _fit_temperature(runs.get("validation", []), labels)
-    for name, run in questions.items():
-        summary["runs"][name]["diagnosis"] = metrics.diagnosis_metrics(diagnoses[name])
-        if all("scores" in row for row in run):
-            options = {"temperature": temperature if name == "adapter" else None, "sensitivity_of": sensitivity_of}
-            summary["runs"][name]["probabilities"] = probability_metrics(_label_scores(run, labels), **options)
-    adapter = diagnoses.pop("adapter")
-    summary["subgroups"] = {}
-    for column in columns:
-        if groups := metrics.subgroup_metrics(questions["adapter"], adapter, column, min_size=min_group):
-            summary["subgroups"][column] = groups
-    if "shuffled" in questions:
-        summary["shuffled_same_label"] = _share_of_same_label(questions["shuffled"], rows)
-    return summary | {f"against_{name}": metrics.compare_paired(adapter, other) for name, other in diagnoses.items()}
+    asks = np.array([bool(label_map) and asks_for_label(row, label_map) for row in rows], dtype=bool)
+    kept = {name: _answered_samples(runs[name], name) for name in ("adapter", "base", "shuffled") if name in runs}
+    summary = {"samples": len(rows), "diagnosed": int(asks.sum()), "labels": labels}
+    figures_of = asks if asks.any() else np.ones(len(rows), dtype=bool)
+    summary |= describe_clusters(_select(rows, figures_of), clusters[figures_of].tolist())
+    summary |= {"clusters_needed": metrics.MIN_CLUSTERS, "unseen_share": metrics.unseen_share(summary["clusters"])}
+    if "base" in kept or "shuffled" in kept:
+        summary["shuffled_left_out"] = len(rows) - int(kept.get("shuffled", np.zeros(1)).sum())
+    kept = {name: mask for name, mask in kept.items() if mask.any()}
+    summary["runs"] = {name: _text_metrics(runs[name], mask, clusters) for name, mask in kept.items()}
+    validation = _validation_scores(runs.get("validation", []), labels)
+    diagnosed = {name: mask & asks for name, mask in kept.items() if (mask & asks).any()}
+    for name, mask in diagnosed.items():
+        questions = _select(runs[name], mask)
+        summary["runs"][name]["diagnosis"] = metrics.diagnosis_metrics(_encode(questions, label_map, clusters[mask]))
+        if scores := _label_scores(questions, labels, clusters[mask]):
+            options = {"validation": validation if name == "adapter" else None, "sensitivity_of": sensitivity_of}
+            summary["runs"][name]["probabilities"] = probability_metrics(scores, **options)
+    if asks.any():
+        questions, options = _select(rows, asks), {"columns": columns, "min_group": min_group}
+        summary["subgroups"] = _subgroups(questions, _encode(questions, label_map, clusters[asks]), **options)
+    if "shuffled" in diagnosed:
+        shuffled = _select(runs["shuffled"], diagnosed["shuffled"])
+        summary["shuffled_same_label"] = _share_of_same_label(shuffled, rows)
+    others = [name for name in diagnosed if name != "adapter"]
+    comparisons = {name: _compare(runs, name, diagnosed[name], label_map, clusters) for name in others}
+    return summary | {f"against_{name}": comparison for name, comparison in comparisons.items()}
+
+
+def _answered_samples(run: list[dict], name: str) -> np.ndarray:
+    """Return which samples a run has figures of; those that could not get another's images are no shuffled ones."""
+    return np.array([name != "shuffled" or "image_of" in row for row in run], dtype=bool)
+
+
+def _select(rows: list[dict], mask: np.ndarray) -> list[dict]:
+    return [rows[index] for index in np.flatnonzero(mask)]
+
+
+def _subgroups(questions: list[dict], diagnoses: metrics.Diagnoses, *, columns: list[str], min_group: int) -> dict:
+    found = {name: metrics.subgroup_metrics(questions, diagnoses, name, min_size=min_group) for name in columns}
+    return {name: subgroups for name, subgroups in found.items() if subgroups}
+
+
+def _compare(runs: dict[str, list[dict]], name: str, mask: np.ndarray, label_map: dict, clusters: np.ndarray) -> dict:
+    """Return the adapter beside another run, on that run's samples, and what the gain over the base consists of."""
+    pair = [_select(runs[run], mask) for run in ("adapter", name)]
+    diagnoses = [_encode(rows, label_map, clusters[mask]) for rows in pair]
+    scores = [_label_scores(rows, list(label_map), clusters[mask]) for rows in pair]
+    comparison = compare_paired(*diagnoses)
+    if name == "base" and all(scores):
+        comparison["gain"] = split_gain(*diagnoses, *scores)
+    return comparison
 
 
 def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
@@ -55,21 +95,25 @@ def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
     return metrics.rounded(np.mean([label_of[row["image_of"]] == row["label"] for row in shuffled]))
 
 
-def _text_metrics(rows: list[dict]) -> dict:
-    return metrics.text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
+def _text_metrics(run: list[dict], mask: np.ndarray, clusters: np.ndarray) -> dict:
+    rows = _select(run, mask)
+    text = metrics.text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
+    return {"samples": len(rows), "clusters": metrics.count_clusters(clusters[mask]), "text": text}
 
 
-def _encode_answers(rows: list[dict], label_map: dict) -> metrics.Diagnoses:
+def _encode(rows: list[dict], label_map: dict, clusters: np.ndarray) -> metrics.Diagnoses:
     answered = [{**row, "answered": read_label(row["prediction"], label_map)} for row in rows]
-    return metrics.encode_diagnoses(answered, list(label_map))
+    return metrics.encode_diagnoses(answered, list(label_map), clusters)
 
 
-def _label_scores(rows: list[dict], labels: list[str]) -> LabelScores:
+def _label_scores(rows: list[dict], labels: list[str], clusters: np.ndarray) -> LabelScores | None:
+    """Return the scores of the labels; None if a row has none."""
+    if not all("scores" in row for row in rows):
+        return None
     logits = np.array([[row["scores"][label] for label in labels] for row in rows])
-    encoded = metrics.encode_diagnoses([{**row, "answered": row["label"]} for row in rows], labels)
-    return LabelScores(labels, logits, encoded.true, encoded.groups)
+    return LabelScores(labels, logits, np.array([labels.index(row["label"]) for row in rows]), clusters)
 
 
-def _fit_temperature(rows: list[dict], labels: list[str]) -> float | None:
+def _validation_scores(rows: list[dict], labels: list[str]) -> LabelScores | None:
     scored = [row for row in rows if "scores" in row]
-    return fit_temperature(_label_scores(scored, labels)) if scored else None
+    return _label_scores(scored, labels, np.array(cluster_samples(scored))) if scored else None

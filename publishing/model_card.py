@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from common.files import EVALUATION_PLOTS, LOADING_SETTINGS
 from common.html import TEMPLATES
+from publishing import metric_notes
 from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_json, read_metrics
 
 RARE = 20  # the card lists labels with fewer training samples
@@ -84,6 +85,7 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         "front_matter": front_matter(base, data, metrics).to_yaml(),
         "loading": read_json(output_dir / LOADING_SETTINGS),
         "metrics": metrics,
+        "notes": metric_notes,
         "plots": [Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
         "rare_limit": RARE,
         **(label_counts(data) if data else {}),
@@ -118,11 +120,18 @@ def _hub_results(metrics: dict) -> list[EvalResult]:
             dataset_split=metrics["split"],
             metric_type=metric_id,
             metric_value=diagnosis[name]["value"],
-            metric_name=f"{METRIC_TITLES[name]}, 95 % interval in brackets: {format_metric(diagnosis[name])}",
+            metric_name=_hub_metric_name(name, diagnosis[name], metrics),
         )
         for name, metric_id in HUB_METRIC_IDS.items()
         if name in diagnosis and diagnosis[name]["value"] is not None
     ]
+
+
+def _hub_metric_name(name: str, metric: dict, metrics: dict) -> str:
+    unit = metrics.get("cluster_unit")
+    of = f" of {metrics['clusters']:,} {unit}" if unit else ""
+    interval = "" if metric["low"] is None else f", 95 % interval in brackets: {format_metric(metric)}"
+    return f"{METRIC_TITLES[name]}{of}{interval}"
 
 
 def make_merged_card(name: str, base: dict, dtype: str) -> str:
@@ -156,14 +165,14 @@ def compare_runs(metrics: dict) -> dict:
     rows = dict.fromkeys(title for run in runs.values() for title in run)
     against = metrics.get("against_base") or {}
     differences = [
-        f"{METRIC_TITLES[name]} {format_metric(item['difference'], '+')}"
-        for name, item in against.items()
-        if "difference" in item
+        f"{METRIC_TITLES[name]} {format_metric(against[name]['difference'], '+')}"
+        for name in HUB_METRIC_IDS
+        if name in against
     ]
     return {
         "runs": list(runs),
         "metric_rows": [(title, [run.get(title) for run in runs.values()]) for title in rows],
-        "against_base": {"differences": differences, "mcnemar": against.get("mcnemar")} if differences else None,
+        "differences": differences,
     }
 
 
@@ -178,8 +187,7 @@ def _titled_metrics(run: dict) -> dict:
     metrics = {**run.get("diagnosis", {}), **probabilities, **errors, **run.get("text", {})}
     titled = {title: metrics[key] for key, title in METRIC_TITLES.items() if key in metrics}
     return titled | {
-        f"sensitivity for {label} at {row['specificity']:.0%} specificity": row
-        for label, row in probabilities.get("sensitivity", {}).items()
+        metric_notes.sensitivity_title(label, row): row for label, row in probabilities.get("sensitivity", {}).items()
     }
 
 

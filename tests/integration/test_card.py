@@ -26,23 +26,25 @@ DIAGNOSIS = {
     "balanced_accuracy": SHARE,
     "macro_f1": {"value": None, "low": None, "high": None},
     "no_label": EXACT,
-    "per_label": {"a|b": {"precision": 0.9, "recall": 0.8, "f1": 0.847059, "support": 15}},
+    "per_label": {"a|b": {"precision": 0.9, "recall": 0.8, "f1": 0.847059, "support": 15, "clusters": 9}},
     "confusion": {"rows": ["a|b"], "columns": ["a|b", "(none)"], "counts": [[12, 3]]},
     "top_confusions": [{"label": "a|b", "answered": "(none)", "count": 3}],
 }
 PROBABILITIES = {
     "macro_auroc": SHARE,
-    "calibration": {"expected_calibration_error": LOW, "bins": [{"samples": 60, "confidence": 0.5, "accuracy": 0.4}]},
+    "calibration": {"expected_calibration_error": 0.25, "bins": [{"samples": 60, "confidence": 0.5, "accuracy": 0.4}]},
     "abstention": [{"coverage": 0.5, "accuracy": 1.0}],
-    "sensitivity": {"melanoma": {**LOW, "specificity": 0.9, "positives": 15}},
+    "sensitivity": {"melanoma": {**LOW, "specificity": 0.9, "positives": 15, "threshold_from": "validation"}},
 }
 METRICS = {
     "split": "test",
     "samples": 1060,
     "diagnosed": 1000,
     "labels": ["a|b"],
+    **{"clusters": 400, "cluster_unit": "patients or lesions", "samples_with_group": 1000},
+    **{"clusters_needed": 10, "unseen_share": 0.00746},
     "runs": {
-        "base": {"diagnosis": {"accuracy": LOW}},
+        "base": {"diagnosis": {"accuracy": LOW, "no_label": EXACT, "several_labels": LOW}},
         "adapter": {
             "diagnosis": DIAGNOSIS,
             "probabilities": PROBABILITIES,
@@ -52,8 +54,8 @@ METRICS = {
     "subgroups": {
         "skin_type": {
             "groups": {
-                "I": {"samples": 12, "accuracy": SHARE, "balanced_accuracy": SHARE, "macro_f1": LOW},
-                "II": {"samples": 3, "suppressed": True},
+                "I": {"samples": 12, "clusters": 7, "accuracy": SHARE, "balanced_accuracy": SHARE, "macro_f1": LOW},
+                "II": {"samples": 3, "clusters": 2, "suppressed": True},
             },
             "worst": "I",
             "gap": 0.2,
@@ -62,7 +64,9 @@ METRICS = {
     },
     "against_base": {
         "accuracy": {"difference": {"value": 0.2, "low": -0.1, "high": 0.3}},
-        "mcnemar": {"better": 10, "worse": 2, "p": 0.0386},
+        "clusters": 400,
+        "permutation_test": {"better": 10, "worse": 2, "p": 0.0386},
+        "gain": {"knowledge": {**LOW, "p": 0.002}, "form": {"value": -0.05, "low": None, "high": None}},
     },
 }
 STATE = {
@@ -274,20 +278,25 @@ def test_metrics_are_in_the_card_and_in_its_front_matter(complete):
     (complete / "eval" / "confusion.png").touch()
     text = make_card(complete)
     for text_part in (
-        "Measured on 1,060 questions of the split `test`, 1,000 of which ask for the label.",
+        "Measured on 1,060 questions of the split `test`, 1,000 of which ask for the label, "
+        "of 400 patients or lesions. Ranges are 95 % intervals from a bootstrap over patients or lesions.\n",
         "| metric | adapter | base model alone |\n|---|---|---|\n",
         "| accuracy | 0.93 (0.87 to 0.97) | 0.25 (0.15 to 0.36) |\n",
-        "| macro-F1 | n/a |  |\n| no label named | 1.00 |  |\n",
-        "| macro-AUROC | 0.93 (0.87 to 0.97) |  |\n| expected calibration error | 0.25 (0.15 to 0.36) |  |\n",
-        "| sensitivity for melanoma at 90% specificity | 0.25 (0.15 to 0.36) |  |\n",
+        "| macro-F1 | n/a |  |\n| no label named | 1.00 | 1.00 |\n",
+        "| macro-AUROC | 0.93 (0.87 to 0.97) |  |\n| expected calibration error | 0.25 |  |\n",
+        "| sensitivity for melanoma at 90% specificity, threshold from the validation split | 0.25 (0.15 to 0.36) |",
         "| BLEU (0 to 100) | 41.20 |  |\n",
         "on the same samples: accuracy +0.20 (-0.10 to +0.30).",
-        "correct on 10 samples, only the base model on 2 (McNemar's exact test: p = 0.039).",
-        "\n\n![confusion](eval/confusion.png)\n\n### By label\n\n| label | precision | recall | F1 | samples |\n",
-        "| a\\|b | 0.90 | 0.80 | 0.85 | 15 |\n",
-        "### By skin type\n\n| skin type | samples | accuracy | balanced accuracy | macro-F1 |\n",
-        "| I | 12 | 0.93 (0.87 to 0.97) | 0.93 (0.87 to 0.97) | 0.25 (0.15 to 0.36) |\n",
-        "| II | 3 | too few samples |  |  |\n",
+        "correct on 10 samples, only the base model on 2 (permutation test over 400 patients or lesions, p = 0.039).",
+        "The base model names no label in 100.0% of its answers and several in 25.0%. The likelihoods",
+        "by +0.250 (+0.150 to +0.360), p = 0.002, which is knowledge. The other -0.050 of the difference is form.",
+        "\n\n![confusion](eval/confusion.png)\n\n### By label\n\n",
+        "\n\n| label | precision | recall | F1 | samples | patients or lesions |\n",
+        "| a\\|b | 0.90 | 0.80 | 0.85 | 15 | 9 |\n",
+        "### By skin type\n\n",
+        "\n\n| skin type | samples | patients or lesions | accuracy | balanced accuracy | macro-F1 |\n",
+        "| I | 12 | 7 | 0.93 (0.87 to 0.97) | 0.93 (0.87 to 0.97) | 0.25 (0.15 to 0.36) |\n",
+        "| II | 3 | 2 | too few samples |  |  |\n",
         "Lowest accuracy: I, 0.20 below the highest.",
     ):
         assert text_part in text
@@ -300,7 +309,9 @@ def test_metrics_are_in_the_card_and_in_its_front_matter(complete):
         ("accuracy", 0.933333),
         ("balanced_accuracy", 0.933333),
     ]
-    assert result["metrics"][0]["name"] == "accuracy, 95 % interval in brackets: 0.93 (0.87 to 0.97)"
+    assert result["metrics"][0]["name"] == (
+        "accuracy of 400 patients or lesions, 95 % interval in brackets: 0.93 (0.87 to 0.97)"
+    )
 
 
 def test_an_evaluation_with_accuracy_alone_is_enough(folder):

@@ -141,7 +141,7 @@ def test_data_without_labels_get_text_metrics(adapter, write_records, tmp_path, 
     eval_sft.main([str(word) for word in (*common, "--max-new-tokens", 4)])
     summary, _ = read(tmp_path / "e")
     assert (summary["diagnosed"], summary["labels"]) == (0, [])
-    assert set(summary["runs"]["adapter"]) == {"text"}
+    assert set(summary["runs"]["adapter"]) == {"samples", "clusters", "text"}
     assert "chrF" in capsys.readouterr().out
     assert "balanced accuracy" not in (tmp_path / "e" / "report.html").read_text()
 

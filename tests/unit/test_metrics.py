@@ -6,12 +6,12 @@ from scipy.special import softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from evaluation.calibration import LabelScores, accuracy_by_coverage, auroc, fit_temperature, probability_metrics
+from evaluation.comparison import compare_paired
 from evaluation.label_matching import NONE, SEVERAL
 from evaluation.metrics import (
     DIAGNOSIS_METRICS,
     age_band,
     bootstrap_weights,
-    compare_paired,
     compute_metrics,
     confusion_counts,
     diagnosis_metrics,
@@ -20,6 +20,7 @@ from evaluation.metrics import (
     metrics_with_intervals,
     subgroup_metrics,
     text_metrics,
+    unseen_share,
 )
 
 LABELS = ["acne", "eczema", "nevus"]
@@ -58,7 +59,7 @@ def test_metrics_equal_those_of_scikit_learn():
 
 def test_weighted_metrics_equal_those_of_the_resampled_data():
     found = encode_diagnoses(random_rows(np.random.default_rng(1), 50), LABELS)
-    weights = bootstrap_weights(found.groups, resamples=5)
+    weights = bootstrap_weights(found.clusters, resamples=5)
     spread = compute_metrics(confusion_counts(found, weights))
     for n, row in enumerate(weights.astype(int)):
         true, answered = np.repeat(found.true, row), np.repeat(found.answered, row)
@@ -79,9 +80,11 @@ def test_all_samples_of_a_group_are_drawn_together():
 def test_a_perfect_predictor():
     found = diagnosis_metrics(encode_diagnoses(rows(LABELS * 20, LABELS * 20), LABELS))
     assert [found[name]["value"] for name in DIAGNOSIS_METRICS] == [1, 1, 1, 0, 0]
-    assert found["accuracy"] == {"value": 1.0, "low": 0.940371, "high": 1.0}  # exact binomial, 60 of 60
+    assert found["accuracy"] == {"value": 1.0, "low": None, "high": None}  # no resample differs
+    assert unseen_share(60) == pytest.approx(1 - 0.05 ** (1 / 60), abs=1e-6)
     assert found["macro_f1"]["low"] is None
-    assert found["per_label"]["nevus"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 20}
+    exact = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 20, "clusters": 20}
+    assert found["per_label"]["nevus"] == exact
     assert found["top_confusions"] == []
 
 
@@ -90,7 +93,10 @@ def test_a_constant_predictor():
     assert found["accuracy"]["value"] == 0.75
     assert found["balanced_accuracy"]["value"] == 0.5  # eczema does not occur
     assert found["macro_f1"]["value"] == pytest.approx((2 * 30 / 70) / 2, abs=1e-6)
-    assert found["per_label"]["acne"] == {"precision": 0.75, "recall": 1.0, "f1": 0.857143, "support": 30}
+    assert found["per_label"]["acne"] == {
+        **{"precision": 0.75, "recall": 1.0, "f1": 0.857143},
+        **{"support": 30, "clusters": 30},
+    }
     assert found["per_label"]["eczema"]["support"] == 0
     assert found["top_confusions"] == [{"label": "nevus", "answered": "acne", "count": 10}]
     assert found["confusion"]["counts"][2] == [10, 0, 0, 0, 0]
@@ -138,14 +144,15 @@ def test_intervals_cover_the_truth_in_93_to_97_of_100(name):
     assert 0.93 <= covered / 300 <= 0.97
 
 
-def test_paired_differences_and_mcnemar():
+def test_paired_differences_and_their_test():
     true = LABELS * 40
     ours = encode_diagnoses(rows(true, [t if n % 10 else NONE for n, t in enumerate(true)]), LABELS)
     theirs = encode_diagnoses(rows(true, [t if n % 3 else NONE for n, t in enumerate(true)]), LABELS)
     found = compare_paired(ours, theirs)
     assert found["accuracy"]["difference"]["value"] == pytest.approx(108 / 120 - 80 / 120, abs=1e-6)
-    assert found["mcnemar"] == {"better": 36, "worse": 8, "p": 2.54e-05}  # 2 sum(C(44, k), k <= 8) / 2^44
-    assert compare_paired(ours, ours)["mcnemar"] == {"better": 0, "worse": 0, "p": 1.0}
+    # one sample a cluster: McNemar's exact test, 2 sum(C(44, k), k <= 8) / 2^44
+    assert found["permutation_test"] == {"better": 36, "worse": 8, "p": 2.54e-05}
+    assert compare_paired(ours, ours)["permutation_test"] == {"better": 0, "worse": 0, "p": 1.0}
 
 
 def test_subgroups_name_the_worst_and_suppress_small_groups():
@@ -153,7 +160,7 @@ def test_subgroups_name_the_worst_and_suppress_small_groups():
     answered = ["acne"] * 20 + ["nevus"] * 10 + ["acne"] * 17 + ["nevus"] * 3
     samples = rows(true, answered, skin_type=["I"] * 20 + ["VI"] * 20 + [None] * 7 + ["II"] * 3)
     reported = subgroup_metrics(samples, encode_diagnoses(samples, LABELS), "skin_type", min_size=5)
-    assert reported["groups"]["II"] == {"samples": 3, "suppressed": True}
+    assert reported["groups"]["II"] == {"samples": 3, "clusters": 3, "suppressed": True}
     assert reported["groups"]["VI"]["accuracy"]["value"] == 0.5
     assert reported["groups"]["unknown"]["samples"] == 7
     assert (reported["worst"], reported["gap"]) == ("VI", 0.5)
@@ -177,8 +184,8 @@ def test_text_scores():
 
 
 def test_a_value_that_all_resamples_share_has_no_interval():
-    assert interval(0.5, np.array([0.5, 0.5])) == {"value": 0.5, "low": None, "high": None}
-    assert interval(np.nan, np.array([])) == {"value": None, "low": None, "high": None}
+    assert interval(0.5, np.array([0.5, 0.5]), 50) == {"value": 0.5, "low": None, "high": None}
+    assert interval(np.nan, np.array([]), 50) == {"value": None, "low": None, "high": None}
 
 
 def random_scores(count=400, seed=0, sharpness=1.0):
@@ -194,7 +201,7 @@ def test_ranking_equals_scikit_learns():
     scores = random_scores()
     scores.logits[::3] = np.round(scores.logits[::3])  # ties
     shares = softmax(scores.logits, axis=1)
-    found = probability_metrics(scores, temperature=None, sensitivity_of=["nevus"])
+    found = probability_metrics(scores, sensitivity_of=["nevus"])
     own = [roc_auc_score(scores.true == n, shares[:, n]) for n in range(3)]
     assert found["macro_auroc"]["value"] == pytest.approx(np.mean(own), abs=1e-6)
     assert found["macro_auroc"]["low"] < np.mean(own) < found["macro_auroc"]["high"]
@@ -202,7 +209,7 @@ def test_ranking_equals_scikit_learns():
         assert found["per_label"][label]["auroc"] == pytest.approx(own[n], abs=1e-6)
         precision = average_precision_score(scores.true == n, shares[:, n])
         assert found["per_label"][label]["average_precision"] == pytest.approx(precision, abs=1e-6)
-    weights = bootstrap_weights(scores.groups, resamples=4)
+    weights = bootstrap_weights(scores.clusters, resamples=4)
     for row, value in zip(weights, auroc(shares[:, 0], scores.true == 0, weights), strict=True):
         assert value == pytest.approx(roc_auc_score(scores.true == 0, shares[:, 0], sample_weight=row))
 
@@ -210,24 +217,24 @@ def test_ranking_equals_scikit_learns():
 def test_known_predictors_have_known_rankings():
     true = np.repeat([0, 1, 2], 30)
     perfect = LabelScores(LABELS, np.eye(3)[true] * 10, true, np.arange(90))
-    found = probability_metrics(perfect, temperature=None, sensitivity_of=["acne"])
+    found = probability_metrics(perfect, sensitivity_of=["acne"])
     assert (found["macro_auroc"]["value"], found["choice_accuracy"]["value"]) == (1, 1)
     assert found["sensitivity"]["acne"]["value"] == 1
-    assert found["calibration"]["expected_calibration_error"]["value"] == pytest.approx(0, abs=1e-3)
+    assert found["calibration"]["expected_calibration_error"] == pytest.approx(0, abs=1e-3)
     flat = LabelScores(LABELS, np.zeros((90, 3)), true, np.arange(90))
-    constant = probability_metrics(flat, temperature=None, sensitivity_of=["acne"])
+    constant = probability_metrics(flat, sensitivity_of=["acne"])
     assert constant["macro_auroc"]["value"] == 0.5
     assert constant["sensitivity"]["acne"]["value"] == 0
-    error = constant["calibration"]["expected_calibration_error"]["value"]
+    error = constant["calibration"]["expected_calibration_error"]
     assert error == pytest.approx(0, abs=1e-6)  # a third sure, a third right
 
 
 def test_temperature_scaling_removes_overconfidence():
     validation, test = random_scores(2000, 1, sharpness=3), random_scores(2000, 2, sharpness=3)
     assert fit_temperature(validation) == pytest.approx(3, rel=0.1)
-    found = probability_metrics(test, temperature=fit_temperature(validation), sensitivity_of=[])
+    found = probability_metrics(test, validation=validation, sensitivity_of=[])
     kinds = ("calibration", "calibration_tempered")
-    before, after = (found[kind]["expected_calibration_error"]["value"] for kind in kinds)
+    before, after = (found[kind]["expected_calibration_error"] for kind in kinds)
     assert before > 0.15 and after < 0.03
     assert sum(row["samples"] for row in found["calibration"]["bins"]) == 2000
 
@@ -236,16 +243,12 @@ def test_sensitivity_is_the_highest_at_90_percent_specificity():
     true = np.array([0] * 10 + [1] * 20)
     score = np.concatenate([np.linspace(0.9, 0.45, 10), [0.8, 0.6], np.linspace(0.4, 0.1, 18)])
     logits = np.log(np.stack([score, 1 - score], axis=1))
-    found = probability_metrics(
-        LabelScores(LABELS[:2], logits, true, np.arange(30)), temperature=None, sensitivity_of=["acne"]
-    )
+    found = probability_metrics(LabelScores(LABELS[:2], logits, true, np.arange(30)), sensitivity_of=["acne"])
     assert found["sensitivity"]["acne"]["value"] == 1.0  # two of twenty others lie above 0.45
     assert (found["sensitivity"]["acne"]["specificity"], found["sensitivity"]["acne"]["positives"]) == (0.9, 10)
     score[12] = 0.7  # a third one
     logits = np.log(np.stack([score, 1 - score], axis=1))
-    found = probability_metrics(
-        LabelScores(LABELS[:2], logits, true, np.arange(30)), temperature=None, sensitivity_of=["acne"]
-    )
+    found = probability_metrics(LabelScores(LABELS[:2], logits, true, np.arange(30)), sensitivity_of=["acne"])
     assert found["sensitivity"]["acne"]["value"] == 0.6  # down to 0.65, above the third of them
 
 
