@@ -162,6 +162,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     _reject(collected, lambda sample: reasons.get(sample["id"]))
     _require_usable(collected, options.on_error)
     _log_skipped(collected)
+    _log_ungrouped(collected.samples)
     samples = collected.samples
     groups = group_samples(samples, picture_of)
     splits = _assign_all(samples, groups, options)
@@ -292,6 +293,15 @@ def _log_skipped(collected: Collected) -> None:
     for key, count in collected.unused_keys.most_common(5):
         near = suggest(key.lower(), READ_KEYS)
         logger.warning("the key %.80r of %d records is not read%s", key, count, near)
+
+
+def _log_ungrouped(samples: list[dict]) -> None:
+    """Warn when nothing says which samples are of one patient or lesion."""
+    if not any(sample["group"] for sample in samples):
+        meaning = (
+            "one patient may be in training and test, which makes results too good and their intervals too narrow"
+        )
+        logger.warning("no sample names a patient or lesion (key 'group', or --group-by): %s", meaning)
 
 
 def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:

@@ -146,6 +146,24 @@ def test_data_without_labels_get_text_metrics(adapter, write_records, tmp_path, 
     assert "balanced accuracy" not in (tmp_path / "e" / "report.html").read_text()
 
 
+def test_the_only_pair_of_images_is_left_out_of_the_shuffled_control(adapter, write_records, tmp_path, capsys):
+    common = {"answer": "This is melanoma.", "label": "melanoma", "split": "test"}
+    records = [{"id": f"r{n}", "image": name, "question": "What?", **common} for n, name in enumerate(("red", "blue"))]
+    records = [{**record, "image": f"{record['image']}.jpg"} for record in records]
+    pair = {"id": "pair", "images": ["red.jpg", "blue.jpg"], "question": "<image><image>What?", **common}
+    path, images = write_records([*records, pair])
+    options = ["--adapter", adapter, "--image-dir", images, "--dataset", path, "--out", tmp_path / "e", "--baseline"]
+    eval_sft.main([str(word) for word in (*options, "--max-new-tokens", 4)])
+    summary, rows = read(tmp_path / "e")
+    assert {row["id"]: row.get("image_of") for row in rows if row["run"] == "shuffled"} == {
+        **{"r0": "r1", "r1": "r0", "pair": None}
+    }
+    assert (summary["shuffled_left_out"], summary["against_shuffled"]["samples"]) == (1, 2)
+    assert (summary["clusters"], summary["cluster_unit"]) == (1, "independent groups")  # the pair shows both images
+    printed = capsys.readouterr().out
+    assert "Left out of the shuffled control: 1 of 3 samples" in printed and "No intervals" in printed
+
+
 def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, tmp_path):
     config = tmp_path / "eval.yaml"
     config.write_text(

@@ -98,6 +98,14 @@ def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):
     assert "1 records repeat an id" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("groups", "warned"), [((None, None), True), (("", ""), True), (("p1", None), False), (("p1", "p1"), False)]
+)
+def test_data_that_name_no_patient_get_one_line(write_records, caplog, groups, warned):
+    prepare_dataset(*write_records([flat("red.jpg", group=group) for group in groups]), **ALL_TRAIN)
+    assert caplog.text.count("no sample names a patient or lesion (key 'group', or --group-by)") == warned
+
+
 def test_keys_that_nobody_reads_are_said(write_records, caplog):
     path, images = write_records(
         [{"grop": "P1", "Label": "nevus", "image": "red.jpg", "question": "a", "answer": "b"}]
