@@ -19,8 +19,8 @@ from common.files import atomic_path
 from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import choose_base, merge, read_target_weights
-from models.adapters import decode_greedily
-from models.loading import load_model, load_processor
+from models.adapters import MERGED_ADAPTER, check_not_merged, decode_greedily, describe_merge
+from models.loading import load_model, load_processor, readable_out_of_memory
 from publishing.hub import push_merged_model
 from publishing.model_card import make_merged_card
 from publishing.run_facts import describe_base
@@ -52,13 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_options(args)
     base, revision = choose_base(args.adapter, args.base)
+    check_not_merged(args.adapter, base)
     targets = read_target_weights(args.adapter)
     processor = load_processor(args.adapter)
     repo_id = open_repository(args.push, private=not args.public) if args.push else None
     with atomic_path(args.out) as unfinished:
         unfinished.mkdir(parents=True)
-        model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
-        expected = merge(model, args.adapter, processor, targets)
+        with readable_out_of_memory("merging loads the model in 16 bit; CUDA_VISIBLE_DEVICES= does it on the CPU"):
+            model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
+            expected = merge(model, args.adapter, processor)
+        setattr(model.config, MERGED_ADAPTER, describe_merge(args.adapter, base))
         card = make_merged_card(args.out.name, describe_base(base, revision), args.dtype)
         save(model, processor, unfinished, card=card, shard_size=args.shard_size)
         del model  # the check loads the saved one, and memory may hold one only

@@ -11,6 +11,7 @@ from pathlib import Path
 from common.cli import OneLineParser, run
 
 from common.hub_client import open_repository
+from models.adapters import check_fits_base
 from publishing.hub import check_adapter, push_adapter
 
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_adapter(args.output_dir)
+    check_fits_base(str(args.output_dir))
     repo_id = open_repository(args.repo_id, private=not args.public, revision=args.revision)
     url = push_adapter(args.output_dir, repo_id, revision=args.revision, private=not args.public)
     print(f"pushed to {url}")

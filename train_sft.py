@@ -20,7 +20,9 @@ from training.config import parse_config
 from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
 from training.publish import claim_repository, push_checkpoints, push_final
-from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
+from training.resume import (
+    check_resumable, check_same_everywhere, check_weights, choose_start, describe_identity, describe_resuming,
+)  # fmt: skip
 from training.run_record import describe_run, finish_card, tracked_facts, write_run_record
 from training.signals import StopCallback, end_early
 from training.trackers import TrackCallback, start_trackers
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int | None:
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
     model = build_model(settings)
+    check_weights(checkpoint, model)
     write_run_record(settings, model, base, data.facts)
     recompute = decide_checkpointing(model, processor, data, settings)
 

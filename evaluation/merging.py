@@ -1,11 +1,11 @@
 """Merging a LoRA adapter into its base model."""
 
-from peft import PeftModel, load_peft_weights
+from peft import load_peft_weights
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
-from models.adapters import read_adapter_config, read_run_facts
+from models.adapters import attach_adapter, read_adapter_config, read_run_facts
 
 
 def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
@@ -49,16 +49,10 @@ def _target_weight(tensor: str) -> str:
     return f"{module}.bias" if kind == "B.bias" else f"{module}.weight"
 
 
-def merge(model: PreTrainedModel, adapter: str, processor: ProcessorMixin, targets: set[str]) -> Expected:
+def merge(model: PreTrainedModel, adapter: str, processor: ProcessorMixin) -> Expected:
     """Merge the adapter into `model` in place, and return what the merged model must match."""
     hashes = hash_weights(model)
-    if unknown := sorted(targets - set(hashes)):
-        raise ValueError(f"--adapter: {adapter} adapts {len(unknown)} weights that are not in the base: {unknown[0]}")
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter).eval()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"--adapter: {adapter} has other shapes than the base: {reason}") from error
+    adapted = attach_adapter(model, adapter).eval()
     logits = sample_logits(adapted, processor)
     with adapted.disable_adapter():
         effect = logit_distance(logits, sample_logits(adapted, processor))

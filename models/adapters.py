@@ -2,16 +2,22 @@
 
 import json
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS
-from models.loading import load_model
+from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
+from models.families import FAMILIES, family_of
+from models.loading import load_config, load_model, readable_out_of_memory
+
+MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
 
 def load_answering_model(
@@ -26,15 +32,108 @@ def load_answering_model(
         dtype: of the arithmetic; as in training when None, bfloat16 without an adapter.
 
     Raises:
-        ValueError: the adapter or the base cannot be loaded.
+        ValueError: the adapter or the base cannot be loaded, or do not fit each other.
     """
+    if adapter and base:
+        check_not_merged(adapter, base)
     settings = loading_settings(adapter, base=base, quantization=quantization, dtype=dtype)
-    model = load_model(base or read_adapter_config(adapter).base_model_name_or_path, **settings)
-    decode_greedily(model)
+    advice = "load the base in 4 bit (--quantization nf4), or take a smaller one"
+    with readable_out_of_memory(advice):
+        model = load_model(base or read_adapter_config(adapter).base_model_name_or_path, **settings)
+        decode_greedily(model)
+        return (attach_adapter(model, adapter) if adapter else model).eval()
+
+
+def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, *, name: str = "default") -> PeftModel:
+    """Add an adapter to a base model, or one more to a model that has some.
+
+    Raises:
+        ValueError: unreadable weights, or they do not fit the base. PEFT would pass over most of what does not fit, and
+            the base's answers would be taken for the adapter's.
+    """
+    check_family(model, adapter)
+    options = {"adapter_name": name, "ignore_mismatched_sizes": True}  # `check_fit` counts all that does not fit
+    with _peft_errors(adapter):
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, **options)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, **options)
+    check_fit(model, adapter, name=name)
+    return model
+
+
+@contextmanager
+def _peft_errors(adapter: str) -> Iterator[None]:
+    """Raise ValueError for what PEFT cannot load, and leave its warnings of other tensors to `check_fit`."""
     try:
-        return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
     except SafetensorError as error:
         raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+    except ValueError as error:  # no layer has the name of a target
+        raise ValueError(f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}") from error
+
+
+def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:
+    """Raise ValueError for a processor of another family beside the adapter: families share names and shapes."""
+    path = find_file(adapter, "processor_config.json")
+    processor = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path else None
+    names = [family.name for family in FAMILIES.values() if family.processor.__name__ == processor]
+    if names and (name := family_of(model).name) not in names:
+        raise ValueError(f"adapter {adapter} does not fit its base model: it is of {' or '.join(names)}, not {name}")
+
+
+def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
+    """Raise ValueError unless the adapter's file has exactly the tensors of the model's adapter `name`."""
+    stored = {key: tuple(tensor.shape) for key, tensor in load_peft_weights(adapter, device="cpu").items()}
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    unknown, missing = sorted(stored.keys() - expected.keys()), sorted(expected.keys() - stored.keys())
+    other = sorted(key for key in stored.keys() & expected.keys() if stored[key] != expected[key])
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} of its {len(stored)} tensors have no place there, the first is {unknown[0]}")
+    if missing:
+        problems.append(f"{len(missing)} of the {len(expected)} expected ones are missing, the first is {missing[0]}")
+    if other:
+        shapes = f"{other[0]} with {stored[other[0]]} in place of {expected[other[0]]}"
+        problems.append(f"{len(other)} of its {len(stored)} tensors have another shape, the first is {shapes}")
+    if problems:
+        base = Path(model.get_base_model().config.name_or_path).name
+        raise ValueError(f"adapter {adapter} does not fit the base model {base}: {'; '.join(problems)}")
+
+
+def check_fits_base(adapter: str) -> None:
+    """Raise ValueError unless the adapter fits the base that it names; of the base only the configuration is read.
+
+    A base that is not found is reported on the screen: an adapter may be pushed from a machine that lacks it.
+    """
+    config, revision = read_adapter_config(adapter), read_run_facts(adapter).get("revision")
+    try:
+        base = load_config(config.base_model_name_or_path, revision=revision)
+    except ValueError as error:
+        print(f"not checked whether the adapter fits its base: {error}", file=sys.stderr)
+        return
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(base)
+        with _peft_errors(adapter):
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    check_fit(model, adapter)
+
+
+def describe_merge(adapter: str, base: str) -> dict[str, str]:
+    """Return the entry `MERGED_ADAPTER` of a model that holds this base and adapter."""
+    return {"base": Path(base).name, "adapter": digest_of_file(find_file(adapter, ADAPTER_WEIGHTS))}
+
+
+def check_not_merged(adapter: str, base: str) -> None:
+    """Raise ValueError if an adapter is already merged into `base`, and this one was not trained on the result."""
+    trained_on = read_adapter_config(adapter).base_model_name_or_path
+    found, merge = getattr(load_config(base), MERGED_ADAPTER, None), describe_merge(adapter, trained_on)
+    if found and base != trained_on and any(found.get(key) == value for key, value in merge.items()):
+        problem = f"--base: {base} has an adapter merged into it already, and {adapter} was trained without that one"
+        raise ValueError(f"{problem}: use the merged model alone, or the base {merge['base']}")
 
 
 def decode_greedily(model: PreTrainedModel) -> None:
@@ -62,10 +161,7 @@ def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | Pef
         if (settings := _base_settings(adapter, **options)) != expected:
             raise ValueError(f"--adapter: {adapter} has the base {settings}, and {adapters[0]} {expected}")
         names[f"adapter-{number}"] = adapter
-        try:
-            model.load_adapter(adapter, adapter_name=f"adapter-{number}")
-        except SafetensorError as error:
-            raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+        attach_adapter(model, adapter, name=f"adapter-{number}")
     return model, names
 
 

@@ -1,9 +1,12 @@
 """Loading the processor and the base model, and checking that layers have the requested precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
 from transformers import (
     AutoConfig,
@@ -150,6 +153,17 @@ def _load_weights(name: str, options: dict) -> PreTrainedModel:
         raise ValueError(_not_found("model", name, error)) from error
     except ImportError as error:
         raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def readable_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn "out of memory", of a GPU or the CPU, into a ValueError with the `advice`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise ValueError(f"out of memory: {advice}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

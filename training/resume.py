@@ -9,9 +9,12 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft import PeftModel
 
 from common.console import print_rank0
+from common.files import ADAPTER_WEIGHTS
 from data_prep import fingerprint
+from models.adapters import check_fit
 from publishing.run_facts import library_versions
 from training.checkpoints import choose_checkpoint, read_identity
 from training.distributed import UNSHARDED, requested_sharding
@@ -107,6 +110,12 @@ def check_resumable(checkpoint: Path | None, identity: dict, *, allow_change: bo
     else:
         return print_rank0(*(f"changed: {line}" for line in lines)) if lines else None
     raise ValueError(f"checkpoint {checkpoint}: {'; '.join(lines)}; {rule}")
+
+
+def check_weights(checkpoint: Path | None, model: PeftModel) -> None:
+    """Raise ValueError unless a checkpoint's adapter fits the model; sharded ones have their own format and check."""
+    if checkpoint is not None and (checkpoint / ADAPTER_WEIGHTS).is_file():
+        check_fit(model, str(checkpoint))
 
 
 def describe_resuming(trainer: SafeSFTTrainer, checkpoint: Path | None) -> list[str]:

@@ -1,0 +1,177 @@
+"""An adapter is loaded onto a base that it fits completely, or one line says how much of it does not fit."""
+
+import json
+import shutil
+
+from common.cli import run
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+import merge_adapter
+import predict
+import push_adapter
+from demo.tiny_model import save_tiny_model
+from helpers.runs import TEXTS
+from models.adapters import attach_adapter, check_fits_base, load_adapters, load_answering_model
+from models.loading import load_model, load_processor, readable_out_of_memory
+from models.lora import build_lora_config
+from training.resume import check_weights
+
+LAYER = "base_model.model.model.language_model.layers"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base, tmp_path_factory):
+    """A folder with an adapter of 28 tensors that changes every layer of the language model."""
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    base = load_model(str(tiny_base), quantization=None, dtype="float32")
+    model = get_peft_model(base, build_lora_config(base, r=4, lora_alpha=8, lora_dropout=0.0))
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    model.save_pretrained(folder)
+    load_processor(str(tiny_base)).save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"quantization": None, "dtype": "float32", "revision": None}))
+    return folder
+
+
+@pytest.fixture
+def damaged(trained, tmp_path):
+    """Return a function that copies the adapter with other tensors, and other entries of its configuration."""
+
+    def change(edit=lambda tensors: tensors, **entries):
+        folder = tmp_path / "damaged"
+        shutil.copytree(trained, folder)
+        weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+        save_file(edit(load_file(weights)), weights, metadata={"format": "pt"})
+        config.write_text(json.dumps({**json.loads(config.read_text()), **entries}))
+        return folder
+
+    return change
+
+
+def rename(tensors):
+    return {name.replace("model.language_model.layers", "model.layers"): x for name, x in tensors.items()}
+
+
+def halve(tensors):
+    return {name: x for number, (name, x) in enumerate(sorted(tensors.items())) if number % 2}
+
+
+def cut(tensors):
+    return {name: x[:, :32].contiguous() if ".lora_A." in name else x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "entries", "message"),
+    [
+        (rename, {}, "28 of its 28 tensors have no place there, the first is base_model.model.model.layers.0."),
+        (rename, {}, f"28 of the 28 expected ones are missing, the first is {LAYER}.0.mlp.down_proj.lora_A.weight"),
+        (halve, {}, "base0: 14 of the 28 expected ones are missing"),
+        (cut, {}, "14 of its 28 tensors have another shape, the first is"),
+        (dict, {"r": 2}, "28 of its 28 tensors have another shape"),
+        (dict, {"target_modules": ["q_proj", "v_proj"]}, "20 of its 28 tensors have no place there"),
+        (dict, {"target_modules": r"transformer\.h\.\d+\.attn"}, "Target modules transformer"),
+    ],
+)
+def test_what_does_not_fit_is_counted(damaged, edit, entries, message):
+    folder = str(damaged(edit, **entries))
+    for load in (load_answering_model, check_fits_base, lambda adapter: load_adapters([adapter], **DEFAULTS)):
+        with pytest.raises(ValueError, match="does not fit") as caught:
+            load(folder)
+        assert message in str(caught.value) and folder in str(caught.value) and "\n" not in str(caught.value)
+
+
+DEFAULTS = {"base": None, "quantization": "auto", "dtype": None}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 128, "num_layers": 2}, "28 of its 28 tensors have another shape"),
+        ({"hidden_size": 64, "num_layers": 3}, "other: 14 of the 42 expected ones are missing"),
+        ({"hidden_size": 64, "num_layers": 1}, "14 of its 28 tensors have no place there"),
+        ({"hidden_size": 64, "num_layers": 2, "family": "qwen2_vl"}, "it is of Qwen2.5-VL, not Qwen2-VL"),
+        ({"hidden_size": 64, "num_layers": 2, "family": "qwen3_vl"}, "it is of Qwen2.5-VL, not dense Qwen3-VL"),
+    ],
+)
+def test_another_base_is_refused_by_every_command(trained, tmp_path, demo_raw, capsys, sizes, message):
+    other = tmp_path / "other"
+    save_tiny_model(other, TEXTS, **sizes)
+    common = ["--adapter", str(trained), "--base", str(other)]
+    question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    assert run(lambda: predict.main([*common, *question])) == 1
+    assert run(lambda: merge_adapter.main([*common, "--out", str(tmp_path / "merged")])) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and all(message in error for error in errors)
+    if "family" in sizes:
+        return
+    model = load_model(str(other), quantization="nf4", dtype="float32")
+    model = get_peft_model(model, build_lora_config(model, r=4, lora_alpha=8))
+    with pytest.raises(ValueError, match="does not fit the base model other"):
+        check_weights(trained, model)  # as a run does that resumes
+    check_weights(None, model)
+
+
+def test_the_second_adapter_is_checked_too(trained, damaged):
+    with pytest.raises(ValueError, match="14 of the 28 expected ones are missing"):
+        load_adapters([str(trained), str(damaged(halve))], **DEFAULTS)
+
+
+def test_an_adapter_that_does_not_fit_is_not_pushed(damaged, capsys):
+    assert run(lambda: push_adapter.main([str(damaged(rename)), "you/skin"])) == 1
+    assert "28 of its 28 tensors have no place there" in capsys.readouterr().err
+
+
+def test_a_base_that_is_gone_keeps_no_adapter_from_being_pushed(damaged, capsys):
+    check_fits_base(str(damaged(base_model_name_or_path="/gone")))
+    assert "not checked whether the adapter fits its base: no model in '/gone'" in capsys.readouterr().err
+
+
+def test_a_fitting_adapter_has_an_effect(trained, tiny_base):
+    base = load_model(str(tiny_base), quantization=None, dtype="float32")
+    name = "model.language_model.layers.0.mlp.up_proj"
+    weight = base.get_submodule(name).weight.clone()
+    merged = attach_adapter(base, str(trained)).merge_and_unload()
+    assert not torch.equal(merged.get_submodule(name).weight, weight)
+
+
+def test_an_adapter_is_not_added_twice(trained, damaged, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    merge_adapter.main(["--adapter", str(trained), "--out", str(merged)])
+    again = ["--adapter", str(trained), "--base", str(merged)]
+    assert run(lambda: merge_adapter.main([*again, "--out", str(tmp_path / "twice")])) == 1
+    problem = f"--base: {merged} has an adapter merged into it already, and {trained} was trained without that one"
+    assert problem in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has an adapter merged into it already"):
+        load_answering_model(str(trained), base=str(merged))
+    moved = merged.rename(tmp_path / "moved")
+    other = damaged(lambda tensors: {name: 2 * x for name, x in tensors.items()})  # of the same base
+    with pytest.raises(ValueError, match="has an adapter merged into it already"):
+        load_answering_model(str(other), base=str(moved))
+    config = other / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(moved)}))
+    assert load_answering_model(str(other), base=str(moved)) is not None  # trained on the merged model
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_names_the_option_to_lower(error):
+    with pytest.raises(ValueError, match="^out of memory: lower --batch-size$"), readable_out_of_memory(
+        "lower --batch-size"
+    ):
+        raise error
+
+
+def test_other_errors_of_torch_are_left_alone():
+    with pytest.raises(RuntimeError, match="shapes"), readable_out_of_memory("lower --batch-size"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
