@@ -17,7 +17,7 @@ from datasets import disable_progress_bars
 
 from evaluation.examples import load_examples
 from evaluation.label_matching import LABEL_PLACEHOLDER
-from evaluation.prediction import answer_examples, write_answers
+from evaluation.prediction import answer_examples, check_out, write_answers
 from models.adapters import load_adapters, read_adapter_config
 from models.loading import load_processor
 
@@ -29,8 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_argument_group("questions")
     source.add_argument("--image", nargs="+", default=[], help="files, folders and patterns ('*.jpg')")
     source.add_argument("--question", help="asked about each image")
+    source.add_argument("--system", help="system turn, for --image and for --questions without `system`")
     source.add_argument("--together", action="store_true", help="ask once, about all images together")
-    source.add_argument("--questions", type=Path, help='JSON Lines: {"image": "a.jpg", "question": "..."}')
+    source.add_argument("--questions", type=Path, help='JSON Lines: {"image": "a.jpg", "question": "...", "system": "..."}')
     source.add_argument("--dataset", help="prepared data set: asks the last question of each sample")
     source.add_argument("--split", default="test", help="split of --dataset (default: test)")
     source.add_argument("--image-dir", help="image folder, for --questions or when --dataset is an annotation file")
@@ -71,8 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     total = count * len(processors)
     stream = total == 1 and args.out is None and not args.top_k
     rows = answer_examples(model, processors, adapters, examples, args, labels=labels, stream=stream)
-    skipped = write_answers(rows, args.out, total=total, stream=stream)
-    return EXIT_SKIPPED if skipped else 0
+    counts = write_answers(rows, args.out, total=total, stream=stream)
+    if counts["cut"]:
+        print(f"{counts['cut']} of {total} answers cut at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+    return EXIT_SKIPPED if counts["skipped"] else 0
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -87,8 +90,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--image: needs --question")
     if not args.image and (args.question or args.together):
         raise ValueError(f"--{'question' if args.question else 'together'}: goes with --image, not with {sources[0]}")
-    if args.out is not None and args.out.is_dir():
-        raise ValueError(f"--out: {args.out} is a folder, expected a file")
+    if args.dataset and args.system:
+        raise ValueError("--system: a data set has its own; it goes with --image and --questions")
+    if args.out is not None:
+        check_out(args.out, [Path(path) for path in (args.questions, args.dataset) if path])
     if args.top_k and not args.labels and not args.dataset:
         raise ValueError("--top-k: needs --labels or --dataset")
     if LABEL_PLACEHOLDER not in args.wording:

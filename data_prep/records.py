@@ -321,13 +321,20 @@ def _place_markers(messages: list[dict], num_images: int, field: str) -> None:
 
 
 def to_chat(messages: list[dict]) -> list[dict]:
-    """Split each text at its `<image>` markers into the typed blocks that the chat template expects."""
+    """Split each text at its `<image>` markers into the typed blocks that the chat template expects.
+
+    White space around a marker is dropped, so that "<image>\\nWhat?", "<image> What?" and an image without a marker
+    before "What?" are one prompt: in training, in evaluation, and for a server that gets image and text as blocks.
+    """
     return [{"role": m["role"], "content": _to_blocks(m["content"])} for m in messages]
 
 
 def _to_blocks(content: str) -> list[dict]:
     first, *rest = content.split(IMAGE_MARKER)
-    blocks = [{"type": "text", "text": first}]
-    for text in rest:
+    if not rest:
+        return [{"type": "text", "text": first}]
+    *middle, last = rest
+    blocks = [{"type": "text", "text": first.rstrip()}]
+    for text in (*map(str.strip, middle), last.lstrip()):
         blocks += [{"type": "image"}, {"type": "text", "text": text}]
     return [block for block in blocks if block["type"] == "image" or block["text"]]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data_prep.images import load_image
 from data_prep.paths import resolve_image
-from data_prep.records import FieldError, normalise_messages, read_annotations
+from data_prep.records import FieldError, normalise_messages, parse_record, read_annotations
 from evaluation.questions import labels_of, load_split
 
 
@@ -24,9 +24,11 @@ def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[s
     if args.questions:
         rows = read_annotations(args.questions)
         folder = Path(args.image_dir).resolve() if args.image_dir else args.questions.resolve().parent
-        return (example_of_line(row, number, folder) for number, row in enumerate(rows, 1)), len(rows), args.labels
+        examples = (example_of_line(row, number, folder, args.system) for number, row in enumerate(rows, 1))
+        return examples, len(rows), args.labels
     files = find_images(args.image)
-    examples = [make_example(paths, args.question) for paths in ([files] if args.together else [[f] for f in files])]
+    together = [files] if args.together else [[file] for file in files]
+    examples = [make_example(paths, args.question, args.system) for paths in together]
     if len(examples) == 1 and "error" in (checked := decode(examples[0])):  # before the model is loaded
         raise ValueError(f"--image: {checked['error']}")
     return iter(examples), len(examples), args.labels
@@ -38,26 +40,34 @@ def example_of_sample(sample: dict) -> dict:
     return {**columns, "images": sample["images"], "messages": messages, "reference": reference["content"]}
 
 
-def example_of_line(row, number: int, folder: Path) -> dict:
-    """Return the example of a line of a questions file, or one with an `error`."""
+def example_of_line(row, number: int, folder: Path, system: str | None = None) -> dict:
+    """Return the example of a line of a questions file, read like a training record, or one with an `error`."""
+    example = {"id": f"line-{number}"}
     try:
         if not isinstance(row, dict) or not isinstance(row.get("question"), str):
             raise ValueError('expected {"image": ..., "question": ...}')
-        names = row.get("images", row.get("image")) or []
-        images = [resolve_image(name, folder) for name in ([names] if isinstance(names, str) else names)]
-        return {**make_example(images, row["question"]), "id": str(row.get("id", f"line-{number}"))}
-    except (ValueError, TypeError) as error:
-        return {"id": f"line-{number}", "error": f"--questions, line {number}: {error}"}
+        sample = parse_record({"system": system, **row, "answer": "?"}, number, format="flat")
+        example |= {"id": sample["id"]} if row.get("id") is not None else {}
+        example |= _given(sample["images"])
+        images = [str(resolve_image(name, folder)) for name in sample["images"]]
+        return {**example, "images": images, "messages": sample["messages"][:-1]}
+    except ValueError as error:
+        return {**example, "error": f"--questions, line {number}: {getattr(error, 'reason', error)}"}
 
 
-def make_example(paths: list[Path], question: str) -> dict:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}]
+def make_example(paths: list[Path], question: str, system: str | None = None) -> dict:
+    turns, names = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}], list(map(str, paths))
+    options = {"system": system, "field": "--question", "names": ["--question", "answer"]}
     try:
-        messages = normalise_messages(turns, list(paths), field="--question", names=["--question", "answer"])[:-1]
+        messages = normalise_messages(turns, list(paths), **options)[:-1]
     except FieldError as error:
         raise ValueError(str(error)) from error
-    names, images = ", ".join(path.name for path in paths), [str(path) for path in paths]
-    return {"id": names, "images": images, "messages": messages}
+    return {"id": ", ".join(names), **_given(names), "images": names, "messages": messages}
+
+
+def _given(names: list[str]) -> dict:
+    """Return the key of a row that names its images as they were given, in the form that `--questions` reads."""
+    return {"image": names[0] if len(names) == 1 else names} if names else {}
 
 
 def find_images(names: list[str]) -> list[Path]:

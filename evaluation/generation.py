@@ -18,15 +18,25 @@ def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> di
     return inputs
 
 
-@torch.inference_mode()
 def generate_answers(
     model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
 ) -> list[str]:
     """Return the greedy answer to each example; a `streamer` prints that of a single example token by token."""
+    return generate(model, processor, examples, max_new_tokens, streamer)[0]
+
+
+@torch.inference_mode()
+def generate(
+    model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
+) -> tuple[list[str], list[bool]]:
+    """Return what `generate_answers` does, and whether each answer was cut: it had not ended at `max_new_tokens`."""
     inputs = encode_prompts(model, processor, examples)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
     new_tokens = output[:, inputs["input_ids"].size(1) :]
-    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    ends = torch.tensor(model.generation_config.eos_token_id or [], device=output.device)
+    ended = torch.isin(new_tokens, ends).any(dim=1)
+    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return texts, (~ended).tolist()
 
 
 @torch.inference_mode()

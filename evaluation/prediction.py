@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,9 +15,12 @@ from transformers import TextStreamer
 from common.files import atomic_path
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
-from evaluation.generation import generate_answers, score_answers
+from evaluation.generation import generate, score_answers
 from evaluation.label_matching import LABEL_PLACEHOLDER
 from evaluation.questions import question_text
+from models.loading import readable_out_of_memory
+
+MAX_LINE = 10_000_000  # bytes
 
 
 def answer_examples(
@@ -53,42 +57,83 @@ def _answer_batch(
 ) -> list[dict]:
     """Return each example's question and answer, and with `--top-k` the likeliest labels and their probabilities."""
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    answers = generate_answers(model, processor, examples, args.max_new_tokens, streamer=streamer)
+    with readable_out_of_memory(out_of_memory_advice(args)):
+        answers, cut = generate(model, processor, examples, args.max_new_tokens, streamer=streamer)
+        candidates = [args.wording.replace(LABEL_PLACEHOLDER, label) for label in labels or []]
+        scores = score_answers(model, processor, examples, [candidates] * len(examples)) if args.top_k else None
     questions = [question_text(example["messages"]) for example in examples]
     rows = [{"question": q, "prediction": answer} for q, answer in zip(questions, answers, strict=True)]
+    for row in compress(rows, cut):
+        row["cut"] = True
     if args.top_k:
-        candidates = [args.wording.replace(LABEL_PLACEHOLDER, label) for label in labels]
-        probabilities = score_answers(model, processor, examples, [candidates] * len(examples)).softmax(-1)
+        probabilities = scores.softmax(-1)
         for row, values in zip(rows, probabilities.tolist(), strict=True):
             ranked = sorted(zip(values, labels, strict=True), reverse=True)[: args.top_k]
             row["likeliest"] = {label: round(value, 4) for value, label in ranked}
     return rows
 
 
-def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream: bool) -> int:
-    """Print the answers, or write them to a JSON Lines file; return how many examples were skipped."""
+def out_of_memory_advice(args: argparse.Namespace) -> str:
+    """Return which options to lower."""
+    first = f"lower --batch-size (now {args.batch_size}), then " if args.batch_size > 1 else "lower "
+    return f"{first}--max-pixels or --max-new-tokens, or load the base in 4 bit (--quantization nf4)"
+
+
+def check_out(out: Path, inputs: list[Path]) -> None:
+    """Raise ValueError for a folder, an input, and any other file that `predict.py` did not write."""
+    if out.is_dir():
+        raise ValueError(f"--out: {out} is a folder, expected a file")
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        raise ValueError(f"--out: {out} is what the questions are read from; name another file")
+    if out.exists() and not _holds_answers(out):
+        raise ValueError(f"--out: {out} exists and is no file of answers; name another file")
+
+
+def _holds_answers(path: Path) -> bool:
+    if not path.is_file():
+        return False  # a device, for example
+    with path.open("rb") as file:
+        line = file.readline(MAX_LINE)
+    try:
+        row = json.loads(line) if line else {"prediction": ""}
+    except ValueError:
+        return False
+    # a row with a "run" is one of eval_sft.py
+    return isinstance(row, dict) and "run" not in row and ("prediction" in row or "error" in row)
+
+
+def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream: bool) -> Counter:
+    """Print the answers, or write them to a JSON Lines file; return how many are `skipped`, and how many are `cut`."""
+    counts = Counter()
+    rows = _counted(rows, counts)
     if out is None:
-        return sum(print_answer(row, stream=stream, single=total == 1) for row in rows)
-    skipped = 0
+        for row in rows:
+            print_answer(row, stream=stream, single=total == 1)
+        return counts
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if "error" in row:
-                skipped += 1
                 tqdm.write(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
+    skipped = counts["skipped"]
     print(f"{total - skipped} answers in {out}" + (f", {skipped} skipped" if skipped else ""))
-    return skipped
+    return counts
 
 
-def print_answer(row: dict, *, stream: bool, single: bool) -> bool:
-    """Print one answer, unless it was streamed; return whether the example was skipped."""
+def _counted(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
+    for row in rows:
+        counts.update({"skipped": "error" in row, "cut": "cut" in row})
+        yield row
+
+
+def print_answer(row: dict, *, stream: bool, single: bool) -> None:
+    """Print one answer, unless it was streamed, or why there is none."""
     if "error" in row:
         print(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
-        return True
+        return
     name = "" if single else f"{row['id']} [{row['adapter']}]: " if "adapter" in row else f"{row['id']}: "
     if not stream:
         print(name + row["prediction"])
     for label, probability in row.get("likeliest", {}).items():
         print(f"  {probability:.3f}  {label}")
-    return False

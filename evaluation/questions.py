@@ -2,7 +2,9 @@
 
 import argparse
 import random
+import re
 from dataclasses import dataclass, field
+from itertools import count
 
 from datasets import Dataset, DatasetDict
 
@@ -61,8 +63,13 @@ def labels_of(splits: DatasetDict) -> list[str]:
 
 
 def question_text(messages: list[dict]) -> str:
-    """Return the last turn without image markers."""
-    return messages[-1]["content"].replace(IMAGE_MARKER, "").strip()
+    """Return the last turn as people read it: an image within the text is "[image 2]", counted through the chat."""
+    *turns, question = [message["content"] for message in messages]
+    texts = [text.strip() for text in question.split(IMAGE_MARKER) if text.strip()]
+    if len(texts) < 2:
+        return "".join(texts)
+    numbers = count(1 + sum(text.count(IMAGE_MARKER) for text in turns))
+    return re.sub(IMAGE_MARKER, lambda marker: f"[image {next(numbers)}]", question).strip()
 
 
 def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:

@@ -12,6 +12,8 @@ from data_prep import fingerprint
 from data_prep.records import to_chat
 from data_prep.sizes import count_image_tokens, fit_options
 
+RULES = 2  # of `to_chat`; a higher number counts again what an earlier version has counted
+
 
 @dataclass
 class SampleLengths:
@@ -33,7 +35,7 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
         dataset: a split in the schema of `data_prep`.
         processor: the model's processor with the pixel limits of the run.
     """
-    rules = processor.tokenizer.get_vocab(), processor.chat_template, fit_options(processor.image_processor)
+    rules = processor.tokenizer.get_vocab(), processor.chat_template, fit_options(processor.image_processor), RULES
     key = Hasher.hash([fingerprint(dataset), dataset["id"][:], *rules])
     folder = Path(config.HF_DATASETS_CACHE) / "sample_lengths"
     folder.mkdir(parents=True, exist_ok=True)

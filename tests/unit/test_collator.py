@@ -119,7 +119,7 @@ def test_images_are_at_the_positions_of_their_markers(processor, collate):
     text = processor.tokenizer.decode(batch["input_ids"][0])
     red, green = "<|image_pad|>" * 16, "<|image_pad|>" * 8
     assert f"user\n<|vision_start|>{red}<|vision_end|>What?<|im_end|>" in text
-    assert f"And <|vision_start|>{green}<|vision_end|>? Compare." in text
+    assert f"And<|vision_start|>{green}<|vision_end|>? Compare." in text
     assert batch["image_grid_thw"].tolist() == [[1, 8, 8], [1, 4, 8]]
     assert batch["pixel_values"].shape == (64 + 32, 1176)
     mean = batch["pixel_values"].reshape(96, 3, -1).mean(dim=2)  # (patches, RGB), normalised

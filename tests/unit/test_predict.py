@@ -12,6 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TextStreamer
 
 import predict
+from collator import VisionSFTCollator, collate_prompts
+from data_prep import load_splits
+from evaluation.examples import decode, load_examples
+from evaluation.questions import question_text
 from models.adapters import load_answering_model
 
 
@@ -60,7 +64,7 @@ def test_a_folder_is_answered_image_by_image(adapter, tmp_path, capsys):
         Image.new("RGB", (60, 60), "red").save(tmp_path / name, "PNG")
     (tmp_path / "notes.txt").write_text("not an image")
     lines = ask(capsys, "--adapter", adapter, "--image", tmp_path, "--question", "What?").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["a.JPG", "b.png"]
+    assert [line.split(":")[0] for line in lines] == [str(tmp_path / "a.JPG"), str(tmp_path / "b.png")]
 
 
 def test_several_images_share_one_question(adapter, demo_raw, capsys):
@@ -71,7 +75,8 @@ def test_several_images_share_one_question(adapter, demo_raw, capsys):
 def test_patterns_and_files_are_answered_one_by_one(adapter, demo_raw, capsys):
     pattern = demo_raw / "images" / "000[12].jpg"
     command = ["--adapter", adapter, "--question", "What?", "--image", pattern, demo_raw / "images" / "0005.jpg"]
-    assert [line.split(":")[0] for line in ask(capsys, *command).splitlines()] == ["0001.jpg", "0002.jpg", "0005.jpg"]
+    paths = [line.split(":")[0] for line in ask(capsys, *command).splitlines()]
+    assert paths == [str(demo_raw / "images" / name) for name in ("0001.jpg", "0002.jpg", "0005.jpg")]
 
 
 def test_a_bad_image_is_skipped_with_its_reason_and_the_exit_code_says_so(adapter, demo_raw, tmp_path, capsys):
@@ -80,10 +85,11 @@ def test_a_bad_image_is_skipped_with_its_reason_and_the_exit_code_says_so(adapte
     command = ["--adapter", str(adapter), "--image", str(tmp_path), "--question", "What?"]
     assert predict.main(command) == 3
     out, err = capsys.readouterr()
-    assert out.startswith("good.jpg: ") and "skipped bad.jpg: bad.jpg: not an image" in err
+    good, bad = (str(tmp_path / name) for name in ("good.jpg", "bad.jpg"))
+    assert out.startswith(f"{good}: ") and f"skipped {bad}: bad.jpg: not an image" in err
     assert predict.main([*command, "--out", str(tmp_path / "a.jsonl")]) == 3
     first, second = rows_of(tmp_path / "a.jsonl")
-    assert first == {"id": "bad.jpg", "error": "bad.jpg: not an image"}
+    assert first == {"id": bad, "image": bad, "error": "bad.jpg: not an image"}
     assert second["prediction"] and "error" not in second
     assert "1 answers in" in capsys.readouterr().out
 
@@ -104,6 +110,7 @@ def test_questions_come_from_a_file_and_bad_lines_are_skipped(adapter, demo_raw,
     rows = rows_of(tmp_path / "a")
     assert [row["id"] for row in rows[:3]] == ["a", "line-2", "line-3"]
     assert all(row["prediction"] for row in rows[:3])
+    assert [row.get("image") for row in rows[:3]] == ["0001.jpg", ["0001.jpg", "0002.jpg"], None]
     errors = [row["error"] for row in rows[3:]]
     assert errors[0].startswith("--questions, line 4: '../annotations.json' is outside the image folder")
     assert errors[1].startswith("--questions, line 5: expected") and errors[2] == "gone.jpg: no such file"
@@ -199,6 +206,8 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--adapter x --image configs --question ?", "--image: configs: no file named like an image"),
         ("--adapter x --image Makefile --question ?", "--image: Makefile: not an image"),
         ("--adapter x --dataset x --question ?", "--question: goes with --image, not with --dataset"),
+        ("--adapter x --dataset x --system ?", "--system: a data set has its own"),
+        ("--base x --image Makefile --question ? --out /dev/null", "--out: /dev/null exists and is no file of answers"),
         ("--adapter x --dataset x --together", "--together: goes with --image, not with --dataset"),
         ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
         ("--base x --image Makefile --question ? --top-k 2", "--top-k: needs --labels"),
@@ -234,13 +243,123 @@ def test_the_error_names_a_missing_or_broken_adapter(adapter, demo_raw, tmp_path
 
 def test_a_file_is_replaced_only_when_all_answers_are_written(adapter, demo_data, tmp_path):
     out = tmp_path / "old.jsonl"
-    out.write_text("kept")
+    before = '{"id": "x", "prediction": "kept"}\n'
+    out.write_text(before)
     options = ["--adapter", str(adapter), "--dataset", str(demo_data), "--out", str(out)]
     assert run(lambda: predict.main([*options, "--split", "dev"])) == 1
-    assert out.read_text() == "kept"
+    assert out.read_text() == before
     predict.main(options)
     assert len(rows_of(out)) == 4
     assert not (tmp_path / "old.jsonl.unfinished").exists()
+
+
+def prompt_of(capsys, processor, *options):
+    """Return the tokens of the one prompt that the options make."""
+    args = predict.build_parser().parse_args([str(option) for option in ("--base", "x", *options)])
+    examples, _, _ = load_examples(args)
+    return collate_prompts(processor, [decode(example) for example in examples])["input_ids"][0].tolist()
+
+
+RECORDS = {
+    "llava": {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]},
+    "blank": {"messages": [{"role": "user", "content": "<image> What?"}, {"role": "assistant", "content": "Red."}]},
+    "flat": {"question": "What?", "answer": "Red."},
+    "system": {"question": "\u3000<image>\r\n\r\nWhat?", "answer": "Red.", "system": "You see skin."},
+    "after": {"question": "What?\n<image>", "answer": "Red."},
+    "two": {"images": ["red.jpg", "blue.jpg"], "question": "Is <image>  like\n<image> ?", "answer": "Red."},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(("llava", ["--question", text]) for text in ("What?", "<image>\nWhat?", "<image>What?", "<image>\t What?")),
+        *((kind, ["--question", "What?"]) for kind in ("blank", "flat")),
+        ("system", ["--question", "What?", "--system", " You see skin.\n"]),
+        ("after", ["--question", "What? <image>"]),
+        ("two", ["--together", "--question", "Is<image>like<image>?"]),
+    ],
+)
+def test_a_prompt_has_the_tokens_of_the_training(processor, write_records, tmp_path, capsys, kind, options):
+    record = {"image": "red.jpg", **RECORDS[kind]} if kind != "two" else RECORDS[kind]
+    path, images = write_records([{**record, "split": "train"}])
+    sample = load_splits(str(path), str(images), show_progress=False)["train"][0]
+    batch = VisionSFTCollator(processor)([sample])
+    start = (batch["labels"][0] != -100).int().argmax().item()
+    expected = batch["input_ids"][0, :start].tolist()
+    names = ["red.jpg", "blue.jpg"] if kind == "two" else ["red.jpg"]
+    assert prompt_of(capsys, processor, "--image", *(images / name for name in names), *options) == expected
+    row = {"images": names, "question": options[options.index("--question") + 1]}
+    row |= {"system": record["system"]} if "system" in record else {}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    assert prompt_of(capsys, processor, "--questions", tmp_path / "q.jsonl", "--image-dir", images) == expected
+
+
+def test_a_rows_own_system_turn_comes_before_that_of_the_option(processor, tmp_path, capsys):
+    lines = [{"question": "What?"}, {"question": "What?", "system": "Own."}, {"question": "What?", "system": 3}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--base", "x", "--questions", str(tmp_path / "q.jsonl"), "--system", "General."]
+    first, second, third = load_examples(predict.build_parser().parse_args(command))[0]
+    assert [example["messages"][0]["content"] for example in (first, second)] == ["General.", "Own."]
+    assert third["error"] == "--questions, line 3: field 'system': expected a text, found a number 3"
+
+
+@pytest.mark.parametrize(
+    ("turns", "text"),
+    [
+        (["<image>\nWhat?"], "What?"),
+        (["<image> <image>\nWhat? "], "What?"),
+        (["First <image>, then <image>?"], "First [image 1], then [image 2]?"),
+        (["<image>What?", "Red.", "And <image>, now?"], "And [image 2], now?"),
+        (["<image>"], ""),
+    ],
+)
+def test_images_within_a_question_are_named_by_their_number(turns, text):
+    assert question_text([{"content": turn} for turn in turns]) == text
+
+
+def test_images_of_one_name_are_told_apart(adapter, demo_raw, tmp_path, capsys):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(demo_raw / "images" / "0001.jpg", tmp_path / folder / "img.jpg")
+    images = [str(tmp_path / folder / "img.jpg") for folder in "ab"]
+    out = tmp_path / "answers.jsonl"
+    ask(capsys, "--adapter", adapter, "--image", *images, "--question", "What?", "--out", out)
+    assert [row["id"] for row in rows_of(out)] == [row["image"] for row in rows_of(out)] == images
+
+
+def test_answers_that_were_cut_are_counted(adapter, demo_data, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    command = ["--adapter", adapter, "--dataset", demo_data, "--out", out, "--max-new-tokens"]
+    predict.main([str(word) for word in (*command, 2)])
+    assert "4 of 4 answers cut at --max-new-tokens 2" in capsys.readouterr().err
+    assert all(row["cut"] for row in rows_of(out))
+    predict.main([str(word) for word in (*command, 64)])
+    cut = sum("cut" in row for row in rows_of(out))
+    assert cut < 4 and ("answers cut" in capsys.readouterr().err) == bool(cut)
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "images/red.jpg", "notes.txt", "findings.jsonl", "predictions.jsonl"])
+def test_no_other_file_is_overwritten(write_records, tmp_path, capsys, name):
+    write_records("")
+    (tmp_path / "q.jsonl").write_text('{"question": "What?", "prediction": "of an earlier call"}\n')
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "findings.jsonl").write_text('{"kind": "tiny"}\n')
+    (tmp_path / "predictions.jsonl").write_text('{"run": "adapter", "index": 0, "prediction": "x"}\n')
+    before = (tmp_path / name).read_bytes()
+    command = ["--base", "x", "--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / name)]
+    assert run(lambda: predict.main(command)) == 1
+    assert "; name another file" in capsys.readouterr().err and (tmp_path / name).read_bytes() == before
+
+
+def test_a_batch_that_does_not_fit_the_memory_names_the_options(adapter, demo_raw, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("evaluation.prediction.generate", fail)
+    command = ["--adapter", str(adapter), "--image", str(demo_raw / "images"), "--question", "What?"]
+    assert run(lambda: predict.main(command)) == 1
+    assert "out of memory: lower --batch-size (now 8), then --max-pixels" in capsys.readouterr().err
 
 
 def test_the_error_names_a_missing_split(adapter, demo_data, capsys):

@@ -266,6 +266,6 @@ def test_a_folder_is_told_apart_from_a_missing_annotation_file(tmp_path):
 def test_to_chat_splits_at_the_markers():
     messages = [{"role": "user", "content": "<image>a <image>"}, {"role": "assistant", "content": "b"}]
     assert to_chat(messages) == [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a "}, {"type": "image"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
     ]
