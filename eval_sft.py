@@ -18,9 +18,10 @@ from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
 from evaluation.clusters import cluster_samples, image_keys
+from evaluation.label_matching import describe_unread_rows
 from evaluation.questions import load_runs
 from evaluation.report import format_verdict, write_report
-from evaluation.runner import answer_questions, open_journal
+from evaluation.runner import answer_questions, collect_rows, open_journal
 from evaluation.summary import SUBGROUP_COLUMNS, summarise
 from models.adapters import read_adapter_config
 from publishing.hub import push_adapter
@@ -74,11 +75,13 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState()
     runs, label_map = load_runs(args)
     check_labels(args.sensitivity_of, label_map)
+    if state.is_main_process and (unread := describe_unread_rows(runs["adapter"].rows, label_map)):
+        print(f"WARNING: {unread}", file=sys.stderr, flush=True)  # before hours of answering
     repo_id = open_repository(args.push) if args.push and state.is_main_process else None
     journal = open_journal(args, out, runs, state)
     answer_questions(args, runs, journal, state)
     if state.is_main_process:
-        rows = journal.finish({name: len(questions.rows) for name, questions in runs.items()})
+        rows = collect_rows(runs, journal)
         keys, image_rows = image_keys(runs["adapter"].images), runs["adapter"].image_rows
         clusters = cluster_samples(rows["adapter"], [keys[row] for row in image_rows])
         options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}

@@ -31,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--question", help="asked about each image")
     source.add_argument("--system", help="system turn, for --image and for --questions without `system`")
     source.add_argument("--together", action="store_true", help="ask once, about all images together")
-    source.add_argument("--questions", type=Path, help='JSON Lines: {"image": "a.jpg", "question": "...", "system": "..."}')
+    source.add_argument(
+        "--questions", type=Path, help='JSON Lines: {"image": "a.jpg", "question": "...", "system": "..."}'
+    )
     source.add_argument("--dataset", help="prepared data set: asks the last question of each sample")
     source.add_argument("--split", default="test", help="split of --dataset (default: test)")
     source.add_argument("--image-dir", help="image folder, for --questions or when --dataset is an annotation file")

@@ -21,7 +21,12 @@ from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import (
-    check_resumable, check_same_everywhere, check_weights, choose_start, describe_identity, describe_resuming,
+    check_resumable,
+    check_same_everywhere,
+    check_weights,
+    choose_start,
+    describe_identity,
+    describe_resuming,
 )  # fmt: skip
 from training.run_record import describe_run, finish_card, tracked_facts, write_run_record
 from training.signals import StopCallback, end_early

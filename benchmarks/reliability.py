@@ -8,7 +8,6 @@ killed. The reference is the same run, undisturbed. One line for each check: how
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -26,7 +25,7 @@ from pathlib import Path
 from common.cli import run
 
 import train_sft
-from common.files import ADAPTER_WEIGHTS
+from common.files import ADAPTER_WEIGHTS, read_json_lines
 from data_prep import prepare_dataset
 from demo.draw import write_demo
 from demo.tiny_model import save_tiny_model
@@ -120,7 +119,7 @@ class Workspace:
             return None
         if file == ADAPTER_WEIGHTS:
             return path.read_bytes()
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read_json_lines(path)
         # without the summary, which has times
         return [[row[key] for key in COMPARED] for row in rows if "loss" in row]
 

@@ -62,4 +62,4 @@ def run(main: Callable[[], int | None]) -> int:
 def _one_line(error: Exception) -> str:
     """Return an error's text; of one that a DataLoader's worker raised, with its traceback, only the last line."""
     text = str(error).strip()
-    return text.splitlines()[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text
+    return text.split("\n")[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text

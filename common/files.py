@@ -1,6 +1,7 @@
-"""Names of the files of an output folder, and writing files so that they are complete or absent."""
+"""Names of the files of an output folder, and writing files so that they are complete or absent; JSON Lines."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ EVALUATION_METRICS = "eval/metrics.json"
 EVALUATION_SETTINGS = "eval/settings.json"  # names the adapter that was measured
 EVALUATION_PLOTS = ("eval/abstention.png", "eval/confusion.png", "eval/reliability.png", "eval/subgroups.png")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def digest_of_file(path: Path) -> str:

@@ -14,7 +14,7 @@ from common.cli import OneLineParser, positive_int, run
 from datasets import DatasetDict, Image, List, disable_progress_bars
 
 from common.files import atomic_path, unfinished_path
-from common.yaml_files import load_yaml
+from common.yaml_files import load_yaml, read_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, Prepared, prepare
@@ -87,6 +87,9 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         "--stratify-by", choices=STRATA, default="label",
         help="attribute with the same shares in each split (default: label)",
     )  # fmt: skip
+    command.add_argument(
+        "--labels", type=Path, help="YAML file, label: [name, 're:expression'], of the words that answers use for it"
+    )
     command.add_argument("--fetch-links", type=Path, metavar="FOLDER", help="accept links, and download into FOLDER")
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
 
@@ -94,6 +97,7 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
 def _common(args: argparse.Namespace) -> dict:
     names = ("seed", "group_by", "stratify_by")
     options = {name: getattr(args, name) for name in names}
+    options["labels"] = args.labels and read_yaml(args.labels, "--labels")
     return {**options, "split": tuple(args.split), "num_workers": args.workers, "links_dir": args.fetch_links}
 
 
@@ -153,6 +157,9 @@ def convert(args: argparse.Namespace) -> None:
         _save(prepared, args.out)
     print(_summary(prepared.splits))
     print_counts(prepared.findings)
+    for finding in prepared.findings:
+        if finding.kind == "unread label":
+            print(f"WARNING    {finding}")
     if args.balance != "none":
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
         print(f"an epoch draws, balanced by {args.balance}: {counts}")

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
 from .inspection import ImageInfo
+from .labels import LabelMap, Reference, describe_unread, named_labels
 from .records import IMAGE_MARKER, DataError
 from .sizes import PATCH_CELL
 from .split import SPLITS
@@ -26,6 +27,8 @@ WARNINGS = {
     "private": "images with GPS, dates, names, comments or previews (not copied into the data set)",
     "bit depth": "16-bit images with values of fewer bits, which are scaled to fill the range",
     "dark": f"images that are nearly black: no value over {BLACK} of 255",
+    "unread label": "sets of labels that fewer than half of the answers name",
+    "spelling": "labels that differ by case, white space or Unicode form, and are one",
     "rare label": "labels with too few groups for every split",
     "shared group": "groups that several sources name: kept together",
 }
@@ -87,13 +90,12 @@ def check_records(errors: list[DataError]) -> list[Finding]:
     return [Finding("unusable", error.reason, error.record, error.sample_id, error.source) for error in errors]
 
 
-def check_texts(samples: list[dict]) -> list[Finding]:
+def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
     """Check questions and answers. A question may list labels to choose from, but not contain only the right one."""
-    labels = {sample["label"].lower() for sample in samples if sample["label"]}
     findings = []
     for sample in samples:
         for question, answer in _pairs(sample["messages"]):
-            if _gives_away(question.lower(), answer.lower(), (sample["label"] or "").lower(), labels):
+            if sample["label"] and _gives_away(question, answer, sample["label"], label_map):
                 findings.append(about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
             if len(answer.split()) == 1:
                 findings.append(about(sample, "short answer", repr(answer[:80])))
@@ -102,10 +104,22 @@ def check_texts(samples: list[dict]) -> list[Finding]:
     return findings
 
 
-def _gives_away(question: str, answer: str, label: str, labels: set[str]) -> bool:
-    if not label or label not in question or label not in answer:
-        return False
-    return not any(other in question for other in labels if other not in label)
+def _gives_away(question: str, answer: str, label: str, label_map: LabelMap) -> bool:
+    return named_labels(question, label_map) == [label] and label in named_labels(answer, label_map)
+
+
+def check_spellings(spellings: dict[str, Counter]) -> list[Finding]:
+    """Report labels with several spellings, from how often each was there, by the one that is kept."""
+    return [
+        Finding("spelling", f"{label!r}: " + ", ".join(f"{other!r} {count} times" for other, count in counts.items()))
+        for label, counts in spellings.items()
+    ]
+
+
+def check_readable(references: list[Reference], label_map: LabelMap) -> list[Finding]:
+    """Report when fewer than half of the labelled samples have an answer that names their label."""
+    unread = describe_unread(references, label_map)
+    return [Finding("unread label", unread)] if unread else []
 
 
 def _pairs(messages: list[dict]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from .download import fetch_links
 from .duplicates import near_pairs
 from .groups import group_samples, unify_groups
 from .inspection import ImageInfo, inspect_image, perceptual_hash
+from .labels import LabelMap, Reference, build_label_map, merge_spellings, references_of
 from .metadata import clean_copy
 from .paths import is_link
 from .reading import suggest
@@ -68,6 +69,7 @@ class Options:
         folds: number of equal parts for cross-validation: `fold_0` and so on in place of train and validation.
         group_by: key of the records, or column of the table, to group by in place of `group`.
         stratify_by: attribute whose values keep their share in each split, one of `STRATA`.
+        labels: label map, label -> list of names, see `labels.build_label_map`; only the labels' own names when None.
         on_error: "fail" raises with every error, "drop" skips the records that have one.
         balance: how training samples are weighted, see `balance.sampling_weights`.
         num_workers: processes that decode images; all cores when None.
@@ -86,6 +88,7 @@ class Options:
     folds: int = 0
     group_by: str | None = None
     stratify_by: str = "label"
+    labels: dict | None = None
     on_error: str = "fail"
     balance: str = "none"
     num_workers: int | None = None
@@ -156,7 +159,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     infos = inspect_images(collected, num_workers=options.num_workers, show_progress=options.show_progress)
     collected.num_renamed = _make_ids_unique(collected.samples)
     picture_of, copies = find_copies(infos)
-    findings = _check_samples(collected.samples, infos, picture_of, copies)
+    findings = _check_samples(collected.samples, infos, picture_of, copies, options.labels)
     findings = [*check.check_records(collected.errors), *findings]
     reasons = check.flawed_samples(findings)
     _reject(collected, lambda sample: reasons.get(sample["id"]))
@@ -175,11 +178,16 @@ def prepare(sources: list[Source], **options) -> Prepared:
     return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of)
 
 
-def _check_samples(samples: list[dict], infos: dict[str, ImageInfo], picture_of: dict, copies: tuple) -> list:
-    """Return the findings that do not depend on the split; give the samples of one group one spelling of its name."""
-    shared = unify_groups(samples)
+def _check_samples(
+    samples: list[dict], infos: dict[str, ImageInfo], picture_of: dict, copies: tuple, names: dict | None
+) -> list[check.Finding]:
+    """Return the findings that do not depend on the split; give each label and each group one spelling."""
+    spellings, shared = merge_label_spellings(samples), unify_groups(samples)
+    label_map, references = _label_map(samples, names)
     return [
-        *check.check_texts(samples),
+        *check.check_texts(samples, label_map),
+        *check.check_spellings(spellings),
+        *check.check_readable(references, label_map),
         *check.check_images(samples, infos),
         *check.check_copies(samples, *copies),
         *check.check_labels(samples, picture_of),
@@ -302,6 +310,24 @@ def _log_ungrouped(samples: list[dict]) -> None:
             "one patient may be in training and test, which makes results too good and their intervals too narrow"
         )
         logger.warning("no sample names a patient or lesion (key 'group', or --group-by): %s", meaning)
+
+
+def merge_label_spellings(samples: list[dict]) -> dict[str, Counter]:
+    """Give labels that are spelled in several ways one spelling; return how often each spelling was there, by it."""
+    counts = Counter(sample["label"] for sample in samples)
+    spelling_of, found = merge_spellings(sample["label"] for sample in samples), {}
+    for label, spelling in spelling_of.items():
+        found.setdefault(spelling, Counter())[label] = counts[label]
+    for sample in samples:
+        sample["label"] = spelling_of.get(sample["label"], sample["label"])
+    return found
+
+
+def _label_map(samples: list[dict], names: dict | None) -> tuple[LabelMap, list[Reference]]:
+    """Return the label map of the samples, empty without labels, and the references that it reads."""
+    references = references_of(samples)
+    labels = {label for label, _ in references}
+    return build_label_map(labels, names, references) if labels else {}, references
 
 
 def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:

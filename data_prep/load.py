@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, lo
 from .convert import FEATURES, prepare_dataset
 from .download import HUB_ID, load_hub
 from .images import load_image
+from .labels import merge_spellings
 from .records import ATTRIBUTES, DataError, FieldError, normalise_messages
+
+logger = logging.getLogger(__name__)
 
 FINGERPRINTED = ("id", "messages", "label", "image_sizes")
 
@@ -39,7 +43,20 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
         splits = DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
     else:
         raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
-    return splits.cast_column("images", List(Image(decode=False)))
+    return _merge_label_spellings(splits).cast_column("images", List(Image(decode=False)))
+
+
+def _merge_label_spellings(splits: DatasetDict) -> DatasetDict:
+    """Return the splits with one spelling for labels that are spelled in several ways, as `convert` does."""
+    spelling_of = merge_spellings(label for split in splits.values() for label in split["label"])
+    if not spelling_of:
+        return splits
+    logger.warning("labels that are one, spelled in several ways: %s", ", ".join(sorted(spelling_of)))
+    merged = DatasetDict()
+    for name, split in splits.items():
+        labels = [spelling_of.get(label, label) for label in split["label"]]
+        merged[name] = split.remove_columns("label").add_column("label", labels, feature=FEATURES["label"])
+    return merged
 
 
 def fingerprint(rows: Iterable[dict]) -> str:

@@ -1,5 +1,6 @@
 """Names of images become paths inside the image folder."""
 
+import unicodedata
 from pathlib import Path
 
 
@@ -19,9 +20,20 @@ def resolve_image(name: str, image_dir: Path) -> Path:
     if "\0" in name:
         raise ValueError(f"{quoted} contains a NUL character")
     try:
-        path = (image_dir / name).resolve()
+        path = _stored_form(image_dir, name).resolve()
     except (RuntimeError, OSError) as error:  # links that lead to each other
         raise ValueError(f"{quoted} cannot be followed: {error.__class__.__name__}") from error
     if not path.is_relative_to(image_dir):
         raise ValueError(f"{quoted} is outside the image folder")
     return path
+
+
+def _stored_form(folder: Path, name: str) -> Path:
+    """Return the path of a name, each part in the Unicode form that is there: macOS stores decomposed letters."""
+    path = folder / name
+    if name.isascii() or path.exists():
+        return path
+    for part in Path(name).parts:
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        folder = next((folder / form for form in forms if (folder / form).exists()), folder / part)
+    return folder

@@ -1,11 +1,11 @@
 """Pushes a prepared data set to the Hugging Face Hub: private, without file names, with a card."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, List, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from common.files import read_json_lines
 from common.hub_client import open_repository
 
 CARD = """---
@@ -68,8 +68,7 @@ def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:
     ]
     labels = sorted({label for split in splits.values() for label in split["label"] if label is not None})
     sources = sorted({source for split in splits.values() for source in split["source"] if source is not None})
-    lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
-    kinds = [json.loads(line)["kind"] for line in lines]
+    kinds = [row["kind"] for row in read_json_lines(folder / "findings.jsonl")]
     findings = ", ".join(f"{kinds.count(kind):,} x {kind}" for kind in dict.fromkeys(kinds))
     metadata = DatasetCardData(task_categories=["visual-question-answering"], tags=["medical", "dermatology"])
     return CARD.format(

@@ -11,6 +11,7 @@ from datasets import DatasetDict, Image, List, load_from_disk
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
+from common.files import read_json_lines
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
 from data_prep.images import Fit, load_image
@@ -32,8 +33,7 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
         max_pixels: image limit to show samples and costs at, px^2; the suggested one when None.
     """
     splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
-    lines = (folder / "findings.jsonl").read_text(encoding="utf-8").splitlines()
-    findings = [Finding(**row) for row in map(json.loads, lines)]
+    findings = [Finding(**row) for row in read_json_lines(folder / "findings.jsonl")]
     statistics = summarise(splits, findings, max_pixels)
     (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")
     page = _render(folder.resolve().name, splits, findings, statistics)

@@ -2,6 +2,7 @@
 
 import filecmp
 import logging
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -255,7 +256,7 @@ class FileFinder:
     def _search(self, name: str) -> Path | None:
         if self.index is None:
             self.index = _index_files(self.root)
-        first, *others = self.index.get(Path(name).name) or [None]
+        first, *others = self.index.get(unicodedata.normalize("NFC", Path(name).name)) or [None]
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
@@ -263,9 +264,9 @@ class FileFinder:
 
 
 def _index_files(root: Path) -> dict[str, list[Path]]:
-    """Return the files in a folder and its subfolders by their names, without hidden and system ones."""
+    """Return the files in a folder and its subfolders by their names in NFC, without hidden and system ones."""
     index = defaultdict(list)
     for path in sorted(root.rglob("*")):
         if not any(map(is_system_name, path.relative_to(root).parts)) and path.is_file():
-            index[path.name].append(path)
+            index[unicodedata.normalize("NFC", path.name)].append(path)
     return index

@@ -56,7 +56,10 @@ def example_of_line(row, number: int, folder: Path, system: str | None = None) -
 
 
 def make_example(paths: list[Path], question: str, system: str | None = None) -> dict:
-    turns, names = [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}], list(map(str, paths))
+    turns, names = (
+        [{"role": "user", "content": question}, {"role": "assistant", "content": "?"}],
+        list(map(str, paths)),
+    )
     options = {"system": system, "field": "--question", "names": ["--question", "answer"]}
     try:
         messages = normalise_messages(turns, list(paths), **options)[:-1]

@@ -1,6 +1,7 @@
 """The answers of an evaluation, written batch by batch, so that a killed evaluation resumes."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.files import atomic_write
@@ -27,6 +28,8 @@ class Journal:
         self.path = folder / (PREDICTIONS_FILE if rank == 0 else f"predictions.{rank}.jsonl")
         self._check_settings(settings, write=rank == 0)
         self._read_rows()
+        if rank == 0:  # before the others add to theirs: a row that is scored anew then comes after the old one
+            self._merge_files(self.rows.values())
 
     @staticmethod
     def clear(folder: Path) -> None:
@@ -47,7 +50,8 @@ class Journal:
             path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def _read_rows(self) -> None:
-        for path in sorted(self.folder.glob("predictions*.jsonl")):
+        others = sorted(self.folder.glob("predictions.*.jsonl"))
+        for path in [path for path in (self.folder / PREDICTIONS_FILE, *others) if path.is_file()]:
             self.rows |= {(row["run"], row["index"]): row for row in _read_lines(path)}
 
     def has(self, run: str, indices: range) -> bool:
@@ -60,20 +64,33 @@ class Journal:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.rows |= {(row["run"], row["index"]): row for row in rows}
 
-    def finish(self, counts: dict[str, int]) -> dict[str, list[dict]]:
+    def finish(self, columns: dict[str, list[dict]]) -> dict[str, list[dict]]:
         """Merge the files of all processes into one, in order, and return the rows by run.
 
         Args:
-            counts: number of questions of each run.
+            columns: of each run, the samples' columns as they are now: they may have other labels than at an earlier
+                evaluation. Scores of candidates that are no longer asked for are left out.
         """
         self._read_rows()
-        runs = {run: [self.rows[run, index] for index in range(count)] for run, count in counts.items()}
+        runs = {
+            run: [_with_columns(self.rows[run, index], row) for index, row in enumerate(rows)]
+            for run, rows in columns.items()
+        }
         others = [row for (run, _), row in sorted(self.rows.items()) if run not in runs]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in (*runs.values(), others) for row in rows]
-        atomic_write(self.folder / PREDICTIONS_FILE, "".join(lines))
+        self._merge_files([row for rows in (*runs.values(), others) for row in rows])
+        return runs
+
+    def _merge_files(self, rows: Iterable[dict]) -> None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if lines:
+            atomic_write(self.folder / PREDICTIONS_FILE, "".join(lines))
         for path in self.folder.glob("predictions.*.jsonl"):
             path.unlink()
-        return runs
+
+
+def _with_columns(row: dict, columns: dict) -> dict:
+    dropped = () if row.get("candidates") == columns.get("candidates") else ("scores", "candidates")
+    return {**{key: value for key, value in row.items() if key not in dropped}, **columns}
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -82,4 +99,4 @@ def _read_lines(path: Path) -> list[dict]:
     complete = text[: text.rfind("\n") + 1]
     if complete != text:
         path.write_text(complete, encoding="utf-8")
-    return [json.loads(line) for line in complete.splitlines()]
+    return [json.loads(line) for line in complete.split("\n") if line]

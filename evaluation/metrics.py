@@ -9,8 +9,8 @@ from scipy import sparse
 from scipy.stats import norm, t
 from sklearn.metrics import precision_recall_fscore_support
 
+from data_prep.labels import NONE, SEVERAL
 from evaluation.clusters import cluster_samples
-from evaluation.label_matching import NONE, SEVERAL
 
 RESAMPLES, SEED = 1000, 0
 CONFIDENCE = 0.95

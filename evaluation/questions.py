@@ -1,18 +1,22 @@
 """The questions of an evaluation: samples of a split, their reference answers, and the answers to score."""
 
 import argparse
+import hashlib
+import json
 import random
 import re
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
 from common.yaml_files import read_yaml
 from data_prep import load_splits
+from data_prep.labels import LabelMap, build_label_map, references_of
 from data_prep.records import IMAGE_MARKER
 from evaluation.clusters import image_keys
-from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, build_label_map
+from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label
 
 SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
 
@@ -39,9 +43,23 @@ class Questions:
     adapter: bool = True
     generate: bool = True
 
+    def content_digest(self) -> str:
+        """Return a digest of what the generated answers depend on: neither labels nor references nor candidates."""
+        content = [[row["id"] for row in self.rows], self.messages, self.images["image_sizes"][:]]
+        return _digest(content)
+
+    def columns(self, index: int) -> dict:
+        """Return the columns of a sample, with a digest of the answers to score as `candidates` if there are any."""
+        scored = self.candidates[index] if self.candidates else {}
+        return {**self.rows[index], **({"candidates": _digest(scored)[:16]} if len(scored) > 1 else {})}
+
     def example(self, index: int) -> dict:
         images = self.images[self.image_rows[index]]["images"]
         return {"id": self.rows[index]["id"], "images": images, "messages": self.messages[index]}
+
+
+def _digest(content) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def load_split(args: argparse.Namespace) -> tuple[DatasetDict, Dataset]:
@@ -62,6 +80,13 @@ def labels_of(splits: DatasetDict) -> list[str]:
     return sorted({label for split in splits.values() for label in split["label"] if label is not None})
 
 
+def make_label_map(splits: DatasetDict, file: Path | None) -> LabelMap:
+    """Return the label map of a data set, with the names in a `--labels` file; empty without labels."""
+    labels, names = labels_of(splits), file and read_yaml(file, "--labels")
+    samples = (row for split in splits.values() for row in split.select_columns(["label", "messages"]))
+    return build_label_map(labels, names, references_of(samples)) if labels else {}
+
+
 def question_text(messages: list[dict]) -> str:
     """Return the last turn as people read it: an image within the text is "[image 2]", counted through the chat."""
     *turns, question = [message["content"] for message in messages]
@@ -80,9 +105,8 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
     """
     splits, split = load_split(args)
     questions = read_questions(split)
-    runs, labels = {"adapter": questions}, labels_of(splits)
-    label_map = build_label_map(labels, args.labels and read_yaml(args.labels, "--labels")) if labels else {}
-    if labels and not args.no_probabilities:
+    runs, label_map = {"adapter": questions}, make_label_map(splits, args.labels)
+    if label_map and not args.no_probabilities:
         templates = set_candidates(questions, label_map)
         if "validation" in splits and args.split != "validation" and len(label_map) > 1:
             runs["validation"] = read_questions(splits["validation"], generate=False)

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
+from data_prep.labels import read_label
 from evaluation.calibration import MIN_CALIBRATION
-from evaluation.label_matching import read_label
+from evaluation.label_matching import asks_for_label
 from evaluation.metrics import MAIN_METRICS
 from publishing import metric_notes
 from publishing.model_card import METRIC_TITLES, RUN_TITLES
@@ -71,6 +72,7 @@ def format_verdict(summary: dict, out: Path) -> str:
     if summary.get("shuffled_left_out"):
         lines += metric_notes.shuffled_notes(summary)[-1:]
     lines += metric_notes.interval_notes(summary)
+    lines += [f"WARNING: {summary['unread']}"] if "unread" in summary else []
     lines.append(f"{'report':<26}{out / 'report.html'}")
     return "\n".join(lines)
 
@@ -212,20 +214,26 @@ def draw_abstention(rows: list[dict]) -> Figure:
 
 
 def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Sequence[dict]) -> list[dict]:
-    """Return examples for the page: wrong answers, differences to the base model, and correct answers."""
+    """Return examples for the page: wrong answers, differences to the base model, and correct answers.
+
+    An answer whose reference names no label cannot be judged: its words are the reference's, or others.
+    """
     rows, base = runs["adapter"], runs.get("base")
 
-    def correct(row: dict) -> bool:
-        if row["label"] is not None:
+    def correct(row: dict) -> bool | None:
+        if asks_for_label(row, label_map):
             return read_label(row["prediction"], label_map) == row["label"]
-        return row["prediction"].strip() == row["reference"].strip()
+        return row["prediction"].strip() == row["reference"].strip() or None
 
-    kinds = {"Wrong": [row for row in rows if not correct(row)]}
+    kinds = {
+        "Wrong": [row for row in rows if correct(row) is False],
+        "In other words than the reference": [row for row in rows if correct(row) is None],
+    }
     if base is not None:
         pairs = list(zip(rows, base, strict=True))
-        kinds["Wrong, base model correct"] = [row for row, other in pairs if correct(row) < correct(other)]
-        kinds["Correct, base model wrong"] = [row for row, other in pairs if correct(row) > correct(other)]
-        kinds["Correct"] = [row for row, other in pairs if correct(row) and correct(other)]
+        kinds["Wrong, base model correct"] = [row for row, other in pairs if correct(row) is False and correct(other)]
+        kinds["Correct, base model wrong"] = [row for row, other in pairs if correct(row) and correct(other) is False]
+        kinds["Correct"] = [row for row, other in pairs if correct(row) and correct(other) is not False]
     else:
         kinds["Correct"] = [row for row in rows if correct(row)]
     base_answers = {row["index"]: row["prediction"] for row in base or []}
@@ -242,7 +250,7 @@ def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Seque
     ]
 
 
-def _make_example(row: dict, correct: bool, base_answer: str | None, images: list) -> dict:
+def _make_example(row: dict, correct: bool | None, base_answer: str | None, images: list) -> dict:
     scores = row.get("scores", {})
     return {
         **{key: row[key] for key in ("question", "reference", "prediction", "id")},

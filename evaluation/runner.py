@@ -1,8 +1,6 @@
 """Answers the questions of all runs, divided among the processes; answers in the journal are not repeated."""
 
 import argparse
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,15 +26,13 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
     if args.overwrite and state.is_main_process:
         Journal.clear(out)
     state.wait_for_everyone()
-    questions = runs["adapter"]
-    content = [questions.rows, questions.messages, questions.candidates, questions.images["image_sizes"][:]]
-    names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels", "no_probabilities")
+    names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels")
     folder = Path(args.adapter)
     settings = {
         **{name: getattr(args, name) for name in names},
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
-        "questions": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "questions": runs["adapter"].content_digest(),
         "adapter": adapter_digest(folder) if (folder / ADAPTER_WEIGHTS).is_file() else args.adapter,
     }
     with state.main_process_first():
@@ -46,36 +42,58 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
 def answer_questions(
     args: argparse.Namespace, runs: dict[str, Questions], journal: Journal, state: PartialState
 ) -> None:
-    """Answer this process's share of the batches that the journal lacks."""
+    """Answer this process's share of the batches that the journal lacks, or whose scores are of other candidates."""
     batches = [
         (name, range(start, min(start + args.batch_size, len(questions.rows))))
         for name, questions in runs.items()
         for start in range(0, len(questions.rows), args.batch_size)
     ]
-    missing = [(name, indices) for name, indices in batches if not journal.has(name, indices)]
+    missing = [(name, indices) for name, indices in batches if not _is_complete(journal, runs[name], name, indices)]
     if missing:
         processor = load_processor(args.adapter, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
         model = load_answering_model(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
         share = missing[state.process_index :: state.num_processes]
-        answered = _answer_batches(model, processor, runs, share, args.max_new_tokens)
+        answered = _answer_batches(model, processor, runs, share, journal, args.max_new_tokens)
         for rows in tqdm(answered, total=len(share), unit="batch", disable=not state.is_main_process):
             journal.add(rows)
     state.wait_for_everyone()
 
 
+def collect_rows(runs: dict[str, Questions], journal: Journal) -> dict[str, list[dict]]:
+    """Return the rows of each run, with the samples' columns as they are now."""
+    return journal.finish(
+        {name: [questions.columns(index) for index in range(len(questions.rows))] for name, questions in runs.items()}
+    )
+
+
+def _is_complete(journal: Journal, questions: Questions, name: str, indices: range) -> bool:
+    return journal.has(name, indices) and all(
+        journal.rows[name, index].get("candidates") == candidates
+        for index in indices
+        if (candidates := questions.columns(index).get("candidates"))
+    )
+
+
 def _answer_batches(
-    model, processor, runs: dict[str, Questions], batches: list, max_new_tokens: int
+    model, processor, runs: dict[str, Questions], batches: list, journal: Journal, max_new_tokens: int
 ) -> Iterator[list[dict]]:
-    """Yield the rows of each batch: the sample's columns, its answer, and the scores of its candidates."""
+    """Yield the rows of each batch: the sample's columns, its answer, and the scores of its candidates.
+
+    Answers in the journal are kept: such a batch has new labels, and is only scored.
+    """
     for name, indices in batches:
         questions = runs[name]
         examples = [questions.example(index) for index in indices]
-        rows = [{"run": name, "index": index, **questions.rows[index]} for index in indices]
+        rows = [{"run": name, "index": index, **questions.columns(index)} for index in indices]
+        answered = questions.generate and journal.has(name, indices)
         for row in rows:
             if (image_row := questions.image_rows[row["index"]]) != row["index"]:
                 row["image_of"] = questions.rows[image_row]["id"]
         with nullcontext() if questions.adapter else model.disable_adapter():
-            if questions.generate:
+            if answered:
+                for row in rows:
+                    row["prediction"] = journal.rows[name, row["index"]]["prediction"]
+            elif questions.generate:
                 for row, text in zip(rows, generate_answers(model, processor, examples, max_new_tokens), strict=True):
                     row["prediction"] = text
             if questions.candidates:

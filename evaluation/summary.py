@@ -2,11 +2,12 @@
 
 import numpy as np
 
+from data_prep.labels import read_label
 from evaluation import metrics
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters
 from evaluation.comparison import compare_paired, split_gain
-from evaluation.label_matching import asks_for_label, read_label
+from evaluation.label_matching import asks_for_label, describe_unread_rows
 
 SUBGROUP_COLUMNS = ("skin_type", "sex", "age", "site", "source")
 HIGH_RISK_LABELS = ("melanoma",)  # sensitivity is reported for these by default
@@ -38,6 +39,8 @@ def summarise(
     asks = np.array([bool(label_map) and asks_for_label(row, label_map) for row in rows], dtype=bool)
     kept = {name: _answered_samples(runs[name], name) for name in ("adapter", "base", "shuffled") if name in runs}
     summary = {"samples": len(rows), "diagnosed": int(asks.sum()), "labels": labels}
+    if unread := describe_unread_rows(rows, label_map):
+        summary["unread"] = unread
     figures_of = asks if asks.any() else np.ones(len(rows), dtype=bool)
     summary |= describe_clusters(_select(rows, figures_of), clusters[figures_of].tolist())
     summary |= {"clusters_needed": metrics.MIN_CLUSTERS, "unseen_share": metrics.unseen_share(summary["clusters"])}

@@ -72,7 +72,9 @@ def _peft_errors(adapter: str) -> Iterator[None]:
     except SafetensorError as error:
         raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
     except ValueError as error:  # no layer has the name of a target
-        raise ValueError(f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}") from error
+        raise ValueError(
+            f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}"
+        ) from error
 
 
 def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:

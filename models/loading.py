@@ -59,7 +59,7 @@ def load_processor(
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().splitlines()[0]
+    first_line = str(error).strip().split("\n")[0]
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
 
 
@@ -224,7 +224,7 @@ def compile_layers(model: torch.nn.Module) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):

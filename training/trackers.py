@@ -86,6 +86,6 @@ def code_commit(root: Path = Path(__file__).parents[1]) -> str | None:
             return head
         if (git / branch).is_file():
             return (git / branch).read_text(encoding="utf-8").strip()
-        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").split("\n")
         return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
     return None

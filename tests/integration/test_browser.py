@@ -10,8 +10,8 @@ import subprocess
 import pytest
 
 from data_prep.__main__ import main as data_prep
+from data_prep.labels import build_label_map
 from demo.draw import draw_image
-from evaluation.label_matching import build_label_map
 from evaluation.report import write_report
 from evaluation.summary import summarise
 from helpers.planted import PlantedSet

@@ -21,6 +21,7 @@ from data_prep.check import (
     has_errors,
 )
 from data_prep.convert import InvalidRecordsError, prepare
+from data_prep.labels import build_label_map
 from data_prep.sources import Source
 from data_prep.split import assign_splits
 from helpers.planted import PlantedSet
@@ -113,7 +114,8 @@ def test_a_question_may_offer_labels_but_not_name_the_right_one_alone():
     given = sample("Is it melanoma?", "Yes, melanoma.", "melanoma")
     part = sample("Nodular melanoma?", "Nodular melanoma it is.", "nodular melanoma")
     denied = sample("Is it melanoma?", "No, acne.", "acne")
-    kinds = [[f.kind for f in check_texts([s, other])] for s in (choice, given, part, denied)]
+    label_map = build_label_map(["acne", "melanoma", "nodular melanoma"])
+    kinds = [[f.kind for f in check_texts([s, other], label_map)] for s in (choice, given, part, denied)]
     assert [("giveaway" in kind) for kind in kinds] == [False, True, True, False]
 
 

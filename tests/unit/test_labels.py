@@ -2,15 +2,8 @@
 
 import pytest
 
-from evaluation.label_matching import (
-    NONE,
-    SEVERAL,
-    answer_templates,
-    asks_for_label,
-    build_label_map,
-    named_labels,
-    read_label,
-)
+from data_prep.labels import NONE, SEVERAL, build_label_map, named_labels, read_label
+from evaluation.label_matching import answer_templates, asks_for_label
 
 LABELS = ["nevus", "melanocytic nevus", "basal cell carcinoma", "melanoma"]
 

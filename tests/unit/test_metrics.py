@@ -5,9 +5,9 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
+from data_prep.labels import NONE, SEVERAL
 from evaluation.calibration import LabelScores, accuracy_by_coverage, auroc, fit_temperature, probability_metrics
 from evaluation.comparison import compare_paired
-from evaluation.label_matching import NONE, SEVERAL
 from evaluation.metrics import (
     DIAGNOSIS_METRICS,
     age_band,

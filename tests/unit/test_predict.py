@@ -207,7 +207,10 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--adapter x --image Makefile --question ?", "--image: Makefile: not an image"),
         ("--adapter x --dataset x --question ?", "--question: goes with --image, not with --dataset"),
         ("--adapter x --dataset x --system ?", "--system: a data set has its own"),
-        ("--base x --image Makefile --question ? --out /dev/null", "--out: /dev/null exists and is no file of answers"),
+        (
+            "--base x --image Makefile --question ? --out /dev/null",
+            "--out: /dev/null exists and is no file of answers",
+        ),
         ("--adapter x --dataset x --together", "--together: goes with --image, not with --dataset"),
         ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
         ("--base x --image Makefile --question ? --top-k 2", "--top-k: needs --labels"),

@@ -1,0 +1,212 @@
+"""Which label a text names: labels, their other spellings and names, in any script."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import regex
+
+from common.unicode_text import normalise, original_span, simplify, word_class
+
+from .inflection import SEPARATOR, Changes, find_changes
+
+NONE, SEVERAL = "(none)", "(several)"
+PATTERN_PREFIX = "re:"
+MAX_SHOWN = 3  # references that name no label
+
+LabelMap = dict[str, list[regex.Pattern]]
+Reference = tuple[str, tuple[str, ...]]  # a sample's label, and its answers
+
+# Before a name these make another word: "non-" in Chinese, Japanese and Thai, which have no borders of words.
+_NEGATIONS = "(?<!(?:[不非未无無没沒]|ไม่))"
+_ARABIC = regex.compile(r"\p{Arabic}")
+_PROCLITICS = "(?:[وف]?(?:[بكل]?ال|لل|[بكل])?)"  # and, so; in, as, for; the: written with the next word
+_THOUGHT = regex.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", regex.DOTALL)
+_REST_OF_THOUGHT = regex.compile(r"^.*</think(?:ing)?>", regex.DOTALL)
+_UNCLOSED = regex.compile(r"<think(?:ing)?>.*$", regex.DOTALL)
+
+
+def build_label_map(
+    labels: Iterable[str], synonyms: dict | None = None, references: Iterable[Reference] = ()
+) -> LabelMap:
+    """Return the patterns that find each label in an answer: its name and its synonyms.
+
+    Case, white space, hyphens and everything that `normalise` removes do not matter. A name is found as a whole word
+    where the script has spaces between words, and anywhere where it has none. Its inflected forms are learned from
+    `references`, see `inflection`; an Arabic name is also found with its article and prefixes.
+
+    Args:
+        labels: the labels of the data.
+        synonyms: label -> list of names; one that starts with "re:" is a regular expression, matched to the
+            normalised text regardless of case.
+        references: label and reference answers of each labelled sample.
+
+    Raises:
+        ValueError: no labels, a label of the data without an entry in `synonyms`, or an invalid expression.
+    """
+    names = _names_of(sorted(set(labels)), synonyms)
+    label_map = _compile(names, Changes())
+    references = Counter(references)
+    own, other = Counter(), Counter()
+    for (label, texts), count in references.items():
+        if label in label_map and not _is_named(label, texts, label_map):
+            _count_changes(own, [normalise(strip_thinking(text)) for text in texts], {label: names[label]}, count)
+    if not own:
+        return label_map
+    for (label, texts), count in references.items():
+        others = {name: words for name, words in names.items() if name != label}
+        _count_changes(other, [normalise(strip_thinking(text)) for text in texts], others, count)
+    return _compile(names, Changes(own, other), label_map)
+
+
+def _names_of(labels: list[str], synonyms: dict | None) -> dict[str, list[str]]:
+    """Return all names of each label, under the spelling of the data."""
+    if not labels:
+        raise ValueError("labels: no sample has a label")
+    if synonyms is None:
+        return {label: [label] for label in labels}
+    if not isinstance(synonyms, dict) or not all(isinstance(words, list) for words in synonyms.values()):
+        raise ValueError("labels: expected lines of the form 'label: [name, another name]'")
+    spelling = {label_key(label): label for label in labels}
+    keys = Counter(label_key(str(label)) for label in synonyms)
+    if missing := [label for label in labels if label_key(label) not in keys]:
+        raise ValueError(f"labels: the data have the label {missing[0]!r}, and the label map does not")
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(f"labels: the label map has {twice[0]!r} more than once")
+    names = {spelling.get(label_key(str(label)), str(label)): words for label, words in synonyms.items()}
+    return {label: [label, *map(str, names[label])] for label in sorted(names)}
+
+
+def _compile(names: dict[str, list[str]], changes: Changes, exact: LabelMap | None = None) -> LabelMap:
+    return {
+        label: [_compile_name(word, label, changes, exact or {}) for word in words] for label, words in names.items()
+    }
+
+
+def _compile_name(name: str, label: str, changes: Changes, exact: LabelMap) -> regex.Pattern:
+    """Return the pattern of a name with its inflected forms, but for those that are another label's name."""
+    if name.startswith(PATTERN_PREFIX):
+        try:
+            expression = simplify(name.removeprefix(PATTERN_PREFIX), "NFC")
+            return regex.compile(expression, regex.IGNORECASE | regex.FULLCASE)
+        except regex.error as error:
+            raise ValueError(f"labels: {label!r}: {name!r} is not a regular expression: {error}") from error
+    words = split_name(name)
+    if not words:
+        raise ValueError(f"labels: {label!r}: an empty name would match every answer")
+    parts = []
+    for number, word in enumerate(words):
+        changed = {form: " ".join([*words[:number], form, *words[number + 1 :]]) for form in changes.forms(word)}
+        forms = [form for form, whole in changed.items() if set(named_labels(whole, exact)) <= {label}]
+        alternatives = sorted({word, *forms}, key=lambda form: (-len(form), form))
+        parts.append("(?:" + "|".join(map(regex.escape, alternatives)) + ")")
+    before, after = _borders(words[0][0], words[-1][-1])
+    return regex.compile(before + SEPARATOR.join(parts) + after, regex.V1)
+
+
+def split_name(name: str) -> list[str]:
+    """Return the normalised words of a name, between white space, hyphens and underscores."""
+    return [word for word in regex.split(SEPARATOR, normalise(name).strip(), flags=regex.V1) if word]
+
+
+def _borders(first: str, last: str) -> tuple[str, str]:
+    """Return what must stand before and after a name with these first and last characters."""
+    kinds = word_class(first), word_class(last)
+    before = _NEGATIONS if kinds[0] is None else f"(?<!{kinds[0]})"
+    proclitics = _PROCLITICS if _ARABIC.match(first) else ""
+    return before + proclitics, r"(?!\p{M})" + (f"(?!{kinds[1]})" if kinds[1] else "")
+
+
+def _count_changes(counts: Counter, texts: list[str], names: dict[str, list[str]], count: int) -> None:
+    for words in names.values():
+        for name in words:
+            if not name.startswith(PATTERN_PREFIX):
+                found = {change for text in texts for change in find_changes(text, split_name(name))}
+                counts.update(dict.fromkeys(found, count))
+
+
+def _is_named(label: str, texts: Iterable[str], label_map: LabelMap) -> bool:
+    return any(read_label(text, label_map) == label for text in texts)
+
+
+def strip_thinking(text: str) -> str:
+    """Return an answer without its `<think>` parts, also those that are cut off at the answer's start or end."""
+    if "think" not in text:
+        return text
+    return _UNCLOSED.sub("", _REST_OF_THOUGHT.sub("", _THOUGHT.sub("", text)))
+
+
+def _find_spans(text: str, label_map: LabelMap) -> list[tuple[int, int, str]]:
+    """Return start, end and label of each name in a normalised text that is not inside a longer one."""
+    spans = [
+        (match.start(), match.end(), label)
+        for label, patterns in label_map.items()
+        for pattern in patterns
+        for match in pattern.finditer(text)
+        if match.end() > match.start()
+    ]
+    return [
+        (start, end, label)
+        for start, end, label in spans
+        if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)
+    ]
+
+
+def named_labels(text: str, label_map: LabelMap) -> list[str]:
+    """Return the labels that a text names, in the order of the map; what stands in `<think>` does not count.
+
+    A match inside a longer match does not count: "melanocytic nevus" does not name "nevus" when both are labels.
+    """
+    named = {label for _, _, label in _find_spans(normalise(strip_thinking(text)), label_map)}
+    return [label for label in label_map if label in named]
+
+
+def read_label(text: str, label_map: LabelMap) -> str:
+    """Return the one label that a text names, else `NONE` or `SEVERAL`."""
+    labels = named_labels(text, label_map)
+    return labels[0] if len(labels) == 1 else SEVERAL if labels else NONE
+
+
+def find_label(text: str, label: str, label_map: LabelMap) -> tuple[int, int]:
+    """Return where a text that names a label has its longest name of it: start and end."""
+    spans = _find_spans(normalise(text), {label: label_map[label]})
+    start, end, _ = max(spans, key=lambda span: (span[1] - span[0], -span[0]))
+    return original_span(text, start, end)
+
+
+def label_key(label: str) -> str:
+    """Return what labels that are one label have in common, whatever their case, white space and Unicode form."""
+    return " ".join(split_name(label)) or label
+
+
+def merge_spellings(labels: Iterable[str | None]) -> dict[str, str]:
+    """Return, for each label that is spelled in several ways, its most frequent spelling.
+
+    Args:
+        labels: of each sample.
+    """
+    spellings = {}
+    for label, count in sorted(Counter(label for label in labels if label is not None).items()):
+        spellings.setdefault(label_key(label), Counter())[label] = count
+    return {label: counts.most_common(1)[0][0] for counts in spellings.values() if len(counts) > 1 for label in counts}
+
+
+def references_of(samples: Iterable[dict]) -> list[Reference]:
+    """Return label and answers of each labelled sample, from its `label` and `messages`."""
+    return [
+        (sample["label"], tuple(turn["content"] for turn in sample["messages"] if turn["role"] == "assistant"))
+        for sample in samples
+        if sample["label"] is not None
+    ]
+
+
+def describe_unread(references: list[Reference], label_map: LabelMap) -> str | None:
+    """Return a warning if fewer than half of the labelled samples have an answer that names their label, else None."""
+    unread = [texts for label, texts in references if not _is_named(label, texts, label_map)]
+    if 2 * len(unread) <= len(references):
+        return None
+    read, shown = len(references) - len(unread), ", ".join(f"{texts[-1]!r:.100}" for texts in unread[:MAX_SHOWN])
+    return (
+        f"only {read} of {len(references)} labelled samples have a reference answer that names their label, and the "
+        f"diagnoses of the others cannot be read; the first answers without it: {shown}. "
+        "Name the words for each label in a label map (--labels)"
+    )
