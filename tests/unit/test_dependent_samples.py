@@ -101,6 +101,19 @@ def test_few_clusters_bound_the_p_value_from_below():
     assert permutation_test(np.ones(5, dtype=int), np.zeros(5)) == 1.0
 
 
+@pytest.mark.scale
+def test_the_permutation_test_finds_a_difference_by_chance_in_at_most_5_of_100():
+    """500 pairs of equally good runs on 15 patients with ten questions each; McNemar's test finds one in a third."""
+    rng = np.random.default_rng(0)
+    patient, found, ungrouped = np.repeat(np.arange(15), 10), 0, 0
+    for _ in range(500):
+        correct = [rng.random(150) < rng.beta(0.8, 0.8, 15)[patient] for _ in range(2)]
+        differences = correct[0].astype(int) - correct[1]
+        found += permutation_test(differences, patient) < 0.05
+        ungrouped += permutation_test(differences, np.arange(150)) < 0.05
+    assert 0.02 <= found / 500 <= 0.07 and ungrouped / 500 > 0.3
+
+
 def test_many_samples_are_tested_in_a_moment():
     differences = np.random.default_rng(0).integers(-1, 2, 20_000)
     assert 0 <= permutation_test(differences, np.arange(20_000) // 3) <= 1
