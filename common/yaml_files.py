@@ -7,7 +7,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
-from ruamel.yaml.nodes import MappingNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 MAX_DEPTH = 50
 
@@ -52,14 +52,19 @@ def load_yaml(path: Path):
         raise ValueError(f"{path}{where}: not YAML: {' '.join(str(problem).split())[:200]}") from error
 
 
-def line_of(path: Path, keys: Iterable) -> int:
+def read_nodes(path: Path) -> Node:
+    """Return a YAML file that `load_yaml` reads as nodes, which know their lines, for `line_of`."""
+    return YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8"))
+
+
+def line_of(node: Node, keys: Iterable) -> int:
     """Return the line, from 1, of a setting in a YAML file: that of the last of its `keys` which is there.
 
     Args:
-        path: a file that `load_yaml` reads.
+        node: the file, from `read_nodes`.
         keys: keys of mappings and positions in lists, from the outside in.
     """
-    node, line = YAML(typ="safe", pure=True).compose(path.read_text(encoding="utf-8")), 1
+    line = 1
     for key in keys:
         if isinstance(node, MappingNode):
             inner = [(name, value) for name, value in node.value if name.value == str(key)]

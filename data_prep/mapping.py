@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from common.yaml_files import line_of, read_yaml
+from common.yaml_files import line_of, read_nodes, read_yaml
 
 from .reading import describe, suggest
 from .tables import cell_text
 
 MAPPINGS = Path(__file__).parent / "mappings"
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+MAX_PROBLEM = 300  # characters of a problem's description
 # pydantic's types of errors, as the end of a message that begins with "expected"
 EXPECTED = {
     "bool_type": "true or false",
@@ -194,20 +195,21 @@ def load_mapping(name: str | Path) -> Mapping:
     try:
         return Mapping.model_validate({key: value for key, value in settings.items() if value is not None})
     except ValidationError as error:
-        raise ValueError(f"mapping {path}: {'; '.join(_describe_errors(path, error))}") from error
+        problems = [" ".join(problem.split())[:MAX_PROBLEM] for problem in _describe_errors(path, error)]
+        raise ValueError(f"mapping {path}: {'; '.join(problems)}") from error
 
 
 def _describe_errors(path: Path, error: ValidationError) -> list[str]:
-    problems, lacking = [], {}
+    problems, lacking, nodes = [], {}, read_nodes(path)
     for problem in error.errors():
         *where, key = [part for part in problem["loc"] if part != "[key]"] or [""]
         if problem["type"] == "missing":
             lacking.setdefault(tuple(where), []).append(key)
         else:
-            line = f"line {line_of(path, [*where, key])}, " if key != "" else ""
+            line = f"line {line_of(nodes, [*where, key])}, " if key != "" else ""
             problems.append(line + _describe(problem, where, key))
     for where, keys in lacking.items():
-        place = f"line {line_of(path, where)}, {'.'.join(map(str, where))}: " if where else ""
+        place = f"line {line_of(nodes, where)}, {'.'.join(map(str, where))}: " if where else ""
         problems.append(f"{place}lacks {', '.join(sorted(keys))}")
     return problems
 

@@ -5,12 +5,13 @@ import csv
 import io
 import logging
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from .reading import Flaw, describe, iter_json, suggest
+from .reading import MAX_BYTES_IN_MEMORY, Flaw, describe, iter_json, suggest
 
 EXCEL_ENDINGS = (".xlsx", ".xlsm")
 OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
@@ -115,6 +116,10 @@ def _read_parquet(path: Path) -> list[dict]:
 def _read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield the place and the cells of each row of the only sheet that has any."""
     try:
+        with zipfile.ZipFile(path) as parts:  # what a few kilobytes unpack to could fill the memory
+            size = sum(part.file_size for part in parts.infolist())
+        if size > MAX_BYTES_IN_MEMORY:
+            raise ValueError(f"unpacked {size:,} bytes, at most {MAX_BYTES_IN_MEMORY:,}; save it as .csv")
         sheets = pd.read_excel(path, sheet_name=None, header=None, dtype=str, keep_default_na=False, engine="openpyxl")
     except Exception as error:  # for a damaged file openpyxl raises whatever its zip and XML readers do
         raise ValueError(f"{path}: not an Excel file: {' '.join(str(error).split())[:200]}") from error

@@ -11,7 +11,7 @@ from datasets import Dataset, Image, List, Value
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters, image_keys
 from evaluation.comparison import permutation_test
-from evaluation.label_matching import build_label_map
+from data_prep.labels import build_label_map
 from evaluation.metrics import interval
 from evaluation.questions import Questions, shuffle_images
 from evaluation.report import format_verdict, write_report

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.yaml_files import line_of
+from common.yaml_files import line_of, read_nodes
 from data_prep.mapping import load_mapping
 from data_prep.reading import Flaw
 from data_prep.rows import make_record, rows_of
@@ -123,7 +123,7 @@ def test_a_line_is_that_of_the_innermost_key_that_is_there(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("a: 1\n# comment\nb:\n  - x\n  - c: {d: 5,\n       e: 6}\n0: z\n")
     places = [["a"], ["b"], ["b", 0], ["b", 1, "c", "e"], ["b", 1, "nothing"], ["b", 9], [0], ["nothing"], []]
-    assert [line_of(path, keys) for keys in places] == [1, 3, 4, 6, 5, 3, 7, 1, 1]
+    assert [line_of(read_nodes(path), keys) for keys in places] == [1, 3, 4, 6, 5, 3, 7, 1, 1]
 
 
 def records_of(mapping, *rows):

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from data_prep import tables
 from data_prep.reading import Flaw
 from data_prep.tables import join_tables, read_table
 
@@ -143,6 +144,13 @@ def test_an_excel_file_has_one_sheet_with_rows(tmp_path):
         FRAME.to_excel(file, sheet_name="Key", index=False)
     with pytest.raises(ValueError, match=r"has the sheets 'Data', 'Key'; save the right one as a file"):
         read_table(path)
+
+
+def test_an_excel_file_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_BYTES_IN_MEMORY", 1000)
+    FRAME.to_excel(tmp_path / "t.xlsx", index=False)
+    with pytest.raises(ValueError, match=r"t\.xlsx: not an Excel file: unpacked [\d,]+ bytes, at most 1,000"):
+        read_table(tmp_path / "t.xlsx")
 
 
 def test_empty_rows_above_an_excel_header_are_passed_over(tmp_path):
