@@ -11,18 +11,20 @@ from tempfile import TemporaryDirectory
 
 from common.cli import OneLineParser, positive_int, run
 
-from datasets import DatasetDict, Image, List, disable_progress_bars
+from datasets import DatasetDict, disable_progress_bars
 
-from common.files import atomic_path, unfinished_path
+from common.files import unfinished_path
 from common.yaml_files import load_yaml, read_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, Prepared, prepare
+from data_prep.folders import FINDINGS, REJECTED, is_data_set, replace_data_set
 from data_prep.mapping import shipped
 from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.sources import Source, is_hub
+from data_prep.storage import bytes_needed, save_splits
 
 EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
@@ -148,7 +150,7 @@ def _from(folder: Path, name: str) -> Path:
 
 def convert(args: argparse.Namespace) -> None:
     args.out = args.out.resolve()
-    _check_out(args.out, overwrite=args.overwrite)
+    _check_out(args.out, overwrite=args.overwrite, links_dir=args.fetch_links)
     with TemporaryDirectory(dir=args.out.parent) as clean:
         prepared = prepare(
             read_sources(args), **_common(args), folds=args.folds, on_error=args.on_error, balance=args.balance,
@@ -164,7 +166,7 @@ def convert(args: argparse.Namespace) -> None:
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
         print(f"an epoch draws, balanced by {args.balance}: {counts}")
     if prepared.errors:
-        print(f"rejected {len(prepared.errors)} records, each with its reason in {args.out / 'rejected.jsonl'}")
+        print(f"rejected {len(prepared.errors)} records, each with its reason in {args.out / REJECTED}")
     print(f"written to {args.out}")
 
 
@@ -191,7 +193,7 @@ def push(args: argparse.Namespace) -> None:
 
 
 def _check_prepared(folder: Path) -> None:
-    if not (folder / "findings.jsonl").is_file():
+    if not (folder / FINDINGS).is_file():
         raise ValueError(f"{folder} is not a data set that `python -m data_prep convert` wrote")
 
 
@@ -205,14 +207,20 @@ def print_counts(findings: list[Finding]) -> None:
         print(f"{'error' if kind in ERRORS else 'found':<11}{count:>7} {KINDS[kind]}")
 
 
-def _check_out(out: Path, *, overwrite: bool) -> None:
+def _check_out(out: Path, *, overwrite: bool, links_dir: Path | None) -> None:
+    """Raise if there is something else in `out` than downloads of an earlier try, or a data set to be replaced."""
     _check_writable(out)
     if not out.exists():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "dataset_dict.json").is_file()):
+    found = out.is_file() or any(not links_dir or path not in _and_parents(links_dir) for path in out.iterdir())
+    if found and not is_data_set(out):
         raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")
-    if any(out.iterdir()) and not overwrite:
+    if found and not overwrite:
         raise ValueError(f"--out: {out} already contains a data set; choose another folder or add --overwrite")
+
+
+def _and_parents(path: Path) -> list[Path]:
+    return [path.resolve(), *path.resolve().parents]
 
 
 def _check_writable(out: Path) -> None:
@@ -228,19 +236,21 @@ def _check_writable(out: Path) -> None:
 
 
 def _save(prepared: Prepared, out: Path) -> None:
-    """Write the data set folder, so that it is complete or, after an interruption, absent."""
+    """Write the data set folder, so that it is complete or, after an interruption, none that can be opened."""
     _check_space(prepared.splits, out.parent)
-    with atomic_path(out) as unfinished:
-        prepared.splits.save_to_disk(str(unfinished), max_shard_size="500MB")
-        _write_json_lines(unfinished / "findings.jsonl", [finding.to_dict() for finding in prepared.findings])
+    unfinished = unfinished_path(out)
+    try:
+        save_splits(prepared.splits, unfinished, final=out)
+        _write_json_lines(unfinished / FINDINGS, [finding.to_dict() for finding in prepared.findings])
         if prepared.errors:
             rejected = [
                 {"source": error.source, "record": error.record, "id": error.sample_id, "reason": error.reason}
                 for error in prepared.errors
             ]
-            _write_json_lines(unfinished / "rejected.jsonl", rejected)
-        if out.exists():
-            shutil.rmtree(out)
+            _write_json_lines(unfinished / REJECTED, rejected)
+        replace_data_set(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_json_lines(path: Path, rows: list[dict]) -> None:
@@ -248,15 +258,8 @@ def _write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 def _check_space(splits: DatasetDict, folder: Path) -> None:
-    """Raise if the disk is too full. Every sample has its own copy of its images."""
-    uses = Counter(
-        image["path"]
-        for split in splits.cast_column("images", List(Image(decode=False))).values()
-        for images in split["images"]
-        for image in images
-    )
-    needed = sum(count * Path(path).stat().st_size for path, count in uses.items())
-    if needed > (free := shutil.disk_usage(folder).free):
+    """Raise if the disk is too full."""
+    if (needed := bytes_needed(splits)) > (free := shutil.disk_usage(folder).free):
         raise ValueError(f"--out: the images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left")
 
 

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets
 
 from .convert import FEATURES, prepare_dataset
 from .download import HUB_ID, load_hub
 from .images import load_image
 from .labels import merge_spellings
 from .records import ATTRIBUTES, DataError, FieldError, normalise_messages
+from .storage import load_folder, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
         splits = DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
     else:
         raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
-    return _merge_label_spellings(splits).cast_column("images", List(Image(decode=False)))
+    splits = DatasetDict({name: undecoded(dataset) for name, dataset in splits.items()})
+    return _merge_label_spellings(splits)
 
 
 def _merge_label_spellings(splits: DatasetDict) -> DatasetDict:
@@ -94,7 +96,7 @@ def _load_folder(path: Path) -> DatasetDict:
     if not (path / "dataset_dict.json").is_file():
         hint = "pass the annotation file, or prepare it with `python -m data_prep convert`"
         raise ValueError(f"{path} is not a prepared data set (no dataset_dict.json): {hint}")
-    splits = load_from_disk(str(path))
+    splits = load_folder(path)
     for name, dataset in splits.items():
         if missing := set(FEATURES) - set(dataset.column_names):
             raise ValueError(f"split {name!r} of {path} lacks the columns {sorted(missing)}")

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, List, load_from_disk
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict
+from datasets.fingerprint import Hasher
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from common.files import read_json_lines
 from common.hub_client import open_repository
+
+from .convert import FEATURES
+from .storage import load_folder, make_images, replace_images
 
 CARD = """---
 {metadata}
@@ -41,7 +47,7 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
     Source of the token: HF_TOKEN in the environment, or `hf auth login`.
     """
     repo_id = open_repository(repo_id, private=private, repo_type="dataset")
-    splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
+    splits = load_folder(folder)
     groups = sorted({group for split in splits.values() for group in split["group"] if group is not None})
     numbers = {group: f"group-{number:05d}" for number, group in enumerate(groups)}
     splits = DatasetDict({name: _without_names(split, name, numbers) for name, split in splits.items()})
@@ -51,13 +57,22 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
 
 
 def _without_names(split: Dataset, name: str, numbers: dict[str, str]) -> Dataset:
-    """Replace ids and groups, which are often file names or patients, by numbers, and drop the image names."""
+    """Replace ids and groups, which are often file names or patients, by numbers, and drop the image names.
 
-    def change(row: dict, index: int) -> dict:
-        images = [{"bytes": image["bytes"], "path": None} for image in row["images"]]
-        return {"id": f"{name}-{index:06d}", "group": numbers.get(row["group"]), "images": images}
+    Images in files keep their paths, named after their content: the push embeds them.
+    """
+    info, key = split.info.copy(), Hasher.hash([name, split["id"][:], numbers])
+    info.features["images"] = FEATURES["images"]
+    table = replace_images(split.with_format("arrow")[:], _drop_names)
+    columns = {"id": [f"{name}-{index:06d}" for index in range(len(split))], "group": map(numbers.get, split["group"])}
+    for column, values in columns.items():
+        table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
+    return Dataset(table, info=info, split=split.split, fingerprint=key)
 
-    return split.map(change, with_indices=True, desc="file names").cast_column("images", List(Image()))
+
+def _drop_names(images: pa.StructArray) -> pa.StructArray:
+    embedded = pc.is_valid(images.field("bytes"))
+    return make_images(images.field("bytes"), pc.if_else(embedded, pa.scalar(None, pa.string()), images.field("path")))
 
 
 def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:

@@ -7,7 +7,7 @@ from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
-from datasets import DatasetDict, Image, List, load_from_disk
+from datasets import DatasetDict
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
@@ -16,6 +16,7 @@ from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
 from data_prep.images import Fit, load_image
 from data_prep.sizes import PATCH_CELL, count_image_tokens, fit_size
+from data_prep.storage import load_folder
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table
@@ -32,7 +33,7 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
         folder: what `python -m data_prep convert` wrote.
         max_pixels: image limit to show samples and costs at, px^2; the suggested one when None.
     """
-    splits = load_from_disk(str(folder)).cast_column("images", List(Image(decode=False)))
+    splits = load_folder(folder)
     findings = [Finding(**row) for row in read_json_lines(folder / "findings.jsonl")]
     statistics = summarise(splits, findings, max_pixels)
     (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -154,3 +154,18 @@ def test_a_hub_data_set_of_chats_needs_no_mapping(tmp_path, monkeypatch):
 def test_a_hub_data_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="'someone/skin' is no local path, and the Hub says"):
         prepare([Source(download.Path("someone/skin"))], hub_dir=tmp_path, show_progress=False)
+
+
+def test_downloads_into_the_data_sets_own_folder_stay(write_records, tmp_path, server, monkeypatch):
+    path, _ = write_records([ask(f"{server}/a.jpg", "r0")])
+    out = tmp_path / "out"
+    command = ["convert", "--annotations", str(path), "--fetch-links", str(out / "links"), "--out", str(out)]
+    with monkeypatch.context() as patch:  # a first try that ends after the download
+        patch.setattr("data_prep.__main__.save_splits", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data_prep(command)
+    data_prep(command)
+    (tmp_path / "web" / "a.jpg").unlink()
+    data_prep([*command, "--overwrite"])
+    assert len(list((out / "links").iterdir())) == 1
+    assert len(DatasetDict.load_from_disk(str(out))["train"]) == 1
