@@ -1,11 +1,13 @@
 """Names of the files of an output folder, and writing files so that they are complete or absent; JSON Lines."""
 
+import difflib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 # Files of an output folder.
@@ -15,6 +17,7 @@ EVALUATION_METRICS = "eval/metrics.json"
 EVALUATION_SETTINGS = "eval/settings.json"  # names the adapter that was measured
 EVALUATION_PLOTS = ("eval/abstention.png", "eval/confusion.png", "eval/reliability.png", "eval/subgroups.png")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MAX_COMPARED = 5000  # names of a folder, when one is missing
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -72,3 +75,21 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def suggest_file(path: Path) -> str:
+    """Return "; did you mean 'x'?" with the nearest name beside a missing file or folder, "" when there is none.
+
+    Near are names in another case, with another ending or a typing error; those with other digits are other files.
+    """
+    if not path.parent.is_dir():
+        return ""
+    beside = [other for other in islice(path.parent.iterdir(), MAX_COMPARED) if not other.name.startswith(".")]
+    stems = {other.stem: other.name for other in beside if _digits(other.stem) == _digits(path.stem)}
+    same = [name for stem, name in stems.items() if stem.casefold() == path.stem.casefold()]
+    near = same or [stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.75)]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _digits(text: str) -> str:
+    return "".join(filter(str.isdigit, text))

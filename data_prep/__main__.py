@@ -13,7 +13,7 @@ from common.cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
-from common.files import unfinished_path
+from common.files import suggest_file, unfinished_path
 from common.yaml_files import load_yaml, read_yaml
 from data_prep.balance import MODES
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
@@ -93,11 +93,15 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         "--labels", type=Path, help="YAML file, label: [name, 're:expression'], of the words that answers use for it"
     )
     command.add_argument("--fetch-links", type=Path, metavar="FOLDER", help="accept links, and download into FOLDER")
+    command.add_argument(
+        "--follow-links", action="store_true",
+        help="read files that links in the image folder lead to, outside of it (Hugging Face's cache, DVC)",
+    )  # fmt: skip
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
 
 
 def _common(args: argparse.Namespace) -> dict:
-    names = ("seed", "group_by", "stratify_by")
+    names = ("seed", "group_by", "stratify_by", "follow_links")
     options = {name: getattr(args, name) for name in names}
     options["labels"] = args.labels and read_yaml(args.labels, "--labels")
     return {**options, "split": tuple(args.split), "num_workers": args.workers, "links_dir": args.fetch_links}
@@ -110,7 +114,7 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     if args.sources is None:
         return [Source(args.annotations, args.images, args.mapping, args.format)]
     if not args.sources.is_file():
-        raise FileNotFoundError(f"--sources: no file {args.sources}")
+        raise FileNotFoundError(f"--sources: no file {args.sources}{suggest_file(args.sources)}")
     try:
         rows = load_yaml(args.sources)
     except ValueError as error:

@@ -78,6 +78,7 @@ class Options:
             paths of the copies. None keeps all images as they are, which is safe unless they are embedded somewhere.
         hub_dir: folder for the images of Hub data sets; None reads no source from the Hub.
         links_dir: folder for downloads of linked images; None refuses links.
+        follow_links: accept links of the file system that lead out of the image folder.
 
     Raises:
         ValueError: an unknown value, one fold, or shares that do not add up to 1.
@@ -96,6 +97,7 @@ class Options:
     clean_dir: Path | None = None
     hub_dir: Path | None = None
     links_dir: Path | None = None
+    follow_links: bool = False
 
     def __post_init__(self):
         if self.on_error not in ("fail", "drop"):
@@ -201,7 +203,8 @@ def _collect(sources: list[Source], options: Options) -> Collected:
     collected = Collected()
     for number, source in enumerate(sources):
         hub_dir = options.hub_dir / f"hub-{number}" if options.hub_dir else None
-        collected.add(read_source(source, group_by=options.group_by, hub_dir=hub_dir, links_dir=options.links_dir))
+        folders = {"hub_dir": hub_dir, "links_dir": options.links_dir}
+        collected.add(read_source(source, group_by=options.group_by, follow_links=options.follow_links, **folders))
     if options.links_dir is not None:
         _download_links(collected, options.show_progress)
     return collected
@@ -265,12 +268,18 @@ def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> 
         return []
     perceptual_hash(PILImage.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
     try:
-        with ProcessPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
+        with ProcessPoolExecutor(num_workers or usable_cores()) as pool:
             results = pool.map(inspect_image, paths, chunksize=16)
             return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
     except BrokenProcessPool as error:
         reason = "a decoding process was killed, most likely out of memory; use fewer workers"
         raise ValueError(f"images: {reason}") from error
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, on systems that tell it."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else min(os.cpu_count() or 1, 61)  # the most workers of a pool on Windows
 
 
 def _make_ids_unique(samples: list[dict]) -> int:

@@ -30,6 +30,7 @@ UNREAD_KINDS = (
     (0, b"II\xbc\x01", "JPEG XR"),
     (4, b"ftyp", "a film or a sequence of images, or damaged"),
 )
+UNREAD_ENDINGS = (".jxl", ".dcm")
 NO_IMAGE = "not an image"
 Fit = Callable[[int, int], tuple[int, int]]
 
@@ -92,10 +93,13 @@ def _describe_unread(head: bytes) -> str:
 
 def is_image(path: Path) -> bool:
     """Whether a file is named like an image, or contains one, whether it can be used or not."""
-    if path.suffix.lower() in {".jxl", ".dcm"} or Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
+    if path.suffix.lower() in UNREAD_ENDINGS or Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN:
         return True
     try:
         check_file(path)
+    except (OSError, ValueError):
+        return False
+    try:
         with path.open("rb") as file, open_image(file):
             return True
     except (OSError, ValueError) as error:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.files import suggest_file
+
 from .reading import Flaw, describe, iter_json
 
 IMAGE_MARKER = "<image>"
@@ -67,7 +69,7 @@ def iter_annotations(path: str | Path) -> Iterator:
     if path.is_dir():
         raise ValueError(f"annotations: {path} is a folder, expected a JSON or JSON Lines file")
     if not path.is_file():
-        raise FileNotFoundError(f"annotations: no file {path}")
+        raise FileNotFoundError(f"annotations: no file {path}{suggest_file(path)}")
     return iter_json(path)
 
 

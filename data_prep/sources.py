@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.files import suggest_file
+
 from .class_folders import is_system_name, read_folders
 from .download import HUB_ID, link_path, read_hub
 from .groups import question_key
 from .mapping import Mapping, load_mapping
-from .paths import is_link, resolve_image
+from .paths import check_exists, folders_below, is_link, resolve_image
 from .reading import Flaw, suggest
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .rows import make_record, read_rows, rows_of
@@ -22,6 +24,8 @@ from .tables import TABLE_ENDINGS, text_rows
 MAX_NAMED = 12  # keys in an error message
 
 logger = logging.getLogger(__name__)
+
+MAX_SUGGESTED = 5  # missing images whose nearest name is looked for
 
 
 @dataclass
@@ -90,7 +94,12 @@ def _name(source: Source, mapping: Mapping | None) -> str:
 
 
 def read_source(
-    source: Source, *, group_by: str | None = None, hub_dir: Path | None = None, links_dir: Path | None = None
+    source: Source,
+    *,
+    group_by: str | None = None,
+    hub_dir: Path | None = None,
+    links_dir: Path | None = None,
+    follow_links: bool = False,
 ) -> Collected:
     """Parse every record and resolve its image paths: `images` are absolute, `files` as the record names them.
 
@@ -99,9 +108,13 @@ def read_source(
         group_by: key of the records, or column of the table, with each sample's group; `group` when None.
         hub_dir: folder for the images of a Hub data set; such a source is refused when None.
         links_dir: folder for linked images, which are refused when None.
+        follow_links: accept links of the file system that lead out of the image folder.
+
+    Raises:
+        ValueError, FileNotFoundError: the source, its mapping or its image folder is not what it should be.
     """
     raw_records, mapping = _read_raw(source, hub_dir)
-    finder = _make_finder(source, mapping, hub_dir, links_dir)
+    finder = _make_finder(source, mapping, hub_dir, links_dir, follow_links)
     collected, keys = Collected(), Counter()
     for number, raw in enumerate(raw_records):
         keys.update(raw.keys() if isinstance(raw, dict) else ())
@@ -113,6 +126,7 @@ def read_source(
             error.source = source.data.name
             (collected.skipped if isinstance(error, SkippedRowError) else collected.errors).append(error)
         collected.num_records += 1
+    finder.check_folder()
     if group_by is not None and group_by not in keys:
         raise ValueError(f"group_by: no record of {source.data} has {group_by!r}{suggest(group_by, keys)}")
     if mapping is None:
@@ -221,13 +235,14 @@ def _embedded_columns(records: list[dict], hub_dir: Path) -> list[str]:
 
 
 def _make_finder(
-    source: Source, mapping: Mapping | None, hub_dir: Path | None, links_dir: Path | None
+    source: Source, mapping: Mapping | None, hub_dir: Path | None, links_dir: Path | None, follow_links: bool
 ) -> "FileFinder":
     default = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
     root = source.images or default
     if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"image_dir: no folder {root}")
-    return FileFinder(root and Path(root).resolve(), source.data, search=mapping is not None, links_dir=links_dir)
+        raise FileNotFoundError(f"image_dir: no folder {root}{suggest_file(Path(root))}")
+    options = {"search": mapping is not None, "links_dir": links_dir, "follow_links": follow_links}
+    return FileFinder(root and Path(root).resolve(), source.data, **options)
 
 
 class FileFinder:
@@ -236,8 +251,11 @@ class FileFinder:
     The same bytes in two folders are one image.
     """
 
-    def __init__(self, root: Path | None, data: Path, *, search: bool, links_dir: Path | None = None):
+    def __init__(
+        self, root: Path | None, data: Path, *, search: bool, links_dir: Path | None = None, follow_links: bool = False
+    ):
         self.root, self.data, self.search, self.links_dir, self.index = root, data, search, links_dir, None
+        self.follow_links, self.num_found, self.missing = follow_links, 0, []
 
     def __call__(self, sample: dict, name: str) -> str:
         downloaded = self.links_dir is not None and is_link(name)
@@ -246,12 +264,30 @@ class FileFinder:
         try:
             if downloaded:
                 return str(link_path(name, self.links_dir))
-            path = resolve_image(name, self.root)
+            path = resolve_image(name, self.root, follow_links=self.follow_links)
             if self.search and not path.exists():
                 path = self._search(name) or path
+            self._check(name, path)
         except ValueError as error:
             raise DataError(f"image {error}", record=sample["record"], sample_id=sample["id"]) from error
         return str(path)
+
+    def _check(self, name: str, path: Path) -> None:
+        """Raise ValueError for a missing file; the first ones with the nearest name, which takes time."""
+        try:
+            check_exists(name, path, self.root, suggest=len(self.missing) < MAX_SUGGESTED)
+            self.num_found += 1
+        except ValueError:
+            self.missing.append(name)
+            raise
+
+    def check_folder(self) -> None:
+        """Raise ValueError when no image was found, and those of the records lie in a folder below this one."""
+        below = Counter() if self.num_found or not self.missing else folders_below(self.missing, self.root)
+        if below:
+            folder, count = below.most_common(1)[0]
+            where = f"{self.root} was searched and has none of the {len(self.missing)} images that are named"
+            raise ValueError(f"image_dir: {where}; {count} are in the folder below it: use {self.root / folder}")
 
     def _search(self, name: str) -> Path | None:
         if self.index is None:
@@ -260,7 +296,9 @@ class FileFinder:
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
-        return resolve_image(str(first.relative_to(self.root)), self.root) if first else None
+        if first is None:
+            return None
+        return resolve_image(str(first.relative_to(self.root)), self.root, follow_links=self.follow_links)
 
 
 def _index_files(root: Path) -> dict[str, list[Path]]:

@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from PIL import Image
-
-from data_prep.images import load_image
-from data_prep.paths import resolve_image
+from common.files import suggest_file
+from data_prep.images import is_image, load_image
+from data_prep.paths import check_exists, resolve_image
 from data_prep.records import FieldError, normalise_messages, parse_record, read_annotations
 from evaluation.questions import labels_of, load_split
 
@@ -49,10 +48,16 @@ def example_of_line(row, number: int, folder: Path, system: str | None = None) -
         sample = parse_record({"system": system, **row, "answer": "?"}, number, format="flat")
         example |= {"id": sample["id"]} if row.get("id") is not None else {}
         example |= _given(sample["images"])
-        images = [str(resolve_image(name, folder)) for name in sample["images"]]
+        images = [str(find_image(name, folder)) for name in sample["images"]]
         return {**example, "images": images, "messages": sample["messages"][:-1]}
     except ValueError as error:
         return {**example, "error": f"--questions, line {number}: {getattr(error, 'reason', error)}"}
+
+
+def find_image(name: str, folder: Path) -> Path:
+    path = resolve_image(name, folder)
+    check_exists(name, path, folder)
+    return path
 
 
 def make_example(paths: list[Path], question: str, system: str | None = None) -> dict:
@@ -74,14 +79,16 @@ def _given(names: list[str]) -> dict:
 
 
 def find_images(names: list[str]) -> list[Path]:
-    """Return the named files, the images in named folders, and the files that match a pattern, in order."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Return the named files, the images in named folders, and the files that match a pattern, in order.
+
+    An image in a folder is a file that is named like one, or that contains one, even if it cannot be used.
+    """
     files = []
     for name in names:
-        path, rule = Path(name), "there"
+        path, rule = Path(name), f"there{suggest_file(Path(name))}"
         if path.is_dir():
-            rule = "named like an image"
-            matches = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+            rule = "that is an image"
+            matches = sorted(file for file in path.iterdir() if not file.name.startswith(".") and is_image(file))
         elif path.exists():
             matches = [path]
         else:

@@ -60,7 +60,7 @@ def test_all_problems_are_collected_and_raised_once(write_records):
     first, second, *_ = str(error.value).split("\n")
     assert first == "7 of 8 records have an error; `python -m data_prep convert --on-error drop` leaves them out"
     assert second.startswith("  a.json: record 1 (id 'b'), image 'gone.jpg'")
-    assert reasons[1] == "image 'gone.jpg': no such file"
+    assert reasons[1] == f"image 'gone.jpg': no such file {images / 'gone.jpg'}"
     assert "'../a.json' is outside the image folder" in reasons[2]
     assert "'http://x/y.jpg' is an address" in reasons[3]
     assert reasons[4] == "field 'answer': expected some text, found null"
@@ -73,7 +73,8 @@ def test_one_problem_is_one_line(write_records):
     path, images = write_records([flat("gone.jpg", id="ham_0031")])
     with pytest.raises(InvalidRecordsError) as error:
         prepare_dataset(path, images, **ALL_TRAIN)
-    assert str(error.value) == "a.json: record 0 (id 'ham_0031'), image 'gone.jpg': no such file"
+    reason = f"image 'gone.jpg': no such file {images / 'gone.jpg'}"
+    assert str(error.value) == f"a.json: record 0 (id 'ham_0031'), {reason}"
 
 
 def test_a_missing_image_folder_is_named(write_records):
@@ -156,7 +157,8 @@ def test_convert_lists_what_it_dropped(write_records, tmp_path, capsys):
     convert(path, images, tmp_path / "out", "--on-error", "drop")
     assert "rejected 1 records" in capsys.readouterr().out
     row = json.loads((tmp_path / "out" / "rejected.jsonl").read_text())
-    assert row == {"source": "a.json", "record": 1, "id": "b", "reason": "image 'gone.jpg': no such file"}
+    reason = f"image 'gone.jpg': no such file {images / 'gone.jpg'}"
+    assert row == {"source": "a.json", "record": 1, "id": "b", "reason": reason}
 
 
 def test_convert_never_overwrites_unasked(write_records, tmp_path):

@@ -113,7 +113,8 @@ def test_questions_come_from_a_file_and_bad_lines_are_skipped(adapter, demo_raw,
     assert [row.get("image") for row in rows[:3]] == ["0001.jpg", ["0001.jpg", "0002.jpg"], None]
     errors = [row["error"] for row in rows[3:]]
     assert errors[0].startswith("--questions, line 4: '../annotations.json' is outside the image folder")
-    assert errors[1].startswith("--questions, line 5: expected") and errors[2] == "gone.jpg: no such file"
+    assert errors[1].startswith("--questions, line 5: expected")
+    assert errors[2] == f"--questions, line 6: 'gone.jpg': no such file {demo_raw / 'images' / 'gone.jpg'}"
 
 
 def test_several_adapters_answer_over_one_base(adapter, demo_data, tmp_path, capsys):
@@ -203,7 +204,7 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--adapter x --image Makefile", "--image: needs --question"),
         ("--adapter x --image /nowhere.jpg --question ?", "--image: /nowhere.jpg: no file there"),
         ("--adapter x --image tests/*.jpg --question ?", "--image: tests/*.jpg: no file there"),
-        ("--adapter x --image configs --question ?", "--image: configs: no file named like an image"),
+        ("--adapter x --image configs --question ?", "--image: configs: no file that is an image"),
         ("--adapter x --image Makefile --question ?", "--image: Makefile: not an image"),
         ("--adapter x --dataset x --question ?", "--question: goes with --image, not with --dataset"),
         ("--adapter x --dataset x --system ?", "--system: a data set has its own"),
