@@ -16,6 +16,7 @@ from datasets import DatasetDict, disable_progress_bars
 from common.files import suggest_file, unfinished_path
 from common.yaml_files import load_yaml, read_yaml
 from data_prep.balance import MODES
+from data_prep.boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, Prepared, prepare
 from data_prep.folders import FINDINGS, REJECTED, is_data_set, replace_data_set
@@ -97,11 +98,24 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
         "--follow-links", action="store_true",
         help="read files that links in the image folder lead to, outside of it (Hugging Face's cache, DVC)",
     )  # fmt: skip
+    command.add_argument(
+        "--scale-boxes", choices=CONVENTIONS,
+        help="write coordinates ('bbox_2d': [...]) as the model has them: resized: px of the resized image, for "
+        "Qwen2.5-VL; relative: thousandths of its sides, for Qwen2-VL and Qwen3-VL",
+    )  # fmt: skip
+    command.add_argument(
+        "--min-pixels", type=positive_int, default=MIN_PIXELS,
+        help="smallest area of an image in training, px^2; for coordinates (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--max-pixels", type=positive_int, default=MAX_PIXELS,
+        help="largest area of an image in training, px^2; for coordinates (default: %(default)s)",
+    )  # fmt: skip
     command.add_argument("--workers", type=positive_int, help="processes that decode images (default: all cores)")
 
 
 def _common(args: argparse.Namespace) -> dict:
-    names = ("seed", "group_by", "stratify_by", "follow_links")
+    names = ("seed", "group_by", "stratify_by", "follow_links", "scale_boxes", "min_pixels", "max_pixels")
     options = {name: getattr(args, name) for name in names}
     options["labels"] = args.labels and read_yaml(args.labels, "--labels")
     return {**options, "split": tuple(args.split), "num_workers": args.workers, "links_dir": args.fetch_links}
@@ -169,6 +183,9 @@ def convert(args: argparse.Namespace) -> None:
     if args.balance != "none":
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
         print(f"an epoch draws, balanced by {args.balance}: {counts}")
+    if args.scale_boxes == "resized":
+        limits = f"min_pixels {args.min_pixels}, max_pixels {args.max_pixels}"
+        print(f"coordinates are right in training with {limits} alone")
     if prepared.errors:
         print(f"rejected {len(prepared.errors)} records, each with its reason in {args.out / REJECTED}")
     print(f"written to {args.out}")

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
+from .boxes import wrong_coordinates
 from .inspection import ImageInfo
 from .labels import LabelMap, Reference, describe_unread, named_labels
 from .records import IMAGE_MARKER, DataError
@@ -25,6 +26,7 @@ WARNINGS = {
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
     "private": "images with GPS, dates, names, comments or previews (not copied into the data set)",
+    "coordinates": "records whose coordinates are not those of the image that the model gets; see --scale-boxes",
     "bit depth": "16-bit images with values of fewer bits, which are scaled to fill the range",
     "dark": f"images that are nearly black: no value over {BLACK} of 255",
     "unread label": "sets of labels that fewer than half of the answers name",
@@ -150,6 +152,12 @@ def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Findi
         name = sample["files"][position]
         findings += [about(sample, kind, detail, name, images=[position]) for kind, detail in found.items() if detail]
     return findings
+
+
+def check_coordinates(samples: list[dict], **limits: int) -> list[Finding]:
+    """Report coordinates that the resizing to `limits` makes wrong, see `boxes.wrong_coordinates`."""
+    details = [(sample, wrong_coordinates(sample, **limits)) for sample in samples]
+    return [about(sample, "coordinates", detail) for sample, detail in details if detail]
 
 
 def _first_uses(samples: list[dict]) -> dict[str, tuple[dict, int]]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import check
 from .balance import effective_counts, sampling_weights
+from .boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS, scale_coordinates
 from .download import fetch_links
 from .duplicates import near_pairs
 from .groups import group_samples, unify_groups
@@ -79,6 +80,9 @@ class Options:
         hub_dir: folder for the images of Hub data sets; None reads no source from the Hub.
         links_dir: folder for downloads of linked images; None refuses links.
         follow_links: accept links of the file system that lead out of the image folder.
+        scale_boxes: convention to write coordinates in, one of `boxes.CONVENTIONS`; None leaves them as they are.
+        min_pixels: smallest area of an image in training, px^2; coordinates depend on it.
+        max_pixels: largest area of an image in training, px^2.
 
     Raises:
         ValueError: an unknown value, one fold, or shares that do not add up to 1.
@@ -98,12 +102,19 @@ class Options:
     hub_dir: Path | None = None
     links_dir: Path | None = None
     follow_links: bool = False
+    scale_boxes: str | None = None
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         if self.on_error not in ("fail", "drop"):
             raise ValueError(f"on_error: expected 'fail' or 'drop', found {self.on_error!r}")
         if self.stratify_by not in STRATA:
             raise ValueError(f"stratify_by: expected one of {', '.join(STRATA)}, found {self.stratify_by!r}")
+        if self.scale_boxes not in (None, *CONVENTIONS):
+            raise ValueError(f"scale_boxes: expected {' or '.join(CONVENTIONS)}, found {self.scale_boxes!r}")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels: {self.min_pixels} is above max_pixels, {self.max_pixels}")
         if self.folds and self.folds < 2:
             raise ValueError(f"folds: expected at least 2, found {self.folds}")
         check_fractions(self.split)
@@ -159,6 +170,9 @@ def prepare(sources: list[Source], **options) -> Prepared:
     shares = mixing_shares(sources)
     collected = _collect(sources, options)
     infos = inspect_images(collected, num_workers=options.num_workers, show_progress=options.show_progress)
+    limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+    if options.scale_boxes is not None:
+        _scale_boxes(collected, options.scale_boxes, **limits)
     collected.num_renamed = _make_ids_unique(collected.samples)
     picture_of, copies = find_copies(infos)
     findings = _check_samples(collected.samples, infos, picture_of, copies, options.labels)
@@ -171,6 +185,8 @@ def prepare(sources: list[Source], **options) -> Prepared:
     samples = collected.samples
     groups = group_samples(samples, picture_of)
     splits = _assign_all(samples, groups, options)
+    if options.scale_boxes is None:
+        findings += check.check_coordinates(samples, **limits)
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     if options.clean_dir is not None:
@@ -249,6 +265,18 @@ def _reject(collected: Collected, reason_of: Callable[[dict], str | None]) -> No
         else:
             about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
             collected.errors.append(DataError(reason, **about))
+    collected.errors.sort(key=lambda error: (error.source, error.record))
+
+
+def _scale_boxes(collected: Collected, convention: str, **limits: int) -> None:
+    """Write the samples' coordinates in a convention; those that cannot be scaled become errors."""
+    samples, collected.samples = collected.samples, []
+    for sample in samples:
+        try:
+            scale_coordinates(sample, convention, **limits)
+            collected.samples.append(sample)
+        except DataError as error:
+            collected.errors.append(error)
     collected.errors.sort(key=lambda error: (error.source, error.record))
 
 
