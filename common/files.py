@@ -84,10 +84,12 @@ def suggest_file(path: Path) -> str:
     """
     if not path.parent.is_dir():
         return ""
-    beside = [other for other in islice(path.parent.iterdir(), MAX_COMPARED) if not other.name.startswith(".")]
-    stems = {other.stem: other.name for other in beside if _digits(other.stem) == _digits(path.stem)}
-    same = [name for stem, name in stems.items() if stem.casefold() == path.stem.casefold()]
-    near = same or [stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.75)]
+    beside = [other.name for other in islice(path.parent.iterdir(), MAX_COMPARED) if not other.name.startswith(".")]
+    beside = [name for name in beside if _digits(Path(name).stem) == _digits(path.stem)]
+    same = [name for name in beside if Path(name).stem.casefold() == path.stem.casefold()]
+    alike = difflib.get_close_matches(path.stem, {Path(name).stem for name in beside}, n=1, cutoff=0.75)
+    candidates = same or [name for name in beside if Path(name).stem in alike]
+    near = difflib.get_close_matches(path.name, candidates, n=1, cutoff=0)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

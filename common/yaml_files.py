@@ -9,6 +9,8 @@ from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from common.files import suggest_file
+
 MAX_DEPTH = 50
 
 
@@ -29,7 +31,7 @@ def read_yaml(path: Path, option: str) -> dict:
         FileNotFoundError, ValueError: no such file, not YAML, not a mapping, or see `load_yaml`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{option}: no file {path}")
+        raise FileNotFoundError(f"{option}: no file {path}{suggest_file(path)}")
     settings = load_yaml(path)
     if not isinstance(settings, dict) or any(isinstance(key, tuple) for key in settings):
         raise ValueError(f"{path}: expected lines of the form 'key: value'")

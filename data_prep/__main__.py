@@ -214,6 +214,8 @@ def push(args: argparse.Namespace) -> None:
 
 
 def _check_prepared(folder: Path) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(f"no folder {folder}{suggest_file(folder)}")
     if not (folder / FINDINGS).is_file():
         raise ValueError(f"{folder} is not a data set that `python -m data_prep convert` wrote")
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from datasets import ClassLabel, DatasetDict, Image, List, load_dataset
 from tqdm import tqdm
 
-from common.files import atomic_write
+from common.files import atomic_write, suggest_file
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_BYTES = 50_000_000  # of one linked image
@@ -62,7 +62,8 @@ def load_hub(dataset_id: str) -> DatasetDict:
     try:
         return load_dataset(dataset_id)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}") from error
+        near = suggest_file(Path(dataset_id))
+        raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}{near}") from error
 
 
 def records_of(splits: DatasetDict, folder: Path) -> list[dict]:

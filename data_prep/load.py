@@ -8,6 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets
 
+from common.files import suggest_file
+
 from .convert import FEATURES, prepare_dataset
 from .download import HUB_ID, load_hub
 from .images import load_image
@@ -43,7 +45,8 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
         splits = load_hub(dataset_path)
         splits = DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
     else:
-        raise FileNotFoundError(f"no data at {dataset_path!r}: no file, no folder and no Hub data set id")
+        rule = f"no file, no folder and no Hub data set id{suggest_file(path)}"
+        raise FileNotFoundError(f"no data at {dataset_path!r}: {rule}")
     splits = DatasetDict({name: undecoded(dataset) for name, dataset in splits.items()})
     return _merge_label_spellings(splits)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from common.files import suggest_file
+
 from .reading import MAX_BYTES_IN_MEMORY, Flaw, describe, iter_json, suggest
 
 EXCEL_ENDINGS = (".xlsx", ".xlsm")
@@ -39,7 +41,7 @@ def read_table(path: Path) -> Rows:
             the header.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"table: no file {path}")
+        raise FileNotFoundError(f"table: no file {path}{suggest_file(path)}")
     ending = path.suffix.lower()
     if ending in OTHER_ENDINGS:
         raise ValueError(f"{path}: {ending} is not read; save the table as .xlsx, or as .csv in UTF-8")

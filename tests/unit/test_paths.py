@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from common.files import suggest_file
+from common.yaml_files import read_yaml
 from data_prep import convert
 from data_prep.__main__ import main as data_prep
 from data_prep.convert import prepare, usable_cores
+from data_prep.load import load_splits
 from data_prep.paths import resolve_image
 from data_prep.sources import Source
 from evaluation.examples import example_of_line, find_images
@@ -102,6 +104,14 @@ def test_a_missing_folder_and_file_are_named_with_the_nearest(tmp_path):
         prepare([Source(tmp_path / "anotations.json", tmp_path / "Images")], show_progress=False)
     with pytest.raises(FileNotFoundError, match=r"no file there; did you mean 'a.jpg'\?"):
         find_images([str(tmp_path / "Images" / "A.png")])
+    (tmp_path / "skin").mkdir()
+    (tmp_path / "skin.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"no data at .*/skim': no file, .*; did you mean 'skin'\?"):
+        load_splits(str(tmp_path / "skim"))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*/Skin; did you mean 'skin'\?"):
+        data_prep(["inspect", str(tmp_path / "Skin")])
+    with pytest.raises(FileNotFoundError, match=r"--config: no file .*/skin.yml; did you mean 'skin.yaml'\?"):
+        read_yaml(tmp_path / "skin.yml", "--config")
     assert suggest_file(tmp_path / "nowhere" / "x") == ""
 
 
