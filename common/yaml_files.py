@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, MappingNode, Node, SequenceNode
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from common.files import suggest_file
 
