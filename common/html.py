@@ -7,14 +7,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image as PILImage
 
+from common.plots import fit_fonts
+
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def encode_figure(figure: Figure, alt: str) -> dict:
-    """Return a figure as a dict for the page's template: `png` in base64, and `alt`."""
+    """Return a figure as a dict for the page's template: `png` in base64, `alt`, and the `legend` of `fit_fonts`."""
+    legend = "; ".join(f"{number} {text}" for number, text in fit_fonts(figure).items())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt}
+    return {"png": base64.b64encode(buffer.getvalue()).decode(), "alt": alt, "legend": legend}
 
 
 def shorten(text: str, length: int = 28) -> str:

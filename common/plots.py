@@ -1,14 +1,66 @@
 """Plots of a run's metrics."""
 
 import io
+from functools import cache
 from pathlib import Path
 
+from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 
 from common.files import atomic_write
 
 # Okabe and Ito's palette, which stays apart in every common form of colour blindness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+
+
+def fit_fonts(figure: Figure) -> dict[str, str]:
+    """Give each text of a figure a font that has its characters; write a number where no installed font has them.
+
+    Returns:
+        the text that each number stands for, as "[1]" -> "痣".
+    """
+    numbers = {}
+    for item in figure.findobj(Text):
+        if (text := item.get_text()).isascii():
+            continue
+        if fonts := find_fonts(frozenset("".join(text.split()))):
+            item.set_fontfamily(fonts)
+        else:
+            item.set_text(numbers.setdefault(text, f"[{len(numbers) + 1}]"))
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        labels = [item.get_text() for item in axis.get_ticklabels()]  # formatted anew: as they were
+        if set(labels) & set(numbers):
+            axis.set_ticklabels([numbers.get(label, label) for label in labels])
+    return {number: text for text, number in numbers.items()}
+
+
+@cache
+def find_fonts(characters: frozenset[str]) -> list[str] | None:
+    """Return names of installed fonts that together have these characters, the default font first; None: some lack."""
+    default = font_manager.findfont(font_manager.FontProperties(family=rcParams["font.family"]))
+    families, missing = [*rcParams["font.family"]], {c for c in characters if ord(c) not in _coverage(default)}
+    while missing:
+        best = max(_installed_fonts(), key=lambda font: (sum(ord(c) in _coverage(font[1]) for c in missing), font[0]))
+        found = {character for character in missing if ord(character) in _coverage(best[1])}
+        if not found:
+            return None
+        families.append(best[0])
+        missing -= found
+    return families
+
+
+@cache
+def _installed_fonts() -> list[tuple[str, str]]:
+    """Return name and file of each upright font of ordinary weight, but the one that draws boxes for all characters."""
+    entries = [font for font in font_manager.fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    return sorted({(font.name, font.fname) for font in entries if not font.name.startswith("Last Resort")})
+
+
+@cache
+def _coverage(file: str) -> frozenset[int]:
+    return frozenset(FT2Font(file).get_charmap())
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -3,6 +3,8 @@
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
+from common.unicode_text import space_characters
+
 from .boxes import wrong_coordinates
 from .inspection import ImageInfo
 from .labels import LabelMap, Reference, describe_unread, named_labels
@@ -99,7 +101,7 @@ def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
         for question, answer in _pairs(sample["messages"]):
             if sample["label"] and _gives_away(question, answer, sample["label"], label_map):
                 findings.append(about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
-            if len(answer.split()) == 1:
+            if len(space_characters(answer).split()) == 1:
                 findings.append(about(sample, "short answer", repr(answer[:80])))
             if len(answer) > LONG_ANSWER:
                 findings.append(about(sample, "long answer", f"{len(answer):,} characters"))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
+from demo.languages import LANGUAGES, Language
+
 SIZE = 112  # px a side: 4 x 4 language-model tokens
 SKIN_TONES = {  # Fitzpatrick type -> RGB
     "I": (244, 215, 199),
@@ -16,11 +18,6 @@ SKIN_TONES = {  # Fitzpatrick type -> RGB
     "IV": (181, 128, 92),
     "V": (132, 86, 60),
     "VI": (88, 58, 44),
-}
-QUESTIONS = {
-    "What condition is shown?": "This is {}.",
-    "Which diagnosis fits this image?": "The diagnosis is {}.",
-    "Name the skin condition.": "It is {}.",
 }
 
 
@@ -75,13 +72,13 @@ def draw_image(condition: str, skin_type: str, rng: random.Random) -> Image.Imag
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.6, 1.6)))
 
 
-def make_record(number: int, condition: str, skin_type: str, rng: random.Random) -> dict:
+def make_record(number: int, condition: str, skin_type: str, rng: random.Random, language: Language) -> dict:
     """Return a LLaVA record; every third one has two turns, first the skin tone and then the diagnosis."""
-    question = rng.choice(list(QUESTIONS))
-    turns = [(question, QUESTIONS[question].format(condition))]
+    question = rng.choice(list(language.questions))
+    turns = [(question, language.answer(question, condition))]
     if number % 3 == 0:  # the first answer must not reveal the second
-        tone = "light" if skin_type in ("I", "II", "III") else "dark"
-        turns.insert(0, ("Is the skin light or dark?", f"The skin is {tone}."))
+        light, dark = language.tone_answers
+        turns.insert(0, (language.tone_question, light if skin_type in ("I", "II", "III") else dark))
     turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
     return {
         "id": f"demo-{number:04d}",
@@ -91,13 +88,16 @@ def make_record(number: int, condition: str, skin_type: str, rng: random.Random)
             for pair in turns
             for speaker, value in zip(("human", "gpt"), pair, strict=True)
         ],
-        "label": condition,
+        "label": language.name(condition),
         "skin_type": skin_type,
     }
 
 
-def write_demo(folder: Path, *, count: int = 600, seed: int = 7) -> Path:
-    """Write `count` images and an annotation file, the same for each seed, and return the file's path."""
+def write_demo(folder: Path, *, count: int = 600, seed: int = 7, language: str = "en") -> Path:
+    """Write `count` images and an annotation file, the same for each seed, and return the file's path.
+
+    The images are the same in each of `LANGUAGES`.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     records = []
@@ -105,7 +105,7 @@ def write_demo(folder: Path, *, count: int = 600, seed: int = 7) -> Path:
         condition = sorted(DRAW)[number % len(DRAW)]
         skin_type = rng.choice(sorted(SKIN_TONES))
         draw_image(condition, skin_type, rng).save(folder / "images" / f"{number:04d}.jpg", quality=92)
-        records.append(make_record(number, condition, skin_type, rng))
+        records.append(make_record(number, condition, skin_type, rng, LANGUAGES[language]))
     path = folder / "annotations.json"
     path.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return path
@@ -115,8 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of questions, answers and labels")
     args = parser.parse_args()
-    print(f"{args.count} drawn images and {write_demo(args.out, count=args.count)}")
+    print(f"{args.count} drawn images and {write_demo(args.out, count=args.count, language=args.language)}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import sacrebleu
-from rouge_score import rouge_scorer
 from scipy import sparse
 from scipy.stats import norm, t
 from sklearn.metrics import precision_recall_fscore_support
@@ -192,17 +190,3 @@ def age_band(age: str | None) -> str:
     except (TypeError, ValueError):
         return age or "unknown"
     return next(name for limit, name in AGE_BANDS if years < limit)
-
-
-def text_metrics(references: list[str], predictions: list[str]) -> dict:
-    """Return corpus BLEU and chrF (0 to 100), mean ROUGE-L, share of exact matches, and ratio of word counts."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"])
-    pairs = list(zip(references, predictions, strict=True))
-    words = [sum(len(text.split()) for text in texts) for texts in (predictions, references)]
-    return {
-        "bleu": rounded(sacrebleu.corpus_bleu(predictions, [references]).score),
-        "chrf": rounded(sacrebleu.corpus_chrf(predictions, [references]).score),
-        "rouge_l": rounded(np.mean([scorer.score(*pair)["rougeL"].fmeasure for pair in pairs])),
-        "exact_match": rounded(np.mean([reference.strip() == prediction.strip() for reference, prediction in pairs])),
-        "length_ratio": rounded(words[0] / max(1, words[1])),
-    }

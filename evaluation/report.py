@@ -37,8 +37,8 @@ def write_report(
     (folder / "metrics.json").write_text(content, encoding="utf-8")
     charts = {}
     for name, figure in draw_charts(summary).items():
+        charts[name] = encode_figure(figure, name)  # with fonts that have the labels' characters
         figure.savefig(folder / f"{name}.png")
-        charts[name] = encode_figure(figure, name)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     environment.filters |= {
         "number": format_number, "percent": format_percent, "range": format_range, "title": METRIC_TITLES.get,

@@ -8,6 +8,7 @@ from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters
 from evaluation.comparison import compare_paired, split_gain
 from evaluation.label_matching import asks_for_label, describe_unread_rows
+from evaluation.text_metrics import text_metrics
 
 SUBGROUP_COLUMNS = ("skin_type", "sex", "age", "site", "source")
 HIGH_RISK_LABELS = ("melanoma",)  # sensitivity is reported for these by default
@@ -100,7 +101,7 @@ def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
 
 def _text_metrics(run: list[dict], mask: np.ndarray, clusters: np.ndarray) -> dict:
     rows = _select(run, mask)
-    text = metrics.text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
+    text = text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
     return {"samples": len(rows), "clusters": metrics.count_clusters(clusters[mask]), "text": text}
 
 

@@ -19,9 +19,9 @@ from evaluation.metrics import (
     interval,
     metrics_with_intervals,
     subgroup_metrics,
-    text_metrics,
     unseen_share,
 )
+from evaluation.text_metrics import text_metrics
 
 LABELS = ["acne", "eczema", "nevus"]
 

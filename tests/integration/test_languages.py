@@ -1,0 +1,53 @@
+"""The demo in other languages: every labelled sample is read, and the accuracy is that of the English one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.files import read_json_lines
+from demo.languages import LANGUAGES
+
+pytestmark = pytest.mark.slow  # a run of the demo for each language, minutes
+
+
+def call(*command):
+    words = [str(word) for word in (sys.executable, *command)]
+    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def run_demo(folder: Path, language: str) -> dict:
+    """Make the demo's data and run its three commands; return the evaluation's `metrics.json`."""
+    raw, base, data, out = (folder / name for name in ("raw", "base", "data", "adapter"))
+    call("-m", "demo.draw", "--out", raw, "--language", language)
+    call("-m", "demo.tiny_model", "--annotations", raw / "annotations.json", "--out", base)
+    converted = call(
+        "-m", "data_prep", "convert", "--annotations", raw / "annotations.json", "--images", raw / "images", "--out", data
+    )
+    assert "WARNING" not in converted
+    paths = ["--model_name_or_path", base, "--dataset_path", data, "--output_dir", out]
+    call("train_sft.py", "--config", "configs/demo.yaml", *paths)
+    call("eval_sft.py", "--adapter", out, "--dataset", data, "--max-new-tokens", 32)
+    return json.loads((out / "eval" / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("en"), "en")["runs"]["adapter"]["diagnosis"]["accuracy"]["value"]
+
+
+@pytest.mark.parametrize("language", [name for name in LANGUAGES if name != "en"])
+def test_every_labelled_sample_is_read_and_the_accuracy_is_that_of_english(language, english, tmp_path):
+    summary = run_demo(tmp_path, language)
+    rows = read_json_lines(tmp_path / "adapter" / "eval" / "predictions.jsonl")
+    labelled = {row["id"] for row in rows if row["run"] == "adapter"}
+    assert "unread" not in summary and summary["diagnosed"] == len(labelled)
+    diagnosis = summary["runs"]["adapter"]["diagnosis"]
+    assert diagnosis["accuracy"]["value"] == pytest.approx(english, abs=0.05)
+    assert (diagnosis["no_label"]["value"], diagnosis["several_labels"]["value"]) == (0, 0)
+    page = (tmp_path / "adapter" / "eval" / "report.html").read_text(encoding="utf-8")
+    assert all(label in page for label in LANGUAGES[language].names)
