@@ -15,9 +15,8 @@ _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|" + "|".join(f"{kind}+" for kind 
 _PATTERNS = [regex.compile(kind, regex.V1) for kind in _WORD_CLASSES]
 _SPACING = regex.compile(rf"([{_UNSPACED}]\p{{M}}*|[\u3000-\u303f\uff00-\uffef])", regex.V1)
 # Invisible characters, Arabic's tatweel and vowel signs, Hebrew's points, the dot that is left of a small "İ".
-_REMOVED = regex.compile(
-    r"[\p{Cf}\p{Variation_Selector}ـ[\p{M}&&[\p{scx=Arabic}\p{scx=Hebrew}]]]|(?<=i)\u0307", regex.V1
-)
+_SIGNS = r"\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed"
+_REMOVED = regex.compile(rf"[\p{{Cf}}\p{{Variation_Selector}}ـ[\p{{M}}&&[{_SIGNS}]]]|(?<=i)\u0307", regex.V1)
 # Letters that one word is written with by some and not by others, and apostrophes.
 _SAME = str.maketrans("ıёىیکة’‘ʼʹ′´`＇", "iеييكه''''''''")
 _CLUSTER = regex.compile(r"\X")

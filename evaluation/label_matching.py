@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 
-from data_prep.labels import LabelMap, describe_unread, find_label, read_label, strip_thinking
+from data_prep.labels import LabelMap, describe_unread, find_label, label_key, read_label, strip_thinking
 
 LABEL_PLACEHOLDER = "{label}"
 
@@ -38,6 +38,25 @@ def answer_templates(samples: list[dict], label_map: LabelMap) -> dict[str, str]
         overall[wording] += 1
     templates = {question: wordings.most_common(1)[0][0] for question, wordings in by_question.items()}
     return {"": overall.most_common(1)[0][0] if overall else LABEL_PLACEHOLDER, **templates}
+
+
+def label_forms(samples: list[dict], label_map: LabelMap) -> dict[tuple[str | None, str], str]:
+    """Return how answers to each question name each label where they do not use its own name: "Melanomverdacht", "Yes".
+
+    Such a form takes the place of the label in the question's wording. The question None holds the most frequent form
+    of all questions.
+
+    Args:
+        samples: see `answer_templates`.
+        label_map: see `build_label_map`.
+    """
+    forms = defaultdict(Counter)
+    for sample in samples:
+        label, text = sample["label"], strip_thinking(sample["reference"])
+        form = text[slice(*find_label(text, label, label_map))]
+        for question in (sample["question"], None):
+            forms[question, label][label if label_key(form) == label_key(label) else form] += 1
+    return {key: counts.most_common(1)[0][0] for key, counts in forms.items()}
 
 
 def _replace_label(reference: str, label: str, label_map: LabelMap) -> str:

@@ -16,7 +16,7 @@ from data_prep import load_splits
 from data_prep.labels import LabelMap, build_label_map, references_of
 from data_prep.records import IMAGE_MARKER
 from evaluation.clusters import image_keys
-from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label
+from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, label_forms
 
 SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
 
@@ -107,10 +107,10 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
     questions = read_questions(split)
     runs, label_map = {"adapter": questions}, make_label_map(splits, args.labels)
     if label_map and not args.no_probabilities:
-        templates = set_candidates(questions, label_map)
+        wording = set_candidates(questions, label_map)
         if "validation" in splits and args.split != "validation" and len(label_map) > 1:
             runs["validation"] = read_questions(splits["validation"], generate=False)
-            set_candidates(runs["validation"], label_map, templates)
+            set_candidates(runs["validation"], label_map, wording)
     if args.baseline:
         shared = (questions.rows, questions.messages, questions.images)
         runs["base"] = Questions(*shared, questions.image_rows, questions.candidates, adapter=False)
@@ -131,17 +131,19 @@ def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
     return Questions(rows, messages, images, image_rows=list(range(len(rows))), generate=generate)
 
 
-def set_candidates(questions: Questions, label_map: dict, templates: dict[str, str] | None = None) -> dict[str, str]:
-    """Set the candidates of each sample that asks for its label; return the templates they were made from."""
+def set_candidates(questions: Questions, label_map: dict, wording: tuple[dict, dict] | None = None) -> tuple[dict, dict]:
+    """Set the candidates of each sample that asks for its label; return the templates and forms they were made from."""
     diagnosed = [asks_for_label(row, label_map) for row in questions.rows]
-    if templates is None:
+    if wording is None:
         samples = [row for row, asks in zip(questions.rows, diagnosed, strict=True) if asks]
-        templates = answer_templates(samples, label_map)
+        wording = answer_templates(samples, label_map), label_forms(samples, label_map)
+    templates, forms = wording
     for row, asks in zip(questions.rows, diagnosed, strict=True):
-        template = templates.get(row["question"], templates[""])
-        answers = {label: template.replace(LABEL_PLACEHOLDER, label) for label in label_map}
+        question, template = row["question"], templates.get(row["question"], templates[""])
+        names = {label: forms.get((question, label)) or forms.get((None, label), label) for label in label_map}
+        answers = {label: template.replace(LABEL_PLACEHOLDER, name) for label, name in names.items()}
         questions.candidates.append(answers if asks else {})
-    return templates
+    return wording
 
 
 def shuffle_images(questions: Questions, *, seed: int = 0) -> list[int]:

@@ -2,8 +2,17 @@
 
 import pytest
 
-from data_prep.labels import NONE, SEVERAL, build_label_map, named_labels, read_label
-from evaluation.label_matching import answer_templates, asks_for_label
+from data_prep.labels import (
+    NONE,
+    SEVERAL,
+    build_label_map,
+    describe_unread,
+    merge_spellings,
+    named_labels,
+    read_label,
+    references_of,
+)
+from evaluation.label_matching import answer_templates, asks_for_label, label_forms
 
 LABELS = ["nevus", "melanocytic nevus", "basal cell carcinoma", "melanoma"]
 
@@ -72,3 +81,163 @@ def test_templates_are_the_most_frequent_wording_of_each_question():
         "Name it.": "{label}",
     }
     assert answer_templates([], label_map) == {"": "{label}"}
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("黑色素瘤", "这是黑色素瘤。"),
+        ("痣", "图中是痣。"),
+        ("悪性黒色腫", "これは悪性黒色腫です。"),
+        ("メラノーマ", "これはﾒﾗﾉｰﾏです。"),
+        ("มะเร็งผิวหนัง", "นี่คือมะเร็งผิวหนัง"),
+        ("melanoma", "这是ＭＥＬＡＮＯＭＡ。"),
+        ("melanoma", "이것은 melanoma입니다."),
+        ("melanoma", "**_Mela\u200bnoma_**"),
+        ("Bowen's disease", "It is Bowen’s disease."),
+        ("eczéma", "C’est de l’ecze\u0301ma."),
+        ("ميلانوما", "هذه هي المِيلانوما."),
+        ("ميلانوما", "مصاب بالميـــلانوما"),
+        ("Kızıl", "KIZIL"),
+        ("basal cell carcinoma", "basal\u2028cell—carcinoma"),
+    ],
+)
+def test_a_label_is_found_in_any_script(label, text):
+    assert read_label(text, build_label_map([label, "other"])) == label
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("no", "a nodule"),
+        ("no", "a nodule, nonetheless"),
+        ("nevus", "epinevus"),
+        ("是", "不是。"),
+        ("ใช่", "ไม่ใช่"),
+        ("アク", "アクネ"),
+        ("type 1", "type 12"),
+        ("1型", "11型"),
+        ("melanoma", "melanomas"),
+        ("меланома", "меланомы"),
+        ("점", "점도"),
+    ],
+)
+def test_a_label_is_not_found_inside_another_word(label, text):
+    assert read_label(text, build_label_map([label, "other"])) == NONE
+
+
+INFLECTED = [
+    # label, a reference of it, another reference, a text to read
+    ("melanom", "Bu bir melanomdur.", "Bu bir sedef.", "Melanomdur."),
+    ("Melanom", "Es besteht Melanomverdacht.", "Das ist Psoriasis.", "Melanomverdacht"),
+    ("Krebs", "Es ist Hautkrebs.", "Das ist Psoriasis.", "Hautkrebs"),
+    ("nevus", "There are two nevi.", "This is acne.", "Several nevi."),
+    ("melanocytic nevus", "Melanocytic nevi.", "Acne.", "melanocytic\nnevi"),
+    ("меланома", "Признаки меланомы.", "Это акне.", "Вижу признаки меланомы."),
+    ("себорейный кератоз", "Признаки себорейного кератоза.", "Это акне.", "себорейного кератоза"),
+    ("luomi", "Kuvassa on luomen raja.", "Tämä on akne.", "luomen"),
+    ("흑색종", "이것은 흑색종입니다.", "여드름", "흑색종입니다"),
+    ("מלנומה", "זו המלנומה.", "זה אקנה", "המלנומה"),
+]
+
+
+@pytest.mark.parametrize(("label", "reference", "other", "text"), INFLECTED)
+def test_endings_and_compounds_are_learned_from_the_references(label, reference, other, text):
+    references = [(label, (reference,)), ("other", (other,))]
+    assert read_label(text, build_label_map([label, "other"])) == NONE
+    assert read_label(text, build_label_map([label, "other"], None, references)) == label
+
+
+def test_an_ending_serves_all_labels_but_short_ones_only_where_it_was_seen():
+    references = [("melanoma", ("Two melanomas.",)), ("wart", ("A wart.",)), ("no", ("No.",))]
+    label_map = build_label_map(["melanoma", "wart", "no"], None, references)
+    assert (read_label("warts", label_map), read_label("nos", label_map)) == ("wart", NONE)
+    references = [("흑색종", ("흑색종입니다.",)), ("점", ("점입니다.",)), ("사마귀", ("사마귀",))]
+    label_map = build_label_map(["흑색종", "점", "사마귀"], None, references)
+    assert [read_label(text, label_map) for text in ("점입니다.", "사마귀입니다.", "점도")] == ["점", "사마귀", NONE]
+
+
+def test_what_stands_at_other_labels_as_often_is_no_ending():
+    references = [
+        ("nevus", ("It was never treated.",)),
+        ("acne", ("Acne that was never treated.",)),
+        ("no", ("Only a nodule.",)),
+        ("yes", ("Yes.",)),
+    ]
+    label_map = build_label_map(["nevus", "acne", "no", "yes"], None, references)
+    assert named_labels("A nodule, never treated, with noduledule.", label_map) == []
+    # an inflected form never takes another label's name
+    references = [("dermatit", ("dermatitis", "Eine Dermatitis")), ("dermatitis", ("dermatitis",))]
+    label_map = build_label_map(["dermatit", "dermatitis"], None, references)
+    assert read_label("dermatitis", label_map) == "dermatitis"
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("<think>melanoma?</think>A nevus.", "nevus"),
+        ("melanoma or nevus?</think>\n\nA nevus.", "nevus"),
+        ("<think>A nevus, I", NONE),
+        ("<think>a</think><think>melanoma</think>nevus", "nevus"),
+        ("I think nevus", "nevus"),
+        ("A nevus. <thinking>or melanoma", "nevus"),
+    ],
+)
+def test_thoughts_are_no_diagnosis(text, label):
+    assert read_label(text, build_label_map(LABELS)) == label
+
+
+def test_labels_that_are_spelled_in_several_ways_are_one():
+    labels = ["melanoma"] * 3 + ["Melanoma", "basal  cell", "basal cell", "basal cell", "ecze\u0301ma", "eczéma", None]
+    assert merge_spellings(labels) == {
+        "melanoma": "melanoma",
+        "Melanoma": "melanoma",
+        "basal  cell": "basal cell",
+        "basal cell": "basal cell",
+        "ecze\u0301ma": "ecze\u0301ma",
+        "eczéma": "ecze\u0301ma",
+    }
+    assert merge_spellings(["nevus", "nevüs", "acne 1", "acne 2", "+", "-"]) == {}
+
+
+def test_a_label_map_may_spell_labels_in_another_way():
+    label_map = build_label_map(["Basal-cell", "是"], {"basal cell": ["BCC"], "是": ["有"]})
+    assert list(label_map) == ["Basal-cell", "是"]
+    assert (read_label("A bcc", label_map), read_label("有。", label_map), read_label("没有", label_map)) == (
+        "Basal-cell", "是", NONE,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the label map has 'bcc' more than once"):
+        build_label_map(["BCC"], {"bcc": [], "Bcc": []})
+
+
+def test_templates_keep_the_wording_of_the_reference():
+    label_map = build_label_map(["melanoma", "黑色素瘤"])
+    samples = [
+        {"question": "a", "reference": "诊断：Ｍｅｌａｎｏｍａ！", "label": "melanoma"},
+        {"question": "b", "reference": "<think>黑色素瘤?</think>这是黑色素瘤。", "label": "黑色素瘤"},
+    ]
+    templates = answer_templates(samples, label_map)
+    assert (templates["a"], templates["b"]) == ("诊断：{label}！", "这是{label}。")
+
+
+def test_a_warning_shows_the_first_references_that_name_no_label():
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes"}]
+    samples = [{"label": "melanoma", "messages": turns}] * 3 + [{"label": None, "messages": turns}]
+    references = [*references_of(samples), ("nevus", ("The skin is light.", "A nevus."))]
+    warning = describe_unread(references, build_label_map(["melanoma", "nevus"]))
+    assert "only 1 of 4 labelled samples" in warning and "'Yes', 'Yes', 'Yes'" in warning and "--labels" in warning
+    assert describe_unread(references[2:], build_label_map(["melanoma", "nevus"])) is None  # half
+    with_names = build_label_map(["melanoma", "nevus"], {"melanoma": ["yes"], "nevus": []})
+    assert describe_unread(references, with_names) is None
+
+
+def test_candidates_name_each_label_in_the_form_of_its_answers():
+    references = {"melanom": "Bu bir Melanomdur.", "sedef": "Bu bir sedeftir.", "akne": "Bu bir akne."}
+    label_map = build_label_map(references, None, [(label, (text,)) for label, text in references.items()])
+    samples = [{"question": "?", "reference": text, "label": label} for label, text in references.items()]
+    forms = label_forms(samples, label_map)
+    assert [forms["?", label] for label in references] == ["Melanomdur", "sedeftir", "akne"]
+    assert answer_templates(samples, label_map) == {"": "Bu bir {label}.", "?": "Bu bir {label}."}
+    yes = build_label_map(["melanoma", "nevus"], {"melanoma": ["yes"], "nevus": ["no"]})
+    samples = [{"question": "Malignant?", "reference": "Yes.", "label": "melanoma"}]
+    assert label_forms(samples, yes) == {("Malignant?", "melanoma"): "Yes", (None, "melanoma"): "Yes"}

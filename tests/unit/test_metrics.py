@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score, average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
@@ -265,3 +267,24 @@ def test_balanced_accuracy_is_scikit_learns_when_all_answers_name_a_label():
     true, answered = rng.choice(LABELS, 200).tolist(), rng.choice(LABELS, 200).tolist()
     found = diagnosis_metrics(encode_diagnoses(rows(true, answered), LABELS))
     assert found["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(true, answered), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["这是黑色素瘤。", "痣", "Это меланома.", "هذا ورم ميلانيني.", "นี่คือมะเร็งผิวหนัง", "これはメラノーマです。", "흑색종입니다", "Tanı: nevüs."],
+)
+def test_equal_texts_of_any_script_have_the_best_values(text):
+    found = text_metrics([text], [text])
+    assert (found["bleu"], found["rouge_l"], found["exact_match"]) == (pytest.approx(100), 1, 1)
+    other = text_metrics([text], [text[:1]])
+    assert other["exact_match"] == (text == text[:1]) and other["bleu"] < 100 or text == text[:1]
+
+
+def test_english_texts_have_the_values_of_the_libraries():
+    references = ["This is a basal-cell carcinoma, not acne.", "It is acne_2.", "nevus"]
+    predictions = ["This is basal cell carcinoma.", "It's acne 2", "nevus"]
+    found = text_metrics(references, predictions)
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    rouge = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(references, predictions, strict=True)]
+    assert found["rouge_l"] == pytest.approx(np.mean(rouge), abs=1e-6)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score, abs=1e-6)
