@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from collator import build_labels
+from common.unicode_text import normalise
 from common.yaml_files import read_yaml
 from data_prep.images import load_image
 from data_prep.inspection import inspect_image
+from data_prep.labels import build_label_map, find_label, label_key, named_labels, split_name
 from data_prep.metadata import clean_copy
 from data_prep.reading import Flaw
 from data_prep.records import ATTRIBUTES, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
@@ -195,3 +197,26 @@ def test_labels_are_those_of_a_walk_along_the_row(rows, header, end):
     ids = torch.tensor(rows, dtype=torch.long)
     expected = [labels_by_hand(row, header, end) for row in rows]
     assert build_labels(ids, header_ids=header, end_id=end).tolist() == expected
+
+
+LETTERS = [*"neNEvus-_.’' ", "\u2028", "\u0301", "\u200b", "痣", "是", "不", "メ", "ー", "점", "ि", "ميلا", "ـ", "ไม่", "İ", "ß"]
+scripts = st.lists(st.sampled_from(LETTERS), max_size=12).map("".join)
+
+
+@fuzz
+@given(
+    names=st.lists(scripts, min_size=1, max_size=4),
+    text=scripts | st.text(max_size=20),
+    answers=st.lists(scripts, max_size=4),
+)
+def test_any_text_names_labels_of_the_map_and_a_label_names_itself(names, text, answers):
+    labels = list({label_key(name): name for name in names if split_name(name)}.values())
+    if not labels:
+        return
+    references = [(label, (answer,)) for label, answer in zip(labels, answers, strict=False)]
+    label_map = build_label_map(labels, None, references)
+    for label in named_labels(text, label_map):
+        start, end = find_label(text, label, label_map)
+        assert 0 <= start < end <= len(text)
+    assert all(label in named_labels(label, label_map) for label in labels)
+    assert normalise(normalise(text)) == normalise(text)
