@@ -18,7 +18,8 @@ from publishing.run_facts import describe_base
 from training.build import build_model, build_trainer, decide_checkpointing
 from training.config import parse_config
 from training.data import load_data, open_processor
-from training.distributed import barrier_and_shutdown, check_distributed, prepare_output, shard_layers
+from training.distributed import barrier_and_shutdown, check_distributed, own_output, shard_layers
+from training.memory_probe import out_of_memory_advice
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import (
     check_resumable,
@@ -28,7 +29,8 @@ from training.resume import (
     describe_identity,
     describe_resuming,
 )  # fmt: skip
-from training.run_record import describe_run, finish_card, tracked_facts, write_run_record
+from training.run_record import describe_run, finish_card, report_unsaved, tracked_facts, write_run_record
+from training.settings import Settings
 from training.signals import StopCallback, end_early
 from training.trackers import TrackCallback, start_trackers
 
@@ -39,9 +41,12 @@ def main(argv: list[str] | None = None) -> int | None:
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     if settings.training.dry_run:
         return dry_run(settings)
+    with own_output(settings.output_dir):
+        return train(settings)
 
-    # Output folder, checkpoint and repository: what can be refused within a second
-    prepare_output(settings.output_dir)
+
+def train(settings: Settings) -> int | None:
+    # Checkpoint and repository: what can be refused within a second
     checkpoint = choose_start(settings)
     family = family_of(load_config(settings.model.model_name_or_path, revision=settings.model.model_revision))
     shard_layers(family.decoder_layer)
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> int | None:
     # Data
     processor = open_processor(settings)
     base = describe_base(settings.model.model_name_or_path, settings.model.model_revision)
-    data = load_data(settings, processor)
+    data = load_data(settings, processor, list_in=settings.output_dir)
     identity = describe_identity(settings, base, data.splits["train"])
     check_same_everywhere(identity)
     check_resumable(checkpoint, identity, allow_change=settings.training.allow_config_change)
@@ -58,7 +63,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
-    model = build_model(settings)
+    with out_of_memory_advice(settings, loading=True):
+        model = build_model(settings)
     check_weights(checkpoint, model)
     write_run_record(settings, model, base, data.facts)
     recompute = decide_checkpointing(model, processor, data, settings)
@@ -72,18 +78,19 @@ def main(argv: list[str] | None = None) -> int | None:
     print_rank0(*describe_run(trainer, data, settings), *describe_resuming(trainer, checkpoint))
 
     # Train
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with out_of_memory_advice(settings, recompute=recompute):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()
-        return end_early(stop, trainer.state.global_step)
+        return end_early(stop, trainer.state.global_step, settings.output_dir, unsaved=trainer.unsaved)
 
     # Save and publish
-    trainer.save_model()
+    trainer.save_final()
     barrier_and_shutdown()
     finish_card(trainer)
     print_rank0(f"adapter, processor, model card, metrics.jsonl and training_metrics.png are in {settings.output_dir}")
     push_final(background, settings)
-    return None
+    return report_unsaved(trainer)
 
 
 if __name__ == "__main__":

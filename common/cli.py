@@ -60,6 +60,8 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's text; of one that a DataLoader's worker raised, with its traceback, only the last line."""
+    """Return an error's text in one line, without the traceback that a DataLoader's worker puts before it."""
     text = str(error).strip()
-    return text.split("\n")[-1].removeprefix("ValueError: ") if text.startswith("Caught ") else text
+    if text.startswith("Caught "):  # the lines of a traceback are indented, its last ones by four
+        text = text.rpartition("\n    ")[2].partition("\n")[2].removeprefix("ValueError: ")
+    return " ".join(line.strip() for line in text.splitlines() if line.strip()) or type(error).__name__

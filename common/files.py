@@ -1,12 +1,17 @@
 """Names of the files of an output folder, and writing files so that they are complete or absent; JSON Lines."""
 
 import difflib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +28,11 @@ MAX_COMPARED = 5000  # names of a folder, when one is missing
 def read_json_lines(path: Path) -> list[dict]:
     """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+# What fsync reports when bytes are lost. With any other error the storage, or the system, has no fsync for this.
+WRITE_FAILED = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENXIO)
+# What a lock that another process holds is reported as. With any other error the storage has no locks.
+HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
 def digest_of_file(path: Path) -> str:
@@ -69,11 +79,54 @@ def unfinished_path(path: Path) -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file's bytes, or a folder's names, are on the disk; where that is not supported, warn once.
+
+    Windows has it for files only, some network folders for nothing.
+
+    Raises:
+        OSError: the bytes could not be written.
+    """
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows asks for a writable one
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in WRITE_FAILED:
+            raise
+        if os.name != "nt" or path.is_file():
+            _warn_no_fsync(error.strerror or str(error))
+
+
+@cache
+def _warn_no_fsync(reason: str) -> None:
+    text = "warning: this storage has no fsync ({}): a power failure may cost the newest files"
+    print(text.format(reason), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[str | None]:
+    """Hold the operating system's lock of a file while the block runs; the file is deleted at its end.
+
+    The lock ends with its process, however that ends, so that a file which is left behind blocks nothing.
+
+    Args:
+        path: of the file; it names the process that holds the lock.
+        what: is protected, for the message.
+
+    Yields:
+        None, or why this storage has no locks.
+
+    Raises:
+        ValueError: another process holds it; the message names it.
+    """
+    handle, problem = _open_locked(path, what)
+    try:
+        yield problem
     finally:
+        with suppress(OSError):  # Windows deletes no open file
+            path.unlink()
         os.close(handle)
 
 
@@ -95,3 +148,51 @@ def suggest_file(path: Path) -> str:
 
 def _digits(text: str) -> str:
     return "".join(filter(str.isdigit, text))
+
+
+def _open_locked(path: Path, what: str) -> tuple[int, str | None]:
+    while True:
+        handle, problem = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), None
+        try:
+            _lock(handle)
+        except OSError as error:
+            if error.errno in HELD:
+                holder = os.read(handle, 1000).decode(errors="replace")
+                os.close(handle)
+                raise ValueError(f"{what} is in use by {_describe_holder(holder)}") from error
+            problem = error.strerror or str(error)
+        if problem or _is_file(handle, path):
+            break
+        os.close(handle)  # its holder has just deleted it
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    os.truncate(handle, 0)
+    os.write(handle, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "started": started}).encode())
+    return handle, problem
+
+
+def _lock(handle: int) -> None:
+    """Lock a file, or raise OSError at once. The lock is this process's: children that it forks do not hold it."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(handle, 1 << 20, os.SEEK_SET)  # behind the content, which others may then read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
+
+
+def _describe_holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['process']} on {holder['host']}, started {holder['started']}"
+    except (ValueError, KeyError, TypeError):  # it has not written yet
+        return "another process"

@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from tqdm import tqdm
 
 # Status codes of temporary errors, and the waits before each retry, s; the client itself only retries large files.
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4, 8)
+# What no wait repairs: a mistake of the user, of this machine or of the code. All other types are of the client's
+# libraries for HTTP and for large files.
+PERMANENT = (
+    *(OSError, ValueError, TypeError, AttributeError, LookupError, NameError, ImportError, AssertionError),
+    *(ArithmeticError, MemoryError, NotImplementedError, RecursionError, OfflineModeIsEnabled),
+)
 ADVICE = {401: "; log in with `hf auth login`, or set HF_TOKEN", 403: "; the token may not write there"}
 
 
@@ -83,7 +89,8 @@ def is_transient(error: Exception) -> bool:
     error = _cause(error)
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT_STATUS
-    return not isinstance(error, OSError | ValueError)
+    lost = isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, OfflineModeIsEnabled)
+    return lost or not isinstance(error, PERMANENT)
 
 
 @contextmanager

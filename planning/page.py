@@ -1,7 +1,6 @@
 """The plan that `plan_run.py` prints: tokens, steps, memory by part and by setting, time, warnings."""
 
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,7 @@ from planning.estimates import (
 )
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
 from training.data import open_processor, sample_by_weight
-from training.lengths import SampleLengths, measure_lengths
+from training.lengths import SampleLengths, check_pack_limit, find_too_long, measure_lengths, select_lengths
 from training.memory_probe import SPARE
 from training.settings import Settings, TrainingSettings
 
@@ -67,9 +66,16 @@ def find_data(settings: Settings, *, offline: bool) -> DatasetDict | None:
 
 
 def find_processor(settings: Settings, *, offline: bool) -> ProcessorMixin | None:
-    """Return the model's processor; None if it cannot be loaded."""
-    with suppress(ValueError):
+    """Return the model's processor; None if it cannot be loaded.
+
+    Raises:
+        ValueError: it is of an unknown family, or the pixel limits are wrong for it.
+    """
+    try:
         return open_processor(settings, local_files_only=offline)
+    except ValueError as error:
+        if error.__cause__ is None:  # it was loaded, and something about it is wrong
+            raise
     return None
 
 
@@ -81,15 +87,17 @@ def print_plan(
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
+        check_pack_limit(args.max_length, settings.pack_tokens, None)
         path = settings.data.dataset_path
         print(f"data       none at {path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
     else:
         lengths = count_lengths(splits["train"], processor, config, settings)
+        check_pack_limit(args.max_length, settings.pack_tokens, max(lengths.total))
+        lengths = print_data(splits, lengths, settings, estimated=processor is None)
         share = sum(lengths.image) / sum(lengths.total)
-        print_data(splits, lengths, args, estimated=processor is None)
     longest = max(lengths.total) if lengths is not None else args.max_length or 4096
     batch = settings.pack_tokens or args.per_device_train_batch_size * longest
-    steps = print_steps(lengths, args, settings.pack_tokens)
+    steps = print_steps(lengths, settings)
     plans = plan_memory(config, settings, share, batch)
     chosen = choose_plan(plans, args.gradient_checkpointing, settings.model.load_in_4bit, batch, gpu)
     needed = longest if settings.pack_tokens else batch
@@ -117,28 +125,46 @@ def count_lengths(
     family, data = family_of(config), settings.data
     least, most = family.pixel_limits
     limits = {"min_pixels": data.min_pixels or least, "max_pixels": data.max_pixels or most}
+    check_pixel_limits(**limits, cell=family.token_side)
     return estimate_lengths(train, token_side=family.token_side, **limits)
 
 
-def print_data(splits: DatasetDict, lengths: SampleLengths, args: TrainingSettings, *, estimated: bool) -> None:
+def check_pixel_limits(*, min_pixels: int, max_pixels: int, cell: int) -> None:
+    """Raise ValueError for limits that the model's processor, which is not here, would refuse."""
+    for name, limit in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items():
+        if limit < cell**2:
+            raise ValueError(f"{name}: expected at least {cell**2}, the area of one token, found {limit}")
+    if min_pixels > max_pixels:
+        raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
+
+
+def print_data(splits: DatasetDict, lengths: SampleLengths, settings: Settings, *, estimated: bool) -> SampleLengths:
+    """Print counts and lengths of the data; return the lengths of the samples that the run will train on."""
     print(f"data       {', '.join(f'{len(split):,} {name}' for name, split in splits.items())}")
     print(f"tokens     {describe_lengths(lengths)}")
     if estimated:
         print("           (no tokenizer here: image tokens are exact, text counts as 4 characters a token)")
-    limit = args.max_length
-    over = sum(limit is not None and length > limit for length in lengths.total)
-    print(f"too long   {over:,} samples are over max_length" + (f" {limit:,}" if limit else ""))
+    limit, drop = settings.training.max_length, settings.data.too_long == "drop"
+    over = set(find_too_long(lengths, limit))
+    left_out = ", and left out" if over and drop else ""
+    print(f"too long   {len(over):,} samples are over max_length" + (f" {limit:,}" if limit else "") + left_out)
+    if not drop:
+        return lengths
+    if len(over) == len(lengths.total):
+        raise ValueError(f"too_long: all {len(over)} train samples are over max_length {limit}")
+    return select_lengths(lengths, [n for n in range(len(lengths.total)) if n not in over])
 
 
-def print_steps(lengths: SampleLengths | None, args: TrainingSettings, pack_tokens: int | None) -> Steps:
+def print_steps(lengths: SampleLengths | None, settings: Settings) -> Steps:
     """Print and return the optimizer steps of the run on one GPU; without data, only `max_steps` is known."""
+    args, pack_tokens = settings.training, settings.pack_tokens
     limit = args.max_steps if args.max_steps > 0 else None
     if lengths is None:
         return Steps(limit, None, None)
     rows, accumulate = args.per_device_train_batch_size, args.gradient_accumulation_steps
     kept = [min(length, pack_tokens or length) for length in lengths.total]  # longer ones are reported above
     epochs = math.ceil(args.num_train_epochs) if limit is None else 1
-    order = {"seed": args.seed, "epochs": epochs}
+    order = {"seed": settings.order_seed, "epochs": epochs}
     per_epoch = steps_per_epoch(kept, pack_tokens=pack_tokens, batch=rows, accumulate=accumulate, **order)
     total = limit or math.ceil(per_epoch * args.num_train_epochs)
     steps = Steps(total, total / per_epoch, len(kept) / per_epoch)

@@ -84,7 +84,7 @@ def trainer_arguments(settings: Settings, *, recompute: bool) -> TrainingSetting
 
 def train_sampler(lengths: SampleLengths, args: TrainingSettings, pack_tokens: int | None) -> Sampler | None:
     """Return the batches of an epoch for all processes; None for a strategy that transformers brings."""
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = args.seed if args.data_seed is None else args.data_seed  # as `Settings.order_seed`
     step = args.gradient_accumulation_steps * args.world_size
     if pack_tokens is not None:
         options = {"seed": seed, "multiple": step}

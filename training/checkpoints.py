@@ -6,10 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from common.files import ADAPTER_WEIGHTS, atomic_write, digest_of_file, fsync
 
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+# torch raises RuntimeError for what it cannot write, and for everything else as well.
+TORCH_WRITE_ERRORS = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -37,6 +41,19 @@ def seal(path: Path, identity: dict) -> None:
     content["sha256"] = _digest_of(content)
     atomic_write(path / MANIFEST, json.dumps(content, indent=1), durable=True)
     fsync(path.parent)
+
+
+def is_write_error(error: Exception) -> bool:
+    """Return whether an error says that a file could not be written, as on a full disk."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in TORCH_WRITE_ERRORS)
+    return isinstance(error, OSError | SafetensorError)
+
+
+def describe_restart(output_dir: Path) -> str:
+    """Return a phrase that says where the same command will start again."""
+    complete = [path.name for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
+    return f"the same command {f'resumes from {complete[0]}' if complete else 'starts from the beginning'}"
 
 
 def read_manifest(path: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -11,7 +12,9 @@ from trl import ModelConfig, TrlParser
 
 from common.yaml_files import read_yaml
 from training.config_checks import check_settings
+from training.inheritance import switched_off
 from training.settings import DataArguments, Settings, TrainingSettings
+from training.short_help import format_short_help
 
 DEFAULT_RECIPE = Path(__file__).parents[1] / "configs" / "skin.yaml"
 
@@ -22,7 +25,7 @@ RENAMED = {
     "no_4bit": "load_in_4bit: false",
     "use_amp": "bf16: true",
     "no_amp": "bf16: false, dtype: float32",
-    "device": "use_cpu: true",
+    "device": "use_cpu: true",  # for a CPU; see DEVICE
     "model_name": "model_name_or_path: NAME",
     "data_path": "dataset_path: PATH",
     "dataset_name": "dataset_path: PATH",
@@ -31,6 +34,7 @@ RENAMED = {
     "lr": "learning_rate: X",
     "lora_rank": "lora_r: N",
 }
+DEVICE = " for a CPU; CUDA_VISIBLE_DEVICES=N accelerate launch ... takes one GPU"
 
 
 class RecipeParser(OneLineParser, TrlParser):
@@ -43,36 +47,75 @@ def parse_config(argv: list[str], *, prog: str = "train_sft.py") -> Settings:
     Raises:
         ValueError: a key or value is wrong; the message names the key and the rule.
         FileNotFoundError: no such file.
-        SystemExit: code 2 after one line about a wrong option.
+        SystemExit: code 0 after `--help`, 2 after one line about a wrong option.
     """
-    parser = RecipeParser((DataArguments, TrainingSettings, ModelConfig), prog=prog)
+    parser = RecipeParser((DataArguments, TrainingSettings, ModelConfig), prog=prog, add_help=False)
     parser.add_argument("--config", type=Path, default=DEFAULT_RECIPE, help="YAML recipe; the options override it")
-    argv = [word for word in argv if word != "--debug"]  # cli.run reads it
-    recipe = parser.parse_known_args(argv)[0].config
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    defaults = _read_recipe(recipe, hints)
-    parser.set_defaults_with_config(**{key: _as_text(value) for key, value in defaults.items()})
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    argv = normalize(argv, {name for name, hint in hints.items() if _is_switch(name, hint)})
+    _print_help(parser, argv)
+    layers = _read_recipe(parser.parse_known_args(argv)[0].config, hints)
+    parser.set_defaults_with_config(**{key: _as_text(value) for layer in layers for key, value in layer.items()})
+    layers.append({word.removeprefix("--").partition("=")[0]: None for word in argv if word.startswith("--")})
+    values, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown[0].split("=")[0], hints, "unexpected argument"))
+    written = {key: place for place, layer in enumerate(layers, start=1) for key in layer}
+    parser.set_defaults_with_config(**switched_off(vars(values), written))
+    *parsed, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     settings = Settings(*parsed)
     check_settings(*settings)
     return settings
 
 
-def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> dict:
-    """Return a recipe's checked settings, with those of the recipe in the same folder that it `extends`."""
+def _print_help(parser: RecipeParser, argv: list[str]) -> None:
+    """Print the settings that matter, or all, and end, where that is asked for."""
+    if "--help_all" in argv:
+        parser.print_help()
+        parser.exit()
+    if "--help" in argv or "-h" in argv:
+        print(format_short_help(parser.prog, parser.dataclass_types, DEFAULT_RECIPE), end="")
+        parser.exit()
+
+
+def normalize(argv: list[str], switches: set[str]) -> list[str]:
+    """Return a command line with one form of each option: underscores, and a value for each switch.
+
+    `--bf16` becomes `--bf16 true`, and `--no-bf16` becomes `--bf16 false`. `--debug` is left out: `cli.run` reads it.
+    """
+    words = []
+    for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
+        if word == "--debug":
+            continue
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals and name.startswith("no_") and name[3:] in switches:
+            words += [f"--{name[3:]}", "false"]
+        elif not equals and name in switches and following.startswith("--"):
+            words += [f"--{name}", "true"]
+        else:
+            words.append(f"--{name}{equals}{value}")
+    return words
+
+
+def _is_switch(name: str, hint) -> bool:
+    return name == "gradient_checkpointing" or hint in (bool, bool | None)
+
+
+def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> list[dict]:
+    """Return the checked settings of the recipe in the same folder that a recipe `extends`, and its own."""
     settings = read_yaml(recipe, "--config")
-    before = {}
+    before = [{}]
     if "extends" in settings:
         name = settings.pop("extends")
         if extended:
             raise ValueError(f"{recipe}: extends: a recipe that is extended may not extend another")
         before = _read_recipe(recipe.parent / str(name), hints, extended=True)
     _check_recipe(recipe, settings, hints)
-    return {**before, **settings}
+    return [settings] if extended else [*before, settings]
 
 
 def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:
@@ -98,6 +141,7 @@ def _unknown(word: str, known: Iterable[str], what: str) -> str:
     what = "unknown option" if is_option else what
     if key in RENAMED:
         lines = RENAMED[key].split(", ")
-        return f"{what} {word!r}; use " + " ".join(f"--{x.replace(':', '')}" if is_option else x for x in lines)
+        use = " ".join(f"--{x.replace(':', '')}" if is_option else x for x in lines)
+        return f"{what} {word!r}; use {use}" + (DEVICE if key == "device" else "")
     near = difflib.get_close_matches(key, known, n=1)
     return f"{what} {word!r}" + (f"; did you mean {near[0]!r}?" if near else "")

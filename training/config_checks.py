@@ -14,7 +14,7 @@ from training.trackers import TRACKERS
 AT_LEAST = {
     **dict.fromkeys(("min_pixels", "max_pixels", "max_length", "pack_tokens", "lora_r", "lora_alpha"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
-    "gradient_accumulation_steps": 1,
+    **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps"), 1),
     **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
 }
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
@@ -76,6 +76,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     for settings in (data, training, model):
         for setting in dataclasses.fields(settings):
             _check_setting(setting, getattr(settings, setting.name))
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        raise ValueError(f"min_pixels {data.min_pixels} is above max_pixels {data.max_pixels}")
     if training.max_steps == 0:
         raise ValueError("max_steps: expected a number above 0, or -1 to count epochs, found 0")
     metric = training.metric_for_best_model
@@ -108,10 +110,8 @@ def _check_packing(data: DataArguments, training: TrainingSettings, model: Model
             raise ValueError("pack_tokens: would have no effect without packing: true")
         return
     if model.attn_implementation != VARLEN:
-        raise ValueError(f"packing: needs attn_implementation: {VARLEN}, which keeps the samples of a pack apart")
-    if training.max_length is None or training.max_length > data.pack_tokens:
-        found = f"found {training.max_length} and {data.pack_tokens}"
-        raise ValueError(f"max_length: expected at most pack_tokens, {found}; no sample is cut in two")
+        rule = "which keeps the samples of a pack apart; or set packing: false"
+        raise ValueError(f"packing: needs attn_implementation: {VARLEN}, {rule}")
     if training.per_device_train_batch_size != 1:
         rule = "set it to 1; pack_tokens says how much a row holds"
         raise ValueError(f"per_device_train_batch_size: would have no effect with packing: true; {rule}")

@@ -3,6 +3,8 @@
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -14,10 +16,12 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
+from common.files import locked
 from training.settings import Settings
 
 UNSHARDED = "none"
 FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
+LOCK = "training.lock"
 FILE_TIMEOUT = 10.0  # s; network file systems may take a moment to show a new file elsewhere
 
 
@@ -80,6 +84,30 @@ def check_sharded(accelerator: Accelerator, requested: str) -> None:
     actual = "FSDP2" if accelerator.is_fsdp2 else UNSHARDED if zero is None else f"ZeRO-{zero.zero_stage}"
     if actual != requested:
         raise ValueError(f"accelerate's configuration: {requested} needs several GPUs, and {actual} is on")
+
+
+@contextmanager
+def own_output(output_dir: Path) -> Iterator[None]:
+    """Make the output folder and keep other runs out of it while the block runs; the main process holds the lock.
+
+    Raises:
+        ValueError: in every process, another run is using the folder, or a process cannot write there.
+    """
+    prepare_output(output_dir)
+    with ExitStack() as stack:
+        refused = problem = None
+        if PartialState().is_main_process:
+            try:
+                problem = stack.enter_context(locked(output_dir / LOCK, f"output_dir: {output_dir}"))
+            except ValueError as error:
+                refused = f"{error}; wait for it or stop it, or choose another output_dir"
+        [refused] = broadcast_object_list([refused])
+        if refused:
+            raise ValueError(refused)
+        if problem:
+            print(f"warning: output_dir: the storage of {output_dir} has no file locks ({problem}), so that a second "
+                  "run in it would not be noticed", flush=True)  # fmt: skip
+        yield
 
 
 def prepare_output(output_dir: Path) -> None:

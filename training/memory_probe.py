@@ -1,14 +1,17 @@
 """Whether a training step fits the GPU's memory without recomputing activations."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from training.packing import pack_lengths
+from training.settings import Settings
 
 SPARE = 0.1  # share of the memory that stays free: batches differ, and memory fragments
 FLOAT32 = 4  # bytes of the copy that training keeps of each trained weight
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # is named in torch's RuntimeError for a computer's own memory
 CANDIDATES = 4096  # longest samples, among which the fullest pack is searched
 
 
@@ -76,3 +79,46 @@ def clear_gradients(model: torch.nn.Module) -> None:
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@contextmanager
+def out_of_memory_advice(settings: Settings, *, recompute: bool = False, loading: bool = False) -> Iterator[None]:
+    """Turn running out of memory into a ValueError that names the settings to lower.
+
+    Args:
+        settings: of the run.
+        recompute: whether activations are recomputed.
+        loading: whether the model is being loaded, and not trained.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines() or ["out of memory"]
+        options = "; ".join(_lower_memory(settings, recompute=recompute, loading=loading))
+        when = "loading the model" if loading else "training"
+        raise ValueError(f"out of memory while {when} ({reason[0].strip()}): {options}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
+
+
+def _lower_memory(settings: Settings, *, recompute: bool, loading: bool) -> list[str]:
+    """Return what can be changed, what costs least first."""
+    options, rows = [], settings.training.per_device_train_batch_size
+    if not loading:
+        if not recompute:
+            options.append("set gradient_checkpointing: true")
+        if settings.pack_tokens is not None:
+            options.append(f"lower pack_tokens (now {settings.pack_tokens}), not below the longest sample")
+        elif rows > 1:
+            rule = "and raise gradient_accumulation_steps as much"
+            options.append(f"lower per_device_train_batch_size (now {rows}) {rule}")
+        if settings.evaluates and settings.training.per_device_eval_batch_size > 1:
+            options.append(f"lower per_device_eval_batch_size (now {settings.training.per_device_eval_batch_size})")
+        options.append(f"lower max_pixels (now {settings.data.max_pixels or 'the default of the model'})")
+    if not settings.model.load_in_4bit:
+        options.append("set load_in_4bit: true")
+    return [*options, "take a smaller model; plan_run.py says what fits"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from common.files import LOADING_SETTINGS
+from models.loading import resolve_dtype
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, training_progress
@@ -44,6 +46,8 @@ def write_run_record(settings: Settings, model: PeftModel, base: dict, data_fact
     if not PartialState().is_main_process:
         return
     options = settings.loading_options()
+    dtype = resolve_dtype(options["dtype"], settings.training.device)  # a CPU computes in float32
+    options["dtype"] = str(dtype).removeprefix("torch.")
     text = json.dumps({**options, "revision": base["commit"] or options["revision"]}, indent=2)
     (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
     trainable, total = model.get_nb_trainable_parameters()
@@ -104,6 +108,16 @@ def mixed_precision(trainer: SafeSFTTrainer) -> str:
         rule = f"the recipe's bf16 and fp16 say {expected}"
         raise ValueError(f"mixed_precision: accelerate's configuration says {actual}, {rule}")
     return "off" if actual == "no" else actual
+
+
+def report_unsaved(trainer: SafeSFTTrainer) -> int:
+    """Return the exit code of a finished run: 1, after a line, when its last checkpoint could not be saved."""
+    if trainer.unsaved is None:
+        return 0
+    if PartialState().is_main_process:
+        kept = f"the adapter in {trainer.args.output_dir} is complete"
+        print(f"error: {trainer.unsaved}; {kept}", file=sys.stderr, flush=True)
+    return 1
 
 
 def finish_card(trainer: SafeSFTTrainer) -> None:

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
+
+FLOAT16 = "set fp16: true, bf16: false, dtype: float16"
+NO_GPU = (
+    "no GPU is visible (nvidia-smi lists them, CUDA_VISIBLE_DEVICES may hide them): train on a machine with one, plan "
+    "the run without it by plan_run.py, or set use_cpu: true for a tiny model, as `make demo` does"
+)
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,17 @@ class DataArguments:
     pack_tokens: int = field(
         default=8192, metadata={"help": "with packing: most tokens in a row, all its samples and images together"}
     )
+    too_long: str = field(
+        default="error",
+        metadata={"help": "samples over max_length: error, or drop to leave them out", "choices": ["error", "drop"]},
+    )
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
 
 
 @dataclass
 class TrainingSettings(SFTConfig):
-    """TRL's settings, with three other defaults and three more settings."""
+    """TRL's settings, with three other defaults and a few more settings."""
 
     gradient_checkpointing: str = field(
         default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
@@ -42,6 +54,9 @@ class TrainingSettings(SFTConfig):
     compile_layers: bool = field(
         default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
     )
+    max_skipped_steps: int = field(
+        default=20, metadata={"help": "float16: end the run after so many steps in a row that overflow"}
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "print the plan, try a few batches on a tiny model, and end"}
     )
@@ -52,7 +67,19 @@ class TrainingSettings(SFTConfig):
         if found.lower() not in words:
             raise ValueError(f"gradient_checkpointing: expected auto, true or false, found {found!r}")
         self.gradient_checkpointing = words[found.lower()]
+        if self.use_cpu and self.bf16 is None:
+            self.bf16 = False  # TRL would turn it on; a CPU computes in float32
+        if not self.use_cpu:
+            self._check_gpu()
         super().__post_init__()
+
+    def _check_gpu(self) -> None:
+        """Raise ValueError, with what to do, where mixed precision finds no GPU, or one without bfloat16."""
+        wants_bf16 = self.bf16 or (self.bf16 is None and not self.fp16)
+        if (wants_bf16 or self.fp16) and not torch.accelerator.is_available():
+            raise ValueError(NO_GPU)
+        if wants_bf16 and not is_torch_bf16_gpu_available():
+            raise ValueError(f"bf16: this GPU has no bfloat16; {FLOAT16} (configs/skin_16gb.yaml does)")
 
 
 class Settings(NamedTuple):
@@ -70,6 +97,11 @@ class Settings(NamedTuple):
     def pack_tokens(self) -> int | None:
         """Most tokens of a pack; None without packing."""
         return self.data.pack_tokens if self.training.packing else None
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of samples."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
     @property
     def evaluates(self) -> bool:

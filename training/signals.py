@@ -16,6 +16,8 @@ from accelerate.utils import reduce
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from training.checkpoints import describe_restart
+
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_WINDOW = 1.0  # s; a launcher that forwards a signal sends it twice
@@ -88,8 +90,19 @@ def _survive(trainer: int) -> None:
     os._exit(0)
 
 
-def end_early(stop: StopCallback, step: int) -> int:
-    """Print how to resume, once for all processes, and return the exit code."""
+def end_early(stop: StopCallback, step: int, output_dir: Path, *, unsaved: str | None) -> int:
+    """Print how to resume, once for all processes, and return the exit code.
+
+    Args:
+        stop: of the run.
+        step: at which it stopped.
+        output_dir: of the run.
+        unsaved: why there is no checkpoint of this step; None if there is one.
+    """
     if PartialState().is_main_process:
-        print(f"stopped by {stop.signal} at step {step}; the same command resumes from checkpoint-{step}", flush=True)
-    return EXIT_CODE
+        said = f"stopped by {stop.signal} at step {step}"
+        if unsaved is not None:
+            print(f"error: {said}; {unsaved}; {describe_restart(output_dir)}", file=sys.stderr, flush=True)
+        else:
+            print(f"{said}; the same command resumes from checkpoint-{step}", flush=True)
+    return EXIT_CODE if unsaved is None else 1

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from common.files import ADAPTER_WEIGHTS
 from models.attention import uses_varlen
 from models.lora import detach_vision_inputs
-from training.checkpoints import list_checkpoints, rotate, seal
+from training.checkpoints import describe_restart, is_write_error, list_checkpoints, rotate, seal
 from training.compat import CheckpointHookTrainer, set_token_count
 from training.signals import shield_workers
 
@@ -47,6 +47,9 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         keep_checkpoints: how many checkpoints stay; all when None. `args.save_total_limit` must be None, as rotation
             comes after sealing here.
         kwargs: as `SFTTrainer` takes them.
+
+    Attributes:
+        unsaved: the last checkpoint and the reason why it could not be saved; None when it was.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         **kwargs,
     ):
         self.identity, self.keep_checkpoints, self.step_ids, self.resumed_step = identity, keep_checkpoints, [], 0
-        self.train_batches, self.eval_batches = train_batches, eval_batches
+        self.train_batches, self.eval_batches, self.unsaved = train_batches, eval_batches, None
         super().__init__(**kwargs)
         self.data_collator = CollatorWithIds(self.data_collator)
         self.add_callback(FiniteCallback(self))
@@ -123,7 +126,7 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         checkpoints stay.
 
         Raises:
-            ValueError: a weight is not finite; nothing is written.
+            ValueError: a weight is not finite; nothing is written. Or saving failed in one of several processes.
         """
         check_finite(self.model, self.state.global_step)
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -131,13 +134,36 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         if problem is None:
             try:
                 self._save_and_seal(path, save)
-            except (OSError, RuntimeError, SafetensorError) as error:  # what safetensors and torch make of ENOSPC
-                if self.args.world_size > 1:  # the others wait for this one
+            except Exception as error:  # safetensors and torch have their own for a full disk
+                if not is_write_error(error):
                     raise
                 problem = " ".join(str(error).split())
+                if self.args.world_size > 1:  # the others wait for this one
+                    raise ValueError(f"{path.name} was not saved: {problem}") from error
+        self.unsaved = None if problem is None else f"{path.name} was not saved: {problem}"
         if problem is not None and self.args.should_save:
             shutil.rmtree(path, ignore_errors=True)
             print(f"warning: {path.name} was not saved, earlier ones stay: {problem}", flush=True)
+
+    def save_final(self) -> None:
+        """Save adapter and processor in the output folder.
+
+        Raises:
+            ValueError: that failed; no part of a new adapter is left.
+        """
+        folder = Path(self.args.output_dir)
+        was_there = (folder / ADAPTER_WEIGHTS).exists()
+        try:
+            self.save_model()
+        except Exception as error:  # see `save_checkpoint`
+            if not is_write_error(error):
+                raise
+            if not was_there:
+                (folder / ADAPTER_WEIGHTS).unlink(missing_ok=True)
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"output_dir: the adapter could not be saved in {folder}: {reason}; {describe_restart(folder)}"
+            ) from error
 
     def _clear_and_check_space(self, path: Path) -> str | None:
         """Delete what an earlier run left at `path`; return a message, the same in all processes, when a checkpoint of
@@ -180,10 +206,13 @@ def check_finite(model: torch.nn.Module, step: int) -> None:
 
 
 class FiniteCallback(TrainerCallback):
-    """Ends a run before a step on gradients that are not finite; one such step would make every weight NaN."""
+    """Ends a run before a step on gradients that are not finite; one such step would make every weight NaN.
+
+    In float16 a scaler skips such steps, and lowers its scale. A run that only skips is ended too.
+    """
 
     def __init__(self, trainer: SafeSFTTrainer):
-        self.trainer = trainer
+        self.trainer, self.skipped, self.in_a_row = trainer, 0, 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         ids, self.trainer.step_ids = self.trainer.step_ids, []
@@ -191,7 +220,8 @@ class FiniteCallback(TrainerCallback):
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         norm = self._norm(gradients)
         scaled = args.fp16 if self.trainer.is_deepspeed_enabled else scaler is not None and scaler.is_enabled()
-        if torch.isfinite(norm) or scaled:  # a scaler skips such steps itself
+        if torch.isfinite(norm) or scaled:
+            self._count_skipped(not torch.isfinite(norm), args.max_skipped_steps, state)
             return
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         path = self._write_samples(Path(args.output_dir), state.global_step + 1, ids, bad)
@@ -200,6 +230,20 @@ class FiniteCallback(TrainerCallback):
             f"step {state.global_step + 1}: the gradients are not finite, no weight was changed by them; its samples "
             f"({first}) are in {path}; look at them, or resume from the last checkpoint with a lower learning_rate"
         )
+
+    def _count_skipped(self, skipped: bool, limit: int, state: TrainerState) -> None:
+        self.skipped, self.in_a_row = self.skipped + skipped, (self.in_a_row + 1) * skipped
+        none_taken = self.skipped == state.max_steps
+        if self.in_a_row >= limit or none_taken:
+            rule = "train in bfloat16 (bf16: true, fp16: false, dtype: bfloat16), or lower learning_rate"
+            raise ValueError(
+                f"step {state.global_step + 1}: {self.in_a_row} steps in a row had gradients that are not finite in "
+                f"float16 and were skipped (max_skipped_steps: {limit}), so that nothing was learnt; {rule}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.skipped and state.is_world_process_zero:
+            print(f"float16: {self.skipped} steps overflowed and were skipped", flush=True)
 
     def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
         """DeepSpeed does not expose the gradients, and has already skipped a step that is not finite."""
