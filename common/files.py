@@ -5,8 +5,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -105,6 +105,11 @@ def _warn_no_fsync(reason: str) -> None:
     print(text.format(reason), file=sys.stderr, flush=True)
 
 
+_HANDLES: set[int] = set()  # of locks; a child that outlives its parent, as workers do for seconds, must not hold one
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [os.close(_HANDLES.pop()) for _ in range(len(_HANDLES))])
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[str | None]:
     """Hold the operating system's lock of a file while the block runs; the file is deleted at its end.
@@ -122,9 +127,11 @@ def locked(path: Path, what: str) -> Iterator[str | None]:
         ValueError: another process holds it; the message names it.
     """
     handle, problem = _open_locked(path, what)
+    _HANDLES.add(handle)
     try:
         yield problem
     finally:
+        _HANDLES.remove(handle)
         with suppress(OSError):  # Windows deletes no open file
             path.unlink()
         os.close(handle)
@@ -166,12 +173,12 @@ def _open_locked(path: Path, what: str) -> tuple[int, str | None]:
         os.close(handle)  # its holder has just deleted it
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     os.truncate(handle, 0)
-    os.write(handle, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "started": started}).encode())
+    os.write(handle, json.dumps({"process": os.getpid(), "host": platform.node(), "started": started}).encode())
     return handle, problem
 
 
 def _lock(handle: int) -> None:
-    """Lock a file, or raise OSError at once. The lock is this process's: children that it forks do not hold it."""
+    """Lock a file, or raise OSError at once."""
     if os.name == "nt":
         import msvcrt
 
@@ -181,7 +188,7 @@ def _lock(handle: int) -> None:
     else:
         import fcntl
 
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf would end when this process reads the file
 
 
 def _is_file(handle: int, path: Path) -> bool:

@@ -1,12 +1,18 @@
 """A recipe is read as it is meant; a typo, a contradiction or a setting without effect is an error."""
 
 import re
+from dataclasses import fields as fields_of
 
 import pytest
+import torch
+from trl import ModelConfig
 
 from common.yaml_files import read_yaml
 from training.config import DEFAULT_RECIPE, RENAMED, parse_config
 from training.config_checks import ABOVE_ZERO, AT_LEAST, WITHOUT_EFFECT
+from training.inheritance import SWITCHES
+from training.settings import DataArguments, TrainingSettings
+from training.short_help import OWN_WORDS, SETTINGS
 
 BASE = """
 dataset_path: data
@@ -125,6 +131,11 @@ def test_a_wrong_recipe_gives_one_clear_line(parse, text, message):
         (["--learning_rat", "3"], "unknown option '--learning_rat'; did you mean 'learning_rate'?"),
         (["--lora", "3"], "unknown option '--lora'"),
         (["--no_4bit"], "unknown option '--no_4bit'; use --load_in_4bit false"),
+        (["--use_4bit"], "unknown option '--use_4bit'; use --load_in_4bit true"),
+        (["--batch_size=2"], "unknown option '--batch_size'; use --per_device_train_batch_size N"),
+        (["--use-amp"], "unknown option '--use_amp'; use --bf16 true"),
+        (["--no-amp"], "unknown option '--no_amp'; use --bf16 false --dtype float32"),
+        (["--device", "cuda:1"], "use --use_cpu true for a CPU; CUDA_VISIBLE_DEVICES=N"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["stray.yaml"], "unexpected argument 'stray.yaml'"),
     ],
@@ -185,7 +196,6 @@ ONE = ["--per_device_train_batch_size", "1"]
     ("options", "message"),
     [
         (["--packing", "true", "--attn_implementation", "sdpa"], "packing: needs attn_implementation: varlen"),
-        ([*PACKED, "--max_length", "9000"], "max_length: expected at most pack_tokens, found 9000 and 8192"),
         (
             [*PACKED, "--per_device_train_batch_size", "2"],
             "per_device_train_batch_size: would have no effect with pack",
@@ -198,3 +208,138 @@ ONE = ["--per_device_train_batch_size", "1"]
 def test_packing_settings_that_cannot_work_are_refused(parse, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse("", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen", "bf16", "checkpointing"),
+    [
+        (["--no-freeze_vision_encoder", "--bf16"], False, True, "auto"),
+        (["--bf16", "--no_freeze-vision-encoder", "--max_steps", "-1"], False, True, "auto"),
+        (["--freeze_vision_encoder", "--no-bf16", "--gradient-checkpointing"], True, False, True),
+        (["--bf16=true", "--freeze-vision-encoder", "false", "--no_gradient_checkpointing"], False, True, False),
+    ],
+)
+def test_a_switch_needs_no_value_and_takes_dashes_and_underscores(parse, options, frozen, bf16, checkpointing):
+    data, training, _ = parse("", *options)
+    assert (data.freeze_vision_encoder, training.bf16, training.gradient_checkpointing) == (
+        frozen,
+        bf16,
+        checkpointing,
+    )
+
+
+ORIGINAL = {  # options of the script that this one replaces
+    "dataset_path": "a.json", "image_dir": "images", "output_dir": "o", "model_name_or_path": "m",
+    "learning_rate": 1e-4, "num_train_epochs": 2.0, "gradient_accumulation_steps": 3, "lora_r": 5, "lora_alpha": 6,
+    "lora_dropout": 0.2, "logging_steps": 7, "save_steps": 8, "warmup_steps": 9, "max_steps": 11,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dashes", [False, True])
+def test_options_of_the_original_script_work_as_they_are(parse, dashes):
+    words = [word for name, value in ORIGINAL.items() for word in (f"--{name}", str(value))]
+    words = [word.replace("_", "-") if dashes and word.startswith("--") else word for word in words]
+    values = {name: value for part in parse("", *words) for name, value in vars(part).items()}
+    assert {name: values[name] for name in ORIGINAL} == ORIGINAL
+
+
+def write_recipes(folder, base, own):
+    (folder / "base.yaml").write_text(BASE + base)
+    (folder / "own.yaml").write_text("extends: base.yaml\n" + own)
+    return ["--config", str(folder / "own.yaml")]
+
+
+PACKS = "packing: true\nattn_implementation: varlen\nper_device_train_batch_size: 1\npack_tokens: 512\n"
+INHERITED = [  # (inherited, the recipe's own, what the inherited setting then is)
+    (PACKS, "packing: false", {"pack_tokens": 8192, "packing": False}),
+    (
+        "attn_implementation: varlen\nper_device_train_batch_size: 4\ntrain_sampling_strategy: group_by_length\n"
+        "dataloader_drop_last: true\n",
+        "packing: true",
+        {"per_device_train_batch_size": 1, "train_sampling_strategy": "random", "dataloader_drop_last": False},
+    ),
+    ("load_in_4bit: true\nbnb_4bit_quant_storage: uint8\n", "load_in_4bit: false", {"bnb_4bit_quant_storage": None}),
+    (
+        "eval_strategy: steps\nload_best_model_at_end: true\nmetric_for_best_model: loss\n",
+        "eval_strategy: no",
+        {"load_best_model_at_end": False, "metric_for_best_model": None},
+    ),
+    (
+        "dataloader_num_workers: 2\ndataloader_prefetch_factor: 4\ndataloader_persistent_workers: true\n",
+        "dataloader_num_workers: 0",
+        {"dataloader_prefetch_factor": None, "dataloader_persistent_workers": False},
+    ),
+    (
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1.0e-6}\n",
+        "lr_scheduler_type: linear",
+        {"lr_scheduler_kwargs": None},
+    ),
+]
+
+
+@pytest.mark.parametrize(("inherited", "own", "found"), INHERITED)
+def test_a_setting_that_a_nearer_one_switches_off_is_not_inherited(tmp_path, inherited, own, found):
+    for text, options in ((own + "\n", []), ("", f"--{own.replace(':', '')}".split())):
+        parts = parse_config([*write_recipes(tmp_path, inherited, text), *options])
+        values = {name: value for part in parts for name, value in vars(part).items()}
+        assert {name: values[name] for name in found} == found
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "options", "message"),
+    [
+        (PACKS, "packing: false\npack_tokens: 300\n", [], "pack_tokens: would have no effect without packing"),
+        (PACKS, "pack_tokens: 300\n", ["--packing", "false", "--pack_tokens", "256"], "pack_tokens: would have no"),
+        ("packing: false\n", "", ["--pack_tokens", "300"], "pack_tokens: would have no effect without packing: true"),
+        ("", "load_in_4bit: false\nbnb_4bit_quant_storage: uint8\n", [], "bnb_4bit_quant_storage: would have no eff"),
+        (
+            "max_steps: 9\n",
+            "num_train_epochs: 2\n",
+            [],
+            "num_train_epochs: would have no effect, as the inherited max",
+        ),
+        ("max_steps: 9\n", "", ["--num_train_epochs", "2"], "max_steps: 9 ends the run; set max_steps: -1 as well"),
+    ],
+)
+def test_what_stands_beside_the_switch_or_nearer_is_an_error(tmp_path, base, own, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_config([*write_recipes(tmp_path, base, own), *options])
+
+
+def test_a_cpu_computes_in_float32_unless_bf16_is_written_beside_it():
+    assert parse_config(["--use_cpu", "true"])[1].bf16 is False
+    assert parse_config(["--config", "configs/skin_16gb.yaml", "--use_cpu"])[1].fp16 is False
+    assert parse_config(["--use_cpu", "true", "--bf16"])[1].bf16 is True
+
+
+def test_a_recipe_without_precision_runs_a_cpu_in_float32(parse):
+    assert parse("#raw\n" + BASE.replace("bf16: false\n", ""))[1].bf16 is False
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a computer without GPU")
+@pytest.mark.parametrize("options", [[], ["--config", "configs/skin_16gb.yaml"], ["--config", "configs/skin_3b.yaml"]])
+def test_without_a_gpu_the_error_says_what_to_do(options):
+    with pytest.raises(ValueError, match=r"no GPU is visible .*plan_run\.py, or set use_cpu: true .* `make demo`"):
+        parse_config(options)
+
+
+def test_help_is_short_and_help_all_is_complete(capsys):
+    pages = []
+    for option in ("--help", "-h", "--help-all", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            parse_config([option], prog="plan_run.py")
+        assert not stop.value.code
+        pages.append(capsys.readouterr().out)
+    short, same, long, same_long = pages
+    assert short == same and long == same_long
+    assert len(short.splitlines()) < 60 and max(map(len, short.splitlines())) <= 119
+    assert "usage: plan_run.py" in short and "--help-all lists every setting" in short
+    assert "--pack_tokens                   with packing: most tokens in a row, all its samples and images" in short
+    fields = {field.name for kind in (DataArguments, TrainingSettings, ModelConfig) for field in fields_of(kind)}
+    assert {name for names in SETTINGS.values() for name in names} | set(OWN_WORDS) <= fields
+    assert all(f"--{name}" in long for name in fields if name not in ("_n_gpu", "distributed_state"))
+
+
+def test_the_switches_name_real_settings(parse):
+    values = {name for part in parse() for name in vars(part)}
+    assert {switch.name for switch in SWITCHES} | {name for switch in SWITCHES for name in switch.off} <= values

@@ -1,12 +1,16 @@
 """Files that are complete or absent after an error or a kill at any point."""
 
+import errno
+import fcntl
+import json
 import os
 import signal
 import sys
 
 import pytest
 
-from common.files import atomic_path, atomic_write
+from common import files
+from common.files import atomic_path, atomic_write, locked
 
 
 @pytest.mark.parametrize("event", ["open", "os.rename"])
@@ -38,3 +42,85 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
         unfinished.mkdir()
         (unfinished / "weights").touch()
     assert (tmp_path / "model" / "weights").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def fail_with(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES])
+def test_a_storage_without_fsync_is_named_once_and_the_file_is_there(tmp_path, monkeypatch, capsys, number):
+    files._warn_no_fsync.cache_clear()
+    monkeypatch.setattr(os, "fsync", fail_with(number))
+    atomic_write(tmp_path / "a", "a", durable=True)
+    atomic_write(tmp_path / "b", "b", durable=True)
+    assert (tmp_path / "a").read_text() == "a" and (tmp_path / "b").read_text() == "b"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: this storage has no fsync ({os.strerror(number)})")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_write_that_failed_is_an_error(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", fail_with(number))
+    with pytest.raises(OSError) as caught:
+        atomic_write(tmp_path / "a", "a", durable=True)
+    assert caught.value.errno == number and not (tmp_path / "a").exists()
+
+
+def in_child(work):
+    """Run `work` in a process of its own; return its exit code."""
+    if not (child := os.fork()):
+        try:
+            os._exit(work() or 0)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def refused(path):
+    """Return 7 if the lock is refused with a message that names this process's parent, 0 if it is given."""
+    try:
+        with locked(path, "output_dir: out"):
+            return 0
+    except ValueError as error:
+        said = f"output_dir: out is in use by process {os.getppid()} on {os.uname().nodename}, started 2"
+        return 7 if str(error).startswith(said) else 8
+
+
+def test_a_lock_refuses_others_names_its_process_and_leaves_no_file(tmp_path):
+    path = tmp_path / "training.lock"
+    with locked(path, "x") as problem:
+        assert problem is None and json.loads(path.read_text())["process"] == os.getpid()
+        assert [in_child(lambda: refused(path)) for _ in range(2)] == [7, 7]
+    assert not path.exists()
+    assert in_child(lambda: refused(path)) == 0 and not path.exists()
+
+
+def test_a_process_that_is_killed_leaves_no_lock_even_if_its_child_lives(tmp_path):
+    path, (read, write) = tmp_path / "training.lock", os.pipe()
+
+    def hold_and_die():
+        with locked(path, "x"):
+            if not os.fork():  # as a DataLoader's worker does
+                os.close(write)
+                os.read(read, 1)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(hold_and_die) == -signal.SIGKILL
+    assert path.exists()
+    with locked(path, "x") as problem:
+        assert problem is None and json.loads(path.read_text())["process"] == os.getpid()
+    os.close(write)
+    os.close(read)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_storage_without_locks_is_named(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", fail_with(number))
+    with locked(tmp_path / "training.lock", "x") as problem:
+        assert problem == os.strerror(number)
+    assert not list(tmp_path.iterdir())

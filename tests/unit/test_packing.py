@@ -2,12 +2,13 @@
 
 import random
 import time
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from collator import VisionSFTCollator
-from training.lengths import check_lengths, measure_lengths
+from training.lengths import check_pack_limit, describe_too_long, list_too_long, measure_lengths
 from training.packing import fill_rate, pack_lengths
 from training.samplers import PackSampler
 
@@ -37,17 +38,55 @@ def test_lengths_are_counted_once_for_a_data_set_and_pixel_limits(processor, dem
     assert set(measure_lengths(train, processor).image) == {4}
 
 
-def test_check_lengths_counts_what_is_too_long_and_names_the_longest(processor, demo_splits):
+def test_a_sample_over_max_length_is_listed_with_its_tokens(processor, demo_splits):
     train = demo_splits["train"]
     lengths = measure_lengths(train, processor)
     longest = max(lengths.total)
-    check_lengths(lengths, train["id"], longest, split="train")
-    check_lengths(lengths, train["id"], None, split="train")
-    count = sum(total == longest for total in lengths.total)
-    name = train["id"][lengths.total.index(longest)]
-    rule = f"{count} of 32 train samples are over {longest - 1} tokens; the longest, '{name}', has {longest}, of "
-    with pytest.raises(ValueError, match=rule + "which 16 are image"):
-        check_lengths(lengths, train["id"], longest - 1, split="train")
+    assert list_too_long({"train": train}, {"train": lengths}, longest) == []
+    assert list_too_long({"train": train}, {"train": lengths}, None) == []
+    rows = list_too_long({"train": train}, {"train": lengths}, longest - 1)
+    assert len(rows) == sum(total == longest for total in lengths.total)
+    first = {"split": "train", "id": train["id"][lengths.total.index(longest)], "tokens": longest}
+    assert rows[0] == {**first, "image_tokens": 16, "images": 1}
+
+
+FIT = {"min_pixels": 16 * 784, "max_pixels": 768 * 784, "cell": 28}
+
+
+def too_long(tokens, image_tokens, images):
+    return {"split": "train", "id": "x", "tokens": tokens, "image_tokens": image_tokens, "images": images}
+
+
+@pytest.mark.parametrize(
+    ("row", "pixels"),
+    [
+        (too_long(116, 16, 1), None),  # the text alone fills it
+        (too_long(110, 16, 1), None),  # ten tokens of image are fewer than min_pixels
+        (too_long(800, 768, 1), 68 * 784),
+        (too_long(800, 768, 4), 17 * 784),
+        (too_long(200, 0, 0), None),
+    ],
+)
+def test_the_advice_names_max_pixels_only_where_it_can_help(row, pixels):
+    said = describe_too_long([row], {"train": 7}, 100, FIT, path=Path("out/too_long.jsonl"))
+    assert said.startswith(
+        f"max_length: 1 of 7 train samples are over 100 tokens, listed in {Path('out/too_long.jsonl')}; the longest, "
+        f"'x', has {row['tokens']}, of which {row['image_tokens']} are image: raise max_length to {row['tokens']}"
+    )
+    assert (f"lower max_pixels to {pixels}," in said) == ("max_pixels" in said) == (pixels is not None)
+    assert said.endswith("or leave them out by too_long: drop")
+    assert "raise max_length and pack_tokens to" in describe_too_long([row], {"train": 7}, 100, FIT, pack_tokens=100)
+
+
+def test_max_length_above_a_pack_names_the_number_that_fits():
+    check_pack_limit(4096, 4096, 604)
+    check_pack_limit(None, None, 604)
+    with pytest.raises(ValueError, match=r"found 4096 and 2048; the longest sample has 604, so set max_length: 604$"):
+        check_pack_limit(4096, 2048, 604)
+    with pytest.raises(ValueError, match=r"found None and 512; the longest sample has 604.* and pack_tokens: 604, or"):
+        check_pack_limit(None, 512, 604)
+    with pytest.raises(ValueError, match=r"found 4096 and 2048; set max_length: 2048 or less$"):
+        check_pack_limit(4096, 2048, None)
 
 
 def test_an_image_that_cannot_be_resized_is_named(processor):

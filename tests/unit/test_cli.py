@@ -1,0 +1,62 @@
+"""Errors of a command are one line; which errors of the Hub are worth a second try."""
+
+from common.cli import run
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch.utils.data import DataLoader
+
+from common.hub_client import is_transient
+
+
+class NetworkError(Exception):
+    """As the Hub's client for HTTP has them: of a type of its own."""
+
+
+def raise_(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("one line", "one line"),
+        ("requires both:\n- Evaluation: NO\n\n  - Save: STEPS\n", "requires both: - Evaluation: NO - Save: STEPS"),
+        ("a name with  two blanks", "a name with  two blanks"),
+        ("\r\nfirst\r\nsecond\u2028third", "first second third"),
+        ("", "ValueError"),
+    ],
+)
+def test_an_error_is_one_line(capsys, text, line):
+    assert run(lambda: raise_(ValueError(text))) == 1
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
+class Broken:
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("sample 'x': too narrow:\nline two")
+
+
+def test_an_error_of_a_worker_is_its_message_without_the_traceback(capsys):
+    assert run(lambda: list(DataLoader(Broken(), num_workers=1))) == 1
+    assert capsys.readouterr().err == "error: sample 'x': too narrow: line two\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(), ConnectionRefusedError(), TimeoutError(), NetworkError(), RuntimeError("large files")],
+)  # fmt: skip
+def test_a_lost_connection_is_transient(error):
+    assert is_transient(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError(), KeyError("x"), AttributeError(), NotImplementedError(), FileNotFoundError(), PermissionError(),
+     ValueError(), OfflineModeIsEnabled(), LocalEntryNotFoundError("x")],
+)  # fmt: skip
+def test_a_mistake_is_not_tried_again(error):
+    assert not is_transient(error)
