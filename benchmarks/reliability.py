@@ -216,9 +216,10 @@ def full_disk(workspace: Workspace, quick: bool) -> tuple[int, int]:
         code = workspace.train(name, lambda size=size: small_disk(size - 1))
         complete = [path for path in list_checkpoints(workspace.folder / name) if (path / MANIFEST).exists()]
         [read_manifest(path) for path in complete]  # raises if a sealed one is damaged
-        if code != 0:  # a run can finish although no checkpoint could be written
-            code = workspace.train(name)
-        passed += code == 0 and workspace.same(name, reference)
+        # a run can finish although its last checkpoint could not be written, which it says by code 1
+        if code != 0 and not (workspace.folder / name / ADAPTER_WEIGHTS).exists():
+            workspace.train(name)
+        passed += workspace.same(name, reference)
     return passed, len(sizes)
 
 

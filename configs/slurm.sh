@@ -19,6 +19,10 @@ GPUS="${SLURM_GPUS_ON_NODE:-1}"
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS MAIN
 
+# The run makes this file when it stopped and could not save: queued again, it would do the same steps for ever.
+export UNSAVED_MARKER="$PWD/.unsaved-$SLURM_JOB_ID"
+rm -f "$UNSAVED_MARKER"
+
 signalled=false
 trap 'signalled=true; kill -TERM "$run"' TERM
 
@@ -37,7 +41,10 @@ while kill -0 "$run" 2> /dev/null; do  # a signal ends `wait`, and not the run
 done
 
 # With resume_from_checkpoint: auto the next start resumes from the newest complete checkpoint. A failed run is not requeued.
-if [ "$code" -eq "$STOPPED" ] || { "$signalled" && [ "$code" -ne 0 ]; }; then
+if [ -e "$UNSAVED_MARKER" ]; then
+  rm -f "$UNSAVED_MARKER"
+  echo "stopped without a checkpoint, exit code $code: not queued again"
+elif [ "$code" -eq "$STOPPED" ] || { "$signalled" && [ "$code" -ne 0 ]; }; then
   echo "stopped, exit code $code: queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi

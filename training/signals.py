@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from training.checkpoints import describe_restart
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+MARKER = "UNSAVED_MARKER"  # names a file to make when a stop could not save; launchers hide the exit code
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_WINDOW = 1.0  # s; a launcher that forwards a signal sends it twice
 GRACE_PERIOD = 30  # s; how long launchers wait for a process after a signal
@@ -103,6 +104,8 @@ def end_early(stop: StopCallback, step: int, output_dir: Path, *, unsaved: str |
         said = f"stopped by {stop.signal} at step {step}"
         if unsaved is not None:
             print(f"error: {said}; {unsaved}; {describe_restart(output_dir)}", file=sys.stderr, flush=True)
+            if marker := os.environ.get(MARKER):
+                Path(marker).touch()
         else:
             print(f"{said}; the same command resumes from checkpoint-{step}", flush=True)
     return EXIT_CODE if unsaved is None else 1

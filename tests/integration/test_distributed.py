@@ -292,7 +292,7 @@ def test_deepspeed_learns_as_one_process_and_stops_at_gradients_that_are_not_fin
 
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > srun.args
-trap 'exit "$ON_TERM"' TERM
+trap '[ -n "$UNSAVED" ] && touch "$UNSAVED_MARKER"; exit "$ON_TERM"' TERM
 touch started
 [ -n "$WAITS" ] && for _ in $(seq 200); do sleep 0.05; done
 exit "$CODE"
@@ -302,7 +302,7 @@ if [ "$1" = show ]; then printf 'node-1\\nnode-2\\n'; else echo "$@" >> scontrol
 """
 
 
-def slurm(folder, *, code, asked=False, on_term=1):
+def slurm(folder, *, code, asked=False, on_term=1, unsaved=False):
     """Run the Slurm script among commands that are not Slurm's; return its exit code and what it asked Slurm for."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
@@ -310,6 +310,7 @@ def slurm(folder, *, code, asked=False, on_term=1):
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
     own = {"PATH": path, "CODE": str(code), "ON_TERM": str(on_term), "WAITS": "yes" if asked else ""}
+    own["UNSAVED"] = "yes" if unsaved else ""
     command = ["bash", ROOT / "configs" / "slurm.sh", "--output_dir", "/shared/a b"]
     process = subprocess.Popen(command, cwd=folder, env={**os.environ, **job, **own})
     if asked:
@@ -332,3 +333,8 @@ def test_the_slurm_script_queues_again_what_was_stopped_and_nothing_else(tmp_pat
 def test_the_slurm_script_passes_sigterm_on_and_queues_again_unless_the_run_was_done(tmp_path, on_term, requeues):
     expected = (on_term, ["requeue", "7"] if requeues else [])
     assert slurm(tmp_path, code=0, asked=True, on_term=on_term) == expected
+
+
+def test_the_slurm_script_does_not_queue_again_what_could_not_save(tmp_path):
+    assert slurm(tmp_path, code=0, asked=True, on_term=1, unsaved=True) == (1, [])
+    assert not list(tmp_path.glob(".unsaved-*"))

@@ -320,3 +320,57 @@ def test_a_dry_run_ends_with_one_line_on_bad_data(tiny_base, demo_data, tmp_path
     assert error.startswith("error: max_length: ")
     assert len(error.splitlines()) == 1
     assert list(Path(tmp_path).iterdir()) == []
+
+
+@pytest.mark.parametrize("limits", [{"max_pixels": 784}, {"min_pixels": 200000}, {"max_pixels": 100}])
+def test_wrong_pixel_limits_are_an_error_with_and_without_the_processor(
+    tiny_base, demo_data, tmp_path, capsys, limits
+):
+    rule = r"error: (min_pixels \d+ is above max_pixels \d+|max_pixels: expected at least 784)"
+    for base in (tiny_base, "Qwen/Qwen2.5-VL-7B-Instruct"):
+        words = train_args(base, demo_data, tmp_path / "out", **limits)
+        assert run(lambda words=words: plan_run.main(words)) == 1
+        assert re.match(rule, capsys.readouterr().err)
+
+
+def test_the_plan_packs_in_the_order_of_the_run(tiny_base, demo_data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(page, "steps_per_epoch", lambda *args, seed, **options: seen.append(seed) or 1)
+    for options in ({"seed": 7}, {"seed": 7, "data_seed": 11}):
+        assert plan_run.main(train_args(tiny_base, demo_data, tmp_path / "out", **options)) == 0
+    assert seen == [7, 11]
+
+
+def test_the_plan_leaves_out_what_the_run_would(tiny_base, demo_data, tmp_path, capsys):
+    words = train_args(tiny_base, demo_data, tmp_path / "out", max_steps=-1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="too_long: all 32 train samples are over max_length 20"):
+        plan_run.main([*words, "--max_length", "20", "--too_long", "drop"])
+    assert "too long   32 samples are over max_length 20, and left out" in capsys.readouterr().out
+
+
+def test_a_pack_that_is_too_small_names_the_number_that_fits(tiny_base, demo_data, tmp_path):
+    packed = {"packing": "true", "attn_implementation": "varlen", "pack_tokens": 256, "max_length": 4096}
+    words = train_args(tiny_base, demo_data, tmp_path / "out", **packed, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"found 4096 and 256; the longest sample has \d+, so set max_length: \d+$"):
+        plan_run.main(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stray"], "unexpected argument 'stray'"),
+        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value"),
+        (["--no-4bit"], "unknown option '--no_4bit'; use --load_in_4bit false"),
+    ],
+)
+def test_plan_run_signs_its_errors(capsys, words, message):
+    with pytest.raises(SystemExit):
+        plan_run.main(words)
+    assert capsys.readouterr().err.startswith(f"plan_run.py: {message}")
+
+
+def test_a_wrong_value_in_a_recipe_is_signed_too(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("lora_r: many\n")
+    with pytest.raises(SystemExit):
+        plan_run.main(["--config", str(tmp_path / "a.yaml")])
+    assert capsys.readouterr().err.startswith("plan_run.py: argument --lora_r/--lora-r: invalid int value: 'many'")

@@ -118,12 +118,14 @@ def test_a_final_save_that_fails_leaves_no_half_and_says_where_it_goes_on(
 def test_a_stop_that_could_not_save_is_not_queued_again(
     tiny_base, demo_data, tmp_path, monkeypatch, capsys, failed, restart
 ):
+    marker = tmp_path / "unsaved"
+    monkeypatch.setenv("UNSAVED_MARKER", str(marker))
     fail_at(monkeypatch, *failed)
     stop_at(monkeypatch, 3)
     assert train(tiny_base, demo_data, tmp_path) == 1
     reason = f"checkpoint-3 was not saved: {FULL}; the same command {restart}"
     assert last_line(capsys) == f"error: stopped by SIGTERM at step 3; {reason}"
-    assert not (tmp_path / ADAPTER).exists()
+    assert not (tmp_path / ADAPTER).exists() and marker.exists()
 
 
 def test_a_stop_that_saved_is_queued_again(tiny_base, demo_data, tmp_path, monkeypatch, capsys):
@@ -180,8 +182,8 @@ def test_out_of_memory_names_what_to_lower(tiny_base, demo_data, tmp_path, monke
     said = last_line(capsys)
     assert said.startswith(
         "error: out of memory while training (CUDA out of memory. Tried to allocate 2.00 GiB.): set "
-        "gradient_checkpointing: true; lower per_device_train_batch_size (now 2) and raise gradient_accumulation_steps as much; lower "
-        "max_pixels (now 12544); take a smaller model"
+        "gradient_checkpointing: true; lower per_device_train_batch_size (now 2) and raise "
+        "gradient_accumulation_steps as much; lower max_pixels (now 12544); take a smaller model"
     )
     packed = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
     packed |= {"per_device_train_batch_size": 1, "gradient_checkpointing": "true", "load_in_4bit": "false"}
