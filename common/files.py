@@ -29,6 +29,7 @@ def read_json_lines(path: Path) -> list[dict]:
     """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
+
 # What fsync reports when bytes are lost. With any other error the storage, or the system, has no fsync for this.
 WRITE_FAILED = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENXIO)
 # What a lock that another process holds is reported as. With any other error the storage has no locks.

@@ -53,7 +53,7 @@ def _same_in_unicode(written: Path, image_dir: Path) -> Path | None:
     """Return the path in the folder whose name is the same text, composed (NFC) or decomposed (NFD); None without."""
     path = image_dir
     for part in written.relative_to(image_dir).parts:
-        if not path.is_dir() or (name := _names(path, path.stat().st_mtime_ns).get(_composed(part))) is None:
+        if not path.is_dir() or (name := _names(path, path.stat().st_mtime_ns).get(composed(part))) is None:
             return None
         path /= name
     return path
@@ -62,10 +62,11 @@ def _same_in_unicode(written: Path, image_dir: Path) -> Path | None:
 @lru_cache(maxsize=1000)
 def _names(folder: Path, modified: int) -> dict[str, str]:
     """Return the names in a folder by their composed form; `modified` keeps an old answer from being used."""
-    return {_composed(path.name): path.name for path in folder.iterdir()}
+    return {composed(path.name): path.name for path in folder.iterdir()}
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """Return a name in NFC: macOS stores names decomposed."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -107,13 +108,13 @@ def folders_below(names: list[str], image_dir: Path) -> Counter[Path]:
     """Return how many of the names lie in each folder below `image_dir`, by the folder's path from there."""
     wanted = {}
     for name in names:
-        parts = tuple(map(_composed, PurePosixPath(name.replace("\\", "/")).parts))
+        parts = tuple(map(composed, PurePosixPath(name.replace("\\", "/")).parts))
         wanted.setdefault(parts[-1] if parts else "", set()).add(parts)
     counts = Counter()
     files = (Path(folder, name) for folder, _, found in os.walk(image_dir) for name in found)
     for path in islice(files, MAX_SEARCHED):
         found = path.relative_to(image_dir).parts
-        for parts in wanted.get(_composed(path.name), ()):
-            if len(found) > len(parts) and tuple(map(_composed, found[-len(parts) :])) == parts:
+        for parts in wanted.get(composed(path.name), ()):
+            if len(found) > len(parts) and tuple(map(composed, found[-len(parts) :])) == parts:
                 counts[Path(*found[: -len(parts)])] += 1
     return counts

@@ -2,7 +2,6 @@
 
 import filecmp
 import logging
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from .class_folders import is_system_name, read_folders
 from .download import HUB_ID, link_path, read_hub
 from .groups import question_key
 from .mapping import Mapping, load_mapping
-from .paths import check_exists, folders_below, is_link, resolve_image
+from .paths import check_exists, composed, folders_below, is_link, resolve_image
 from .reading import Flaw, suggest
 from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .rows import make_record, read_rows, rows_of
@@ -292,7 +291,7 @@ class FileFinder:
     def _search(self, name: str) -> Path | None:
         if self.index is None:
             self.index = _index_files(self.root)
-        first, *others = self.index.get(unicodedata.normalize("NFC", Path(name).name)) or [None]
+        first, *others = self.index.get(composed(Path(name).name)) or [None]
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
@@ -306,5 +305,5 @@ def _index_files(root: Path) -> dict[str, list[Path]]:
     index = defaultdict(list)
     for path in sorted(root.rglob("*")):
         if not any(map(is_system_name, path.relative_to(root).parts)) and path.is_file():
-            index[unicodedata.normalize("NFC", path.name)].append(path)
+            index[composed(path.name)].append(path)
     return index

@@ -131,7 +131,9 @@ def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
     return Questions(rows, messages, images, image_rows=list(range(len(rows))), generate=generate)
 
 
-def set_candidates(questions: Questions, label_map: dict, wording: tuple[dict, dict] | None = None) -> tuple[dict, dict]:
+def set_candidates(
+    questions: Questions, label_map: dict, wording: tuple[dict, dict] | None = None
+) -> tuple[dict, dict]:
     """Set the candidates of each sample that asks for its label; return the templates and forms they were made from."""
     diagnosed = [asks_for_label(row, label_map) for row in questions.rows]
     if wording is None:

@@ -26,7 +26,15 @@ def run_demo(folder: Path, language: str) -> dict:
     call("-m", "demo.draw", "--out", raw, "--language", language)
     call("-m", "demo.tiny_model", "--annotations", raw / "annotations.json", "--out", base)
     converted = call(
-        "-m", "data_prep", "convert", "--annotations", raw / "annotations.json", "--images", raw / "images", "--out", data
+        "-m",
+        "data_prep",
+        "convert",
+        "--annotations",
+        raw / "annotations.json",
+        "--images",
+        raw / "images",
+        "--out",
+        data,
     )
     assert "WARNING" not in converted
     paths = ["--model_name_or_path", base, "--dataset_path", data, "--output_dir", out]

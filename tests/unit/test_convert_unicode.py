@@ -28,7 +28,9 @@ def test_labels_in_several_spellings_are_one_with_a_finding(write_records, tmp_p
     path, images = write_records(records)
     convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
     assert "melanoma 3, \u00e9cza ma 3" in capsys.readouterr().out
-    found = {row["detail"] for row in read_json_lines(tmp_path / "out" / "findings.jsonl") if row["kind"] == "spelling"}
+    found = {
+        row["detail"] for row in read_json_lines(tmp_path / "out" / "findings.jsonl") if row["kind"] == "spelling"
+    }
     assert found == {
         "'melanoma': 'Melanoma' 1 times, 'melanoma' 2 times",
         "'\u00e9cza ma': 'e\u0301cza  ma' 1 times, '\u00e9cza ma' 2 times",
@@ -59,7 +61,9 @@ def test_answers_that_do_not_name_their_label_are_said_and_a_label_map_helps(wri
 
 def test_unusual_line_ends_in_a_text_do_not_break_findings(write_records, tmp_path):
     question = "Is it a\u2028nevus\x85or\x0bnot?"
-    path, images = write_records([flat("red.jpg", question=question, answer="a\u2029nevus", label="nevus", id="a\x85b")])
+    path, images = write_records(
+        [flat("red.jpg", question=question, answer="a\u2029nevus", label="nevus", id="a\x85b")]
+    )
     convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
     data_prep(["inspect", str(tmp_path / "out")])
     assert "a\u2029nevus" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

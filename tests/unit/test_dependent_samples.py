@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from datasets import Dataset, Image, List, Value
 
+from data_prep.labels import build_label_map
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters, image_keys
 from evaluation.comparison import permutation_test
-from data_prep.labels import build_label_map
 from evaluation.metrics import interval
 from evaluation.questions import Questions, shuffle_images
 from evaluation.report import format_verdict, write_report

@@ -271,13 +271,22 @@ def test_balanced_accuracy_is_scikit_learns_when_all_answers_name_a_label():
 
 @pytest.mark.parametrize(
     "text",
-    ["这是黑色素瘤。", "痣", "Это меланома.", "هذا ورم ميلانيني.", "นี่คือมะเร็งผิวหนัง", "これはメラノーマです。", "흑색종입니다", "Tanı: nevüs."],
+    [
+        "这是黑色素瘤。",
+        "痣",
+        "Это меланома.",
+        "هذا ورم ميلانيني.",
+        "นี่คือมะเร็งผิวหนัง",
+        "これはメラノーマです。",
+        "흑색종입니다",
+        "Tanı: nevüs.",
+    ],
 )
 def test_equal_texts_of_any_script_have_the_best_values(text):
     found = text_metrics([text], [text])
     assert (found["bleu"], found["rouge_l"], found["exact_match"]) == (pytest.approx(100), 1, 1)
     other = text_metrics([text], [text[:1]])
-    assert other["exact_match"] == (text == text[:1]) and other["bleu"] < 100 or text == text[:1]
+    assert (other["exact_match"] == (text == text[:1]) and other["bleu"] < 100) or text == text[:1]
 
 
 def test_english_texts_have_the_values_of_the_libraries():

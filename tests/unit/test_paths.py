@@ -51,6 +51,17 @@ def test_a_name_finds_its_file_in_either_form_of_unicode(tmp_path, run, name, st
     assert example["images"] == [str(tmp_path / "images" / unicodedata.normalize(stored, name))]
 
 
+def test_a_table_finds_its_files_in_subfolders_in_either_form(tmp_path):
+    save(tmp_path / "images" / "part 1" / unicodedata.normalize("NFD", "Läsion.jpg"))
+    (tmp_path / "t.csv").write_text("name,dx\nLäsion.jpg,nevus\n", encoding="utf-8")
+    (tmp_path / "m.yaml").write_text(
+        "images: ['{name}']\nlabel: {columns: [dx]}\nquestions: [What?]\nanswer: '{label}'\n"
+    )
+    source = Source(tmp_path / "t.csv", tmp_path / "images", str(tmp_path / "m.yaml"))
+    prepared = prepare([source], show_progress=False, num_workers=1, split=(1, 0, 0))
+    assert prepared.splits["train"]["image_sizes"] == [[[60, 50]]]
+
+
 def test_where_both_forms_exist_each_name_finds_its_own(tmp_path):
     composed, decomposed = ("Läsion.jpg", unicodedata.normalize("NFD", "Läsion.jpg"))
     for name in (composed, decomposed):

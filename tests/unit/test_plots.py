@@ -19,7 +19,9 @@ def confusion(labels):
 
 @pytest.fixture
 def only_the_default_font(monkeypatch):
-    monkeypatch.setattr(plots, "_installed_fonts", lambda: [("DejaVu Sans", plots.font_manager.findfont("DejaVu Sans"))])
+    monkeypatch.setattr(
+        plots, "_installed_fonts", lambda: [("DejaVu Sans", plots.font_manager.findfont("DejaVu Sans"))]
+    )
     find_fonts.cache_clear()
     yield
     find_fonts.cache_clear()
