@@ -54,7 +54,7 @@ pillow: install
 	    --resolution $$version --target $(VENV)/pillow-$$version -r - || exit 1; \
 	  export PYTHONPATH=$(abspath $(VENV))/pillow-$$version; \
 	  $(BIN)/python -c 'import PIL; print("Pillow", PIL.__version__)'; \
-	  $(BIN)/python $(PYTEST) $(addprefix tests/unit/test_,images.py bad_images.py collator.py convert.py fuzz.py) || exit 1; \
+	  $(BIN)/python $(PYTEST) $(addprefix tests/unit/test_,images.py bad_images.py colours.py metadata.py collator.py convert.py fuzz.py) || exit 1; \
 	done
 
 # What the newest releases of all requirements, without our pins, would break: a line each. Exit code 1 if anything.
