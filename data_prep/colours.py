@@ -84,4 +84,8 @@ def profile_name(image: Image.Image) -> str | None:
     mode = mode if mode in PROFILE_SPACES else "L" if mode in SIXTEEN_BIT_MODES else "RGB"
     if not profile or find_transform(profile, mode) is None:
         return None
-    return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip() or "without a name"
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+    except (ImageCms.PyCMSError, ValueError):  # damaged, though its colours can be read
+        name = ""
+    return " ".join(name.split())[:60] or "without a name"

@@ -82,7 +82,7 @@ def open_image(file: io.BufferedIOBase):
         raise ValueError(" ".join(str(error).split())) from error
     except Exception as error:
         # For damaged bytes decoders raise any type: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"broken image: {error}") from error
+        raise ValueError(f"broken image: {' '.join(str(error).split())}") from error
 
 
 def _describe_unread(head: bytes) -> str:

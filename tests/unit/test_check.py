@@ -1,6 +1,8 @@
 """Every planted fault is found, clean images are left in peace, and no planted group crosses splits."""
 
 import json
+import struct
+import zlib
 from collections import defaultdict
 
 import numpy as np
@@ -180,16 +182,31 @@ def test_a_copy_is_reported_with_its_position_in_a_record_of_several_images():
     assert (finding.sample_id, finding.others, finding.images) == ("a", ("b",), (1, 0))
 
 
+def write_deep_png(path, value):
+    """Write a colour image of 16 bits, which Pillow cannot."""
+    rows = (b"\0" + value.to_bytes(2, "big") * 3 * 60) * 60
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", 60, 60, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
 def test_shallow_and_dark_images_are_found(tmp_path):
+    write_deep_png(tmp_path / "colour.png", 4095)
     deep = np.linspace(0, 4000, 3600, dtype=np.uint16).reshape(60, 60)
     Image.fromarray(deep).save(tmp_path / "twelve.png")
     Image.effect_noise((60, 60), 3).point(lambda value: value // 16).save(tmp_path / "black.png")
     Image.effect_noise((60, 60), 60).save(tmp_path / "fine.png")
-    records = [{"image": name, "question": "q", "answer": "a b"} for name in ("twelve.png", "black.png", "fine.png")]
+    names = ("twelve.png", "black.png", "fine.png", "colour.png")
+    records = [{"image": name, "question": "q", "answer": "a b"} for name in names]
     (tmp_path / "a.json").write_text(json.dumps(records))
     prepared = prepare([Source(tmp_path / "a.json", tmp_path)], show_progress=False, num_workers=1)
     found = {(finding.kind, finding.file, finding.detail) for finding in prepared.findings if finding.kind in WARNINGS}
     assert found == {
         ("bit depth", "twelve.png", "values of 12 bits"),
         ("dark", "black.png", "brightest value 8 of 255"),
+        ("dark", "colour.png", "brightest value 15 of 255"),
     }

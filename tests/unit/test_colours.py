@@ -70,6 +70,14 @@ def test_training_evaluation_and_prediction_see_the_same_colours(tmp_path, proce
     assert np.abs(np.subtract(trained.getpixel((9, 9)), in_srgb(SKIN, DISPLAY_P3))).max() <= 3
 
 
+def test_a_profile_whose_name_is_damaged_is_used_all_the_same(tmp_path):
+    profile = make_profile(DISPLAY_P3).replace(b"test\0", b"\xff\x9d\n\xfe\0")
+    (tmp_path / "a.png").write_bytes(coded(profile))
+    found = inspect_image(str(tmp_path / "a.png"))
+    assert found.profile and "\n" not in found.profile
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) != SKIN
+
+
 def test_the_inspection_names_the_profile_and_the_bits(tmp_path):
     (tmp_path / "a.png").write_bytes(coded(make_profile(DISPLAY_P3)))
     Image.fromarray(np.full((30, 30), 3000, np.uint16)).save(tmp_path / "b.png")

@@ -24,6 +24,7 @@ from data_prep.metadata import clean_copy
 from data_prep.reading import Flaw
 from data_prep.records import ATTRIBUTES, SPECIAL_TOKEN, DataError, iter_annotations, parse_record, to_chat
 from helpers.fuzzing import fuzz
+from helpers.profiles import DISPLAY_P3, make_profile
 
 WORDS = ["<image>", "a", " ", "\n", "<|im_end|>", "<|im_", "end|>", "\0", "\ud83d", "هل", "🩺", "{{ x }}", "<", "|>"]
 texts = st.text(max_size=8) | st.lists(st.sampled_from(WORDS), max_size=4).map("".join)
@@ -140,10 +141,11 @@ def pictures() -> list[bytes]:
     """One small picture in each kind of file, with an orientation and a name in it."""
     exif = Image.Exif()
     exif[0x0112], exif[0x013B] = 6, "someone"
+    marked = {"exif": exif, "icc_profile": make_profile(DISPLAY_P3)}
     picture, coded = Image.effect_noise((40, 30), 60).convert("RGB"), []
     for kind in ("JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "MPO", "PPM", "JPEG2000", "AVIF", "HEIF"):
         file = io.BytesIO()
-        picture.save(file, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "TIFF", "WEBP", "MPO", "HEIF") else {}))
+        picture.save(file, kind, **(marked if kind in ("JPEG", "PNG", "TIFF", "WEBP", "MPO", "HEIF") else {}))
         coded.append(file.getvalue())
     return coded
 
