@@ -142,7 +142,10 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
 
 def _make_source(row: dict, folder: Path) -> Source:
     paths = {key: _from(folder, row[key]) for key in ("data", "images") if key in row}
-    return Source(**{"mapping" if key == "recipe" else key: value for key, value in {**row, **paths}.items()})
+    settings = {"mapping" if key == "recipe" else key: value for key, value in {**row, **paths}.items()}
+    if (mapping := settings.get("mapping")) and (folder / mapping).is_file():
+        settings["mapping"] = str(folder / mapping)
+    return Source(**settings)
 
 
 def _check_source(row: dict, where: str) -> None:

@@ -45,8 +45,15 @@ def _compile(pattern: str) -> str:
     return pattern
 
 
+def _check_braces(template: str) -> str:
+    if "{" in (rest := PLACEHOLDER.sub("", template)) or "}" in rest:
+        raise ValueError(f"{template!r:.200} has a brace without its partner; a column stands as {{column}}")
+    return template
+
+
 Text = Annotated[str, BeforeValidator(_number_to_text), Field(min_length=1)]
 Texts = Annotated[list[Text], BeforeValidator(_one_to_list)]  # one text stands for a list of one
+Templates = Annotated[list[Annotated[Text, AfterValidator(_check_braces)]], BeforeValidator(_one_to_list)]
 Pattern = Annotated[Text, AfterValidator(_compile)]
 
 
@@ -128,7 +135,7 @@ class Mapping(Section):
     source: Text | None = None
     join: Join | None = None
     id: Text | None = None
-    images: Annotated[Texts, Field(min_length=1)]
+    images: Annotated[Templates, Field(min_length=1)]
     group: Texts = []
     group_pattern: GroupPattern | None = None
     label: Label | None = None
@@ -141,11 +148,13 @@ class Mapping(Section):
     missing: Texts = []
     skip: Match | None = None
     optional: Texts = []
-    questions: Annotated[Texts, Field(min_length=1)]
-    answer: Text
+    questions: Annotated[Templates, Field(min_length=1)]
+    answer: Annotated[Text, AfterValidator(_check_braces)]
 
     @model_validator(mode="after")
     def _check(self):
+        if not self.image_columns():
+            raise ValueError("images: expected the name of a column in braces, as in {file}.jpg")
         if self.group and self.group_pattern:
             raise ValueError("group: has no effect beside `group_pattern`")
         named = {*self.columns(), *self.placeholders()}

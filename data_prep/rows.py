@@ -86,7 +86,7 @@ def make_record(row: dict, mapping: Mapping) -> tuple[dict, str | None]:
         "answer": _fill(mapping.answer, values),
     }
     reason = _reason_to_skip(row, mapping, values)
-    if reason is None:
+    if reason is None and len(images) < len(mapping.images):
         _check_images(row, mapping, images)
     return record, reason
 
@@ -109,6 +109,8 @@ def _reason_to_skip(row: dict, mapping: Mapping, values: dict) -> str | None:
 
 def _fill(template: str, values: dict) -> str:
     """Replace the `{placeholders}`; "" when the value of one is empty."""
+    if "{" not in template:
+        return template
     if any(not values.get(name) for name in PLACEHOLDER.findall(template)):
         return ""
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)

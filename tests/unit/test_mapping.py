@@ -1,5 +1,7 @@
 """A mapping is checked against its schema: each problem has its line and the nearest name."""
 
+import re
+
 import pytest
 
 from common.yaml_files import line_of, read_nodes
@@ -86,6 +88,20 @@ def test_a_wrong_label_is_told(tmp_path, label, reason):
     with pytest.raises(ValueError) as error:
         load(tmp_path, f"images: ['{{file}}']\nlabel: {label}\nquestions: [What?]\nanswer: '{{label}}'\n")
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("wording", ["It is {label", "It is label}.", "It is {}.", "It is {{label}}."])
+def test_a_wording_with_a_stray_brace_is_refused(tmp_path, wording):
+    reason = f"answer: '{wording}' has a brace without its partner"
+    with pytest.raises(ValueError, match=re.escape(f"line 5, {reason}")):
+        load(tmp_path, GOOD.replace("This is {label}.", f'"{wording}"'))
+    with pytest.raises(ValueError, match=r"line 4, questions\.0: .* has a brace without its partner"):
+        load(tmp_path, GOOD.replace("[What?]", f'"{wording}"'))
+
+
+def test_images_are_made_from_a_column(tmp_path):
+    with pytest.raises(ValueError, match=r"images: expected the name of a column in braces, as in {file}\.jpg"):
+        load(tmp_path, GOOD.replace("{file}", "file"))
 
 
 def test_all_problems_are_told_at_once(tmp_path):

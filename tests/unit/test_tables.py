@@ -264,7 +264,7 @@ def test_recipe_is_an_alias_of_mapping(tmp_path, capsys):
     table.write_text("file,label\n0.png,nevus\n1.png,melanoma\n")
     mapping.write_text("images: ['{file}']\nlabel: {columns: [label]}\nquestions: [What?]\nanswer: '{label}'\n")
     sources = tmp_path / "sources.yaml"
-    sources.write_text(f"- {{data: t.csv, images: ., recipe: {mapping}}}")
+    sources.write_text("- {data: t.csv, images: ., recipe: m.yaml}")
     options = ["--split", "1", "0", "0", "--annotations", str(table), "--images", str(tmp_path)]
     for command in (
         ["check", *options, "--mapping", str(mapping)],
