@@ -2,7 +2,8 @@
 
 python plan_run.py --config configs/skin.yaml --gpu 24
 
-Accepts every option of train_sft.py. Exit code 1 if the run does not fit the memory that --gpu gives, GB.
+Accepts every option of train_sft.py (--help-all lists them). Exit code 1 if the run does not fit the memory that
+--gpu gives, GB.
 """
 
 import argparse

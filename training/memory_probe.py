@@ -11,7 +11,8 @@ from training.settings import Settings
 
 SPARE = 0.1  # share of the memory that stays free: batches differ, and memory fragments
 FLOAT32 = 4  # bytes of the copy that training keeps of each trained weight
-CPU_ALLOCATOR = "DefaultCPUAllocator"  # is named in torch's RuntimeError for a computer's own memory
+# In the RuntimeErrors that torch raises where it has no OutOfMemoryError: the computer's own memory, CUDA's libraries.
+NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 CANDIDATES = 4096  # longest samples, among which the fullest pack is searched
 
 
@@ -102,7 +103,7 @@ def out_of_memory_advice(settings: Settings, *, recompute: bool = False, loading
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def _lower_memory(settings: Settings, *, recompute: bool, loading: bool) -> list[str]:

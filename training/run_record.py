@@ -15,6 +15,7 @@ from models.loading import resolve_dtype
 from models.lora import count_trainable
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, training_progress
+from training.callbacks import write_metrics
 from training.data import TrainingData
 from training.settings import Settings
 from training.trackers import code_commit
@@ -125,6 +126,7 @@ def finish_card(trainer: SafeSFTTrainer) -> None:
     if PartialState().is_main_process:
         output_dir, state = Path(trainer.args.output_dir), dataclasses.asdict(trainer.state)
         (output_dir / TRAINING_ARGS).unlink()
+        write_metrics(trainer.state.log_history, output_dir / "metrics.jsonl")  # a full disk is an error now
         kept_best = trainer.args.load_best_model_at_end and state["best_global_step"] is not None
         add_facts(output_dir, training=training_progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))
         write_card(output_dir)

@@ -1,12 +1,13 @@
 """Which batch is the largest, and what trying it leaves behind."""
 
+import pytest
 import torch
 from peft import get_peft_model
 
 from collator import VisionSFTCollator
 from models.loading import load_model
 from models.lora import build_lora_config
-from training.memory_probe import forward_and_backward, largest_batch
+from training.memory_probe import forward_and_backward, is_out_of_memory, largest_batch
 
 
 def test_the_largest_batch_holds_the_longest_samples():
@@ -32,3 +33,18 @@ def test_trying_a_batch_reaches_every_layer_and_changes_nothing(tiny_base, proce
         assert any(p.grad.abs().sum() > 0 for p in trained)
         model.zero_grad()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+def test_running_out_of_memory_is_told_from_other_errors(error, found):
+    assert is_out_of_memory(error) == found
