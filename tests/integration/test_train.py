@@ -310,7 +310,7 @@ ERRORS = {
     "no such model": ({"model_name_or_path": "/nowhere"}, "no model in '/nowhere', neither a folder"),
     "no such checkpoint": ({"resume_from_checkpoint": "/nowhere"}, "checkpoint /nowhere: no such folder"),
     "output is a file": ({"output_dir": "Makefile/x"}, "output_dir: cannot write to Makefile/x"),
-    "samples too long": ({"max_length": 20}, "max_length: 4 of 4 validation samples are over 20 tokens"),
+    "samples too long": ({"max_length": 20}, "train samples and 4 of 4 validation samples are over 20 tokens"),
     "limits the wrong way round": ({"max_pixels": 784}, "min_pixels 12544 is above max_pixels 784"),
     "fp16 on a CPU": ({"fp16": "true"}, "fp16: needs a GPU"),
     "no such layer": ({"lora_target_modules": "("}, "lora_target_modules: ( not among down_proj, gate_proj"),
