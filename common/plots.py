@@ -53,7 +53,7 @@ def find_fonts(characters: frozenset[str]) -> list[str] | None:
 
 @cache
 def _installed_fonts() -> list[tuple[str, str]]:
-    """Return name and file of each upright font of ordinary weight, but the one that draws boxes for all characters."""
+    """Return name and file of each upright font of ordinary weight, but not the one that draws boxes for all."""
     entries = [font for font in font_manager.fontManager.ttflist if font.style == "normal" and font.weight == 400]
     return sorted({(font.name, font.fname) for font in entries if not font.name.startswith("Last Resort")})
 

@@ -7,8 +7,8 @@ The rule: an inflected form of a name (`melanomdur`, `nevi`, `Melanomverdacht`, 
 
 Such a change is learned when the reference answers have it at the sample's own label, in samples whose label is not
 named as it is written, more often than at other labels. It is then used for all words of at least `MIN_LETTERS`
-letters. A shorter word takes only endings that it was itself seen with and that were learned from a longer one, so that
-`no` is never found in `nodule`.
+letters. A shorter word takes only endings that it was itself seen with and that were learned from a longer one, so
+that `no` is never found in `nodule`.
 """
 
 from collections import Counter

@@ -41,7 +41,7 @@ def answer_templates(samples: list[dict], label_map: LabelMap) -> dict[str, str]
 
 
 def label_forms(samples: list[dict], label_map: LabelMap) -> dict[tuple[str | None, str], str]:
-    """Return how answers to each question name each label where they do not use its own name: "Melanomverdacht", "Yes".
+    """Return how the answers to each question name each label where they do not use its own name, as "Yes".
 
     Such a form takes the place of the label in the question's wording. The question None holds the most frequent form
     of all questions.

@@ -134,7 +134,7 @@ def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
 def set_candidates(
     questions: Questions, label_map: dict, wording: tuple[dict, dict] | None = None
 ) -> tuple[dict, dict]:
-    """Set the candidates of each sample that asks for its label; return the templates and forms they were made from."""
+    """Set the candidates of each sample that asks for its label; return the templates and forms they are made of."""
     diagnosed = [asks_for_label(row, label_map) for row in questions.rows]
     if wording is None:
         samples = [row for row, asks in zip(questions.rows, diagnosed, strict=True) if asks]

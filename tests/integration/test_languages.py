@@ -25,18 +25,8 @@ def run_demo(folder: Path, language: str) -> dict:
     raw, base, data, out = (folder / name for name in ("raw", "base", "data", "adapter"))
     call("-m", "demo.draw", "--out", raw, "--language", language)
     call("-m", "demo.tiny_model", "--annotations", raw / "annotations.json", "--out", base)
-    converted = call(
-        "-m",
-        "data_prep",
-        "convert",
-        "--annotations",
-        raw / "annotations.json",
-        "--images",
-        raw / "images",
-        "--out",
-        data,
-    )
-    assert "WARNING" not in converted
+    sources = ["--annotations", raw / "annotations.json", "--images", raw / "images"]
+    assert "WARNING" not in call("-m", "data_prep", "convert", *sources, "--out", data)
     paths = ["--model_name_or_path", base, "--dataset_path", data, "--output_dir", out]
     call("train_sft.py", "--config", "configs/demo.yaml", *paths)
     call("eval_sft.py", "--adapter", out, "--dataset", data, "--max-new-tokens", 32)
@@ -54,7 +44,8 @@ def test_every_labelled_sample_is_read_and_the_accuracy_is_that_of_english(langu
     rows = read_json_lines(tmp_path / "adapter" / "eval" / "predictions.jsonl")
     labelled = {row["id"] for row in rows if row["run"] == "adapter"}
     assert "unread" not in summary and summary["diagnosed"] == len(labelled)
-    diagnosis = summary["runs"]["adapter"]["diagnosis"]
+    diagnosis, probabilities = (summary["runs"]["adapter"][key] for key in ("diagnosis", "probabilities"))
+    assert probabilities["choice_accuracy"]["value"] == pytest.approx(english, abs=0.05)
     assert diagnosis["accuracy"]["value"] == pytest.approx(english, abs=0.05)
     assert (diagnosis["no_label"]["value"], diagnosis["several_labels"]["value"]) == (0, 0)
     page = (tmp_path / "adapter" / "eval" / "report.html").read_text(encoding="utf-8")

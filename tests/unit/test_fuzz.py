@@ -201,24 +201,7 @@ def test_labels_are_those_of_a_walk_along_the_row(rows, header, end):
     assert build_labels(ids, header_ids=header, end_id=end).tolist() == expected
 
 
-LETTERS = [
-    *"neNEvus-_.’' ",
-    "\u2028",
-    "\u0301",
-    "\u200b",
-    "痣",
-    "是",
-    "不",
-    "メ",
-    "ー",
-    "점",
-    "ि",
-    "ميلا",
-    "ـ",
-    "ไม่",
-    "İ",
-    "ß",
-]
+LETTERS = [*"neNEvus-_.’' \u2028\u0301\u200b痣是不メー점िـİß", "ميلا", "ไม่"]
 scripts = st.lists(st.sampled_from(LETTERS), max_size=12).map("".join)
 
 

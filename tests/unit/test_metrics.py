@@ -269,19 +269,19 @@ def test_balanced_accuracy_is_scikit_learns_when_all_answers_name_a_label():
     assert found["balanced_accuracy"]["value"] == pytest.approx(balanced_accuracy_score(true, answered), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "这是黑色素瘤。",
-        "痣",
-        "Это меланома.",
-        "هذا ورم ميلانيني.",
-        "นี่คือมะเร็งผิวหนัง",
-        "これはメラノーマです。",
-        "흑색종입니다",
-        "Tanı: nevüs.",
-    ],
-)
+SCRIPTS = [
+    "这是黑色素瘤。",
+    "痣",
+    "Это меланома.",
+    "هذا ورم ميلانيني.",
+    "นี่คือมะเร็ง",
+    "これはメラノーマです。",
+    "흑색종",
+    "Tanı: nevüs.",
+]
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
 def test_equal_texts_of_any_script_have_the_best_values(text):
     found = text_metrics([text], [text])
     assert (found["bleu"], found["rouge_l"], found["exact_match"]) == (pytest.approx(100), 1, 1)
