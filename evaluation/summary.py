@@ -49,14 +49,11 @@ def summarise(
         summary["shuffled_left_out"] = len(rows) - int(kept.get("shuffled", np.zeros(1)).sum())
     kept = {name: mask for name, mask in kept.items() if mask.any()}
     summary["runs"] = {name: _text_metrics(runs[name], mask, clusters) for name, mask in kept.items()}
-    validation = _validation_scores(runs.get("validation", []), labels)
     diagnosed = {name: mask & asks for name, mask in kept.items() if (mask & asks).any()}
     for name, mask in diagnosed.items():
+        validation = runs.get("validation", []) if name == "adapter" else []
         questions = _select(runs[name], mask)
-        summary["runs"][name]["diagnosis"] = metrics.diagnosis_metrics(_encode(questions, label_map, clusters[mask]))
-        if scores := _label_scores(questions, labels, clusters[mask]):
-            options = {"validation": validation if name == "adapter" else None, "sensitivity_of": sensitivity_of}
-            summary["runs"][name]["probabilities"] = probability_metrics(scores, **options)
+        summary["runs"][name] |= _label_metrics(questions, validation, label_map, clusters[mask], sensitivity_of)
     if asks.any():
         questions, options = _select(rows, asks), {"columns": columns, "min_group": min_group}
         summary["subgroups"] = _subgroups(questions, _encode(questions, label_map, clusters[asks]), **options)
@@ -66,6 +63,18 @@ def summarise(
     others = [name for name in diagnosed if name != "adapter"]
     comparisons = {name: _compare(runs, name, diagnosed[name], label_map, clusters) for name in others}
     return summary | {f"against_{name}": comparison for name, comparison in comparisons.items()}
+
+
+def _label_metrics(
+    questions: list[dict], validation: list[dict], label_map: dict, clusters: np.ndarray, sensitivity_of: list[str]
+) -> dict:
+    """Return the figures of a run's answers that name labels, and of the labels' likelihoods where there are any."""
+    labels = list(label_map)
+    found = {"diagnosis": metrics.diagnosis_metrics(_encode(questions, label_map, clusters))}
+    if scores := _label_scores(questions, labels, clusters):
+        options = {"validation": _validation_scores(validation, labels), "sensitivity_of": sensitivity_of}
+        found["probabilities"] = probability_metrics(scores, **options)
+    return found
 
 
 def _answered_samples(run: list[dict], name: str) -> np.ndarray:

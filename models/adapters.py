@@ -48,8 +48,8 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, *, name: st
     """Add an adapter to a base model, or one more to a model that has some.
 
     Raises:
-        ValueError: unreadable weights, or they do not fit the base. PEFT would pass over most of what does not fit, and
-            the base's answers would be taken for the adapter's.
+        ValueError: unreadable weights, or they do not fit the base. PEFT would pass over most of what does not fit,
+            and the base's answers would be taken for the adapter's.
     """
     check_family(model, adapter)
     options = {"adapter_name": name, "ignore_mismatched_sizes": True}  # `check_fit` counts all that does not fit

@@ -12,7 +12,7 @@ from common.console import print_rank0
 from common.files import atomic_write
 from data_prep import join_folds, load_splits
 from data_prep.balance import draw
-from data_prep.images import fit_options
+from data_prep.sizes import fit_options
 from models.loading import load_processor
 from publishing.run_facts import describe_data
 from training.lengths import (

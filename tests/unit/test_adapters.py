@@ -167,7 +167,7 @@ def test_an_adapter_is_not_added_twice(trained, damaged, tmp_path, capsys):
 )
 def test_out_of_memory_names_the_option_to_lower(error):
     with (
-        pytest.raises(ValueError, match="^out of memory: lower --batch-size$"),
+        pytest.raises(ValueError, match=r"^out of memory: lower --batch-size$"),
         readable_out_of_memory("lower --batch-size"),
     ):
         raise error

@@ -9,7 +9,7 @@ from PIL import Image
 from common.files import read_json_lines
 from data_prep import load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
-from data_prep.images import resolve_image
+from data_prep.paths import resolve_image
 from data_prep.publish import make_card
 from data_prep.sources import FileFinder
 

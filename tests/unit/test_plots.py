@@ -49,4 +49,5 @@ def test_a_script_without_a_font_gets_numbers_and_a_legend(labels, only_the_defa
 
 def test_subgroups_get_numbers_too(only_the_default_font):
     groups = {"头皮": {"samples": 3, "suppressed": True}, "hand": {"samples": 3, "suppressed": True}}
-    assert encode_figure(draw_subgroups({"site": {"groups": groups}}, 0.5), "x")["legend"] == "[1] 头皮  (3)"
+    summary = {"cluster_unit": "samples", "subgroups": {"site": {"groups": groups}}}
+    assert encode_figure(draw_subgroups(summary, 0.5), "x")["legend"] == "[1] 头皮  (3)"
