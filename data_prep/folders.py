@@ -34,10 +34,9 @@ def replace_data_set(new: Path, folder: Path) -> None:
     for path in sorted(written, key=lambda path: path.name == DATASET_FILE):
         (folder / path).parent.mkdir(exist_ok=True)
         (new / path).replace(folder / path)
-    for path in [
-        path for path in folder.iterdir() if path.is_dir() and _is_own_folder(path) and not any(path.iterdir())
-    ]:
-        path.rmdir()
+    for path in filter(_is_own_folder, list(folder.iterdir())):
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _is_own_folder(path: Path) -> bool:

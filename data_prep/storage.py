@@ -17,7 +17,7 @@ import xxhash
 from datasets import Dataset, DatasetDict, Image, List, load_from_disk
 
 IMAGE_FOLDER = "image_files"
-MAX_REPEATED = 1.1  # of the bytes of different images; embedding more than that is a waste
+MAX_REPEATED = 1.05  # of the bytes of different images; embedding more than that is a waste
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -60,7 +60,7 @@ def _find_files(dataset: Dataset, folder: Path) -> Dataset:
 
 def _refer_to_files(images: pa.StructArray, folder: Path) -> pa.StructArray:
     """Return images without bytes, in files of a folder that have the names at the end of their paths."""
-    paths = [str(folder / Path(path).name) for path in images.field("path").to_pylist()]
+    paths = [path and str(folder / Path(path).name) for path in images.field("path").to_pylist()]
     return make_images(pa.nulls(len(images), pa.binary()), pa.array(paths, pa.string()))
 
 
@@ -73,13 +73,13 @@ def stored_paths(table: pa.Table) -> Iterable[str]:
     for chunk in table["images"].chunks:
         images = chunk.flatten()
         if images.field("bytes").null_count:
-            yield from images.filter(pc.is_null(images.field("bytes"))).field("path").to_pylist()
+            yield from images.filter(pc.is_null(images.field("bytes"))).field("path").drop_null().to_pylist()
 
 
 def replace_images(table: pa.Table, change: Callable[[pa.StructArray], pa.StructArray]) -> pa.Table:
     """Return a table with other `{"bytes", "path"}` in place of its images; bytes that stay are not copied."""
     chunks = []
-    for chunk in table["images"].chunks:
+    for chunk in filter(len, table["images"].chunks):
         offsets = pc.subtract(chunk.offsets, chunk.offsets[0])
         chunks.append(pa.ListArray.from_arrays(offsets, change(chunk.flatten())))
     column = pa.chunked_array(chunks, table["images"].type)
@@ -140,7 +140,11 @@ def _name_files(dataset: Dataset, names: dict[str, str]) -> Dataset:
 def _copy_images(paths: Iterable[str], folder: Path) -> dict[str, str]:
     """Copy files, those of the same content once, and return their names in the folder by path."""
     folder.mkdir(parents=True)
-    names = {path: _digest(path) + Path(path).suffix[:6].lower() for path in paths}
-    for path, name in names.items():
-        shutil.copyfile(path, folder / name)
+    names, files = {}, {}
+    for path in sorted(paths):
+        digest, ending = _digest(path), Path(path).suffix[1:6].lower()
+        if digest not in files:
+            files[digest] = f"{digest}.{ending}" if ending.isalnum() else digest
+            shutil.copyfile(path, folder / files[digest])
+        names[path] = files[digest]
     return names

@@ -37,7 +37,7 @@ def photos(tmp_path):
     folder.mkdir()
     for number in range(4):
         Image.effect_noise((300, 240), 40 + 9 * number).convert("RGB").save(folder / f"{number}.jpg", quality=95)
-    shutil.copy(folder / "3.jpg", folder / "copy.jpg")
+    shutil.copy(folder / "3.jpg", folder / "copy.JP EG")
 
     def convert(records, *options, out=tmp_path / "out"):
         (tmp_path / "a.json").write_text(json.dumps(records))
@@ -50,7 +50,7 @@ def photos(tmp_path):
 
 TEN_EACH = [ask(n, f"{n % 4}.jpg") for n in range(40)]
 PAIRS = [ask(n, f"{n % 3}.jpg", "3.jpg") for n in range(12)]
-COPIES = [ask(n, "3.jpg" if n % 2 else "copy.jpg") for n in range(6)]
+COPIES = [ask(n, "3.jpg" if n % 2 else "copy.JP EG") for n in range(6)]
 
 
 @pytest.mark.parametrize("records", [TEN_EACH, PAIRS, COPIES], ids=["ten questions each", "pairs", "copies"])
