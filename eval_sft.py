@@ -2,6 +2,7 @@
 
 python eval_sft.py --adapter outputs/skin --dataset data/skin
 python eval_sft.py --adapter outputs/skin --dataset data/skin --split test --baseline
+python eval_sft.py --model outputs/skin-merged --dataset data/skin --split all
 accelerate launch --num_processes 4 eval_sft.py --config eval.yaml
 """
 
@@ -14,6 +15,7 @@ from common.cli import OneLineParser, positive_int, run
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
+from common.console import print_rank0
 from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
@@ -21,9 +23,10 @@ from evaluation.clusters import cluster_samples, image_keys
 from evaluation.label_matching import describe_unread_rows
 from evaluation.questions import load_runs
 from evaluation.report import format_verdict, write_report
-from evaluation.runner import answer_questions, collect_rows, open_journal
+from evaluation.runner import answer_questions, choose_runs, collect_rows, open_journal
 from evaluation.summary import SUBGROUP_COLUMNS, summarise
 from models.adapters import read_adapter_config
+from models.loading import load_config
 from publishing.hub import push_adapter
 from publishing.model_card import write_card
 
@@ -31,9 +34,10 @@ from publishing.model_card import write_card
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser("eval_sft.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file of these options; the command line overrides it")
-    parser.add_argument("--adapter", required=True, help="folder or Hub id of a trained adapter")
+    parser.add_argument("--adapter", help="folder or Hub id of a trained adapter")
+    parser.add_argument("--model", help="folder or Hub id of a merged or a base model, in place of --adapter")
     parser.add_argument("--dataset", required=True, help="prepared data set, annotation file or Hub data set id")
-    parser.add_argument("--split", default="test", help="split of --dataset (default: test)")
+    parser.add_argument("--split", default="test", help="split of --dataset, or 'all' (default: test)")
     parser.add_argument("--image-dir", help="image folder, when --dataset is an annotation file")
     parser.add_argument("--out", type=Path, help="folder (default: eval/ in the adapter's folder, else here)")
     parser.add_argument("--push", metavar="REPO_ID", help="upload adapter, card, metrics and plots, private")
@@ -70,32 +74,55 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     disable_progress_bars()  # those of datasets
-    check_adapter_options(args)
-    out = args.out or (Path(args.adapter) / "eval" if Path(args.adapter).is_dir() else Path("eval"))
+    check_model_options(args)
+    out = args.out or (Path(args.adapter) / "eval" if args.adapter and Path(args.adapter).is_dir() else Path("eval"))
     state = PartialState()
-    runs, label_map = load_runs(args)
+    runs, label_map, counts = load_runs(args)
+    print_rank0(describe_counts(counts, args.split))
     check_labels(args.sensitivity_of, label_map)
     if state.is_main_process and (unread := describe_unread_rows(runs["adapter"].rows, label_map)):
         print(f"WARNING: {unread}", file=sys.stderr, flush=True)  # before hours of answering
     repo_id = open_repository(args.push) if args.push and state.is_main_process else None
     journal = open_journal(args, out, runs, state)
+    runs = choose_runs(args, runs, journal)
     answer_questions(args, runs, journal, state)
     if state.is_main_process:
         rows = collect_rows(runs, journal)
         keys, image_rows = image_keys(runs["adapter"].images), runs["adapter"].image_rows
         clusters = cluster_samples(rows["adapter"], [keys[row] for row in image_rows])
         options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
-        summary = {"split": args.split, **summarise(rows, label_map, columns=args.subgroups, **options)}
-        write_report(out, summary, rows, label_map, runs["adapter"].images)
+        summary = {
+            "split": args.split,
+            "evaluated": counts,
+            "max_new_tokens": args.max_new_tokens,
+            **({"model": Path(args.model).name} if args.model else {}),
+            **summarise(rows, label_map, columns=args.subgroups, **options),
+        }
+        write_report(out, summary, rows, label_map, runs["adapter"])
         print(format_verdict(summary, out))
-        update_card(args, repo_id)
+        if args.adapter:
+            update_card(args, repo_id)
 
 
-def check_adapter_options(args: argparse.Namespace) -> None:
-    """Raise ValueError if there is no adapter, or `--push` has no run's folder to read the card's facts from."""
+def check_model_options(args: argparse.Namespace) -> None:
+    """Raise ValueError unless there is one adapter or model, and for `--push` a run's folder with the card's facts."""
+    if (args.adapter is None) == (args.model is None):
+        raise ValueError("name what to evaluate: an adapter (--adapter), or a model without one (--model)")
+    if args.model:
+        if unfit := [f"--{name}" for name in ("base", "push") if getattr(args, name)]:
+            raise ValueError(f"{unfit[0]}: goes with --adapter, not with --model")
+        load_config(args.model)
+        return
     read_adapter_config(args.adapter)
     if args.push and (args.out or not Path(args.adapter).is_dir()):
         raise ValueError("--push: needs the adapter's folder as --adapter, and no --out")
+
+
+def describe_counts(counts: dict, split: str) -> str:
+    """Return the line that says how many of how many samples are evaluated."""
+    rest = "" if counts["samples"] == counts["of"] else " (--split all evaluates all)"
+    samples = f"{counts['samples']:,} of {counts['of']:,} samples, split {split}"
+    return f"{'evaluating':<26}{samples}{rest}: {counts['questions']:,} questions"
 
 
 def check_labels(labels: list[str], label_map: dict) -> None:

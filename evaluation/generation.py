@@ -18,6 +18,12 @@ def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> di
     return inputs
 
 
+def out_of_memory_advice(batch_size: int) -> str:
+    """Return which options to lower."""
+    first = f"lower --batch-size (now {batch_size}), then " if batch_size > 1 else "lower "
+    return f"{first}--max-pixels or --max-new-tokens, or load the base in 4 bit (--quantization nf4)"
+
+
 def generate_answers(
     model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
 ) -> list[str]:

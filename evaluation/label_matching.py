@@ -8,7 +8,9 @@ LABEL_PLACEHOLDER = "{label}"
 
 
 def asks_for_label(sample: dict, label_map: LabelMap) -> bool:
-    """Return whether a sample's reference answer names the sample's label and no other."""
+    """Return whether a reference answer names the sample's label and no other, and no earlier turn gives it away."""
+    if sample.get("label_known"):
+        return False
     return sample["label"] is not None and read_label(sample["reference"], label_map) == sample["label"]
 
 

@@ -15,7 +15,7 @@ from transformers import TextStreamer
 from common.files import atomic_path
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
-from evaluation.generation import generate, score_answers
+from evaluation.generation import generate, out_of_memory_advice, score_answers
 from evaluation.label_matching import LABEL_PLACEHOLDER
 from evaluation.questions import question_text
 from models.loading import readable_out_of_memory
@@ -57,7 +57,7 @@ def _answer_batch(
 ) -> list[dict]:
     """Return each example's question and answer, and with `--top-k` the likeliest labels and their probabilities."""
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with readable_out_of_memory(out_of_memory_advice(args)):
+    with readable_out_of_memory(out_of_memory_advice(args.batch_size)):
         answers, cut = generate(model, processor, examples, args.max_new_tokens, streamer=streamer)
         candidates = [args.wording.replace(LABEL_PLACEHOLDER, label) for label in labels or []]
         scores = score_answers(model, processor, examples, [candidates] * len(examples)) if args.top_k else None
@@ -71,12 +71,6 @@ def _answer_batch(
             ranked = sorted(zip(values, labels, strict=True), reverse=True)[: args.top_k]
             row["likeliest"] = {label: round(value, 4) for value, label in ranked}
     return rows
-
-
-def out_of_memory_advice(args: argparse.Namespace) -> str:
-    """Return which options to lower."""
-    first = f"lower --batch-size (now {args.batch_size}), then " if args.batch_size > 1 else "lower "
-    return f"{first}--max-pixels or --max-new-tokens, or load the base in 4 bit (--quantization nf4)"
 
 
 def check_out(out: Path, inputs: list[Path]) -> None:

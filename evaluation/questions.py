@@ -1,4 +1,4 @@
-"""The questions of an evaluation: samples of a split, their reference answers, and the answers to score."""
+"""The questions of an evaluation: each turn of a split's samples, its reference answer, and the answers to score."""
 
 import argparse
 import hashlib
@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from common.yaml_files import read_yaml
 from data_prep import load_splits
-from data_prep.labels import LabelMap, build_label_map, references_of
+from data_prep.labels import LabelMap, build_label_map, named_labels, references_of
 from data_prep.records import IMAGE_MARKER
 from evaluation.clusters import image_keys
 from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, label_forms
 
+ALL = "all"  # as `--split`: every sample
 SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
 
 
@@ -26,11 +27,13 @@ class Questions:
     """What one run asks.
 
     Attributes:
-        rows: `SAMPLE_COLUMNS`, `question` and `reference` of each sample.
-        messages: each sample's turns up to the question.
-        images: data set with the `images` of each sample, decoded on access.
-        image_rows: for each sample, the row of `images` to show.
-        candidates: for each sample, the answers to score by label; empty for samples that do not ask for the label.
+        rows: `SAMPLE_COLUMNS`, `turn`, `question` and `reference` of each question, and `label_known` where an
+            earlier turn names the label.
+        messages: for each question, the turns up to it, answers of earlier turns as in the reference.
+        images: data set with the `id` and `images` of each sample, read on access.
+        samples: for each question, the row of its sample in `images`.
+        image_rows: for each question, the row of `images` to show.
+        candidates: for each question, the answers to score by label; empty for one that does not ask for the label.
         adapter: whether the adapter is enabled.
         generate: whether to generate answers, besides scoring candidates.
     """
@@ -38,6 +41,7 @@ class Questions:
     rows: list[dict]
     messages: list[list[dict]]
     images: Dataset
+    samples: list[int]
     image_rows: list[int]
     candidates: list[dict[str, str]] = field(default_factory=list)
     adapter: bool = True
@@ -45,17 +49,20 @@ class Questions:
 
     def content_digest(self) -> str:
         """Return a digest of what the generated answers depend on: neither labels nor references nor candidates."""
-        content = [[row["id"] for row in self.rows], self.messages, self.images["image_sizes"][:]]
-        return _digest(content)
+        ids = [(row["id"], row["turn"]) for row in self.rows]
+        return _digest([ids, self.messages, self.images["image_sizes"][:]])
 
     def columns(self, index: int) -> dict:
         """Return the columns of a sample, with a digest of the answers to score as `candidates` if there are any."""
         scored = self.candidates[index] if self.candidates else {}
         return {**self.rows[index], **({"candidates": _digest(scored)[:16]} if len(scored) > 1 else {})}
 
-    def example(self, index: int) -> dict:
-        images = self.images[self.image_rows[index]]["images"]
-        return {"id": self.rows[index]["id"], "images": images, "messages": self.messages[index]}
+    def __getitem__(self, index: int) -> dict:
+        """Return a question's id, messages, the images that they have markers for, and the sample these are from."""
+        shown, messages = self.images[self.image_rows[index]], self.messages[index]
+        markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+        images = shown["images"][:markers]
+        return {"id": self.rows[index]["id"], "images": images, "messages": messages, "image_of": shown["id"]}
 
 
 def _digest(content) -> str:
@@ -63,14 +70,16 @@ def _digest(content) -> str:
 
 
 def load_split(args: argparse.Namespace) -> tuple[DatasetDict, Dataset]:
-    """Return all splits of `--dataset`, and the one that `--split` names.
+    """Return all splits of `--dataset`, and the one that `--split` names; all in one for "all".
 
     Raises:
         ValueError: no such split, or an empty one.
     """
     splits = load_splits(args.dataset, args.image_dir)
+    if args.split == ALL and ALL not in splits:
+        return splits, concatenate_datasets(list(splits.values()))
     if args.split not in splits:
-        raise ValueError(f"--split: {args.dataset} has no split {args.split!r}, only {sorted(splits)}")
+        raise ValueError(f"--split: {args.dataset} has no split {args.split!r}, only {sorted(splits)} (or {ALL!r})")
     if len(splits[args.split]) == 0:
         raise ValueError(f"--split: split {args.split!r} of {args.dataset} is empty")
     return splits, splits[args.split]
@@ -97,38 +106,57 @@ def question_text(messages: list[dict]) -> str:
     return re.sub(IMAGE_MARKER, lambda marker: f"[image {next(numbers)}]", question).strip()
 
 
-def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict]:
-    """Return the questions of each run, and the label map.
+def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict, dict]:
+    """Return the questions of each run, the label map, and how many of how many samples are evaluated.
 
-    The runs are "adapter", "validation" (only scored, to fit the temperature), and "base" and "shuffled" of
-    `--baseline`.
+    The runs are "adapter" (with `--model` that model), "validation" (only scored, to fit the temperature), and "base"
+    and "shuffled", which `--baseline` asks for. "base" needs an adapter, and "shuffled" two samples with images.
     """
     splits, split = load_split(args)
     questions = read_questions(split)
-    runs, label_map = {"adapter": questions}, make_label_map(splits, args.labels)
+    label_map = make_label_map(splits, args.labels)
+    mark_known_labels(questions, label_map)
+    runs = {"adapter": questions}
     if label_map and not args.no_probabilities:
         wording = set_candidates(questions, label_map)
-        if "validation" in splits and args.split != "validation" and len(label_map) > 1:
+        if "validation" in splits and args.split not in ("validation", ALL) and len(label_map) > 1:
             runs["validation"] = read_questions(splits["validation"], generate=False)
+            mark_known_labels(runs["validation"], label_map)
             set_candidates(runs["validation"], label_map, wording)
-    if args.baseline:
-        shared = (questions.rows, questions.messages, questions.images)
+    shared = (questions.rows, questions.messages, questions.images, questions.samples)
+    if args.adapter:
         runs["base"] = Questions(*shared, questions.image_rows, questions.candidates, adapter=False)
-        if (shuffled := shuffle_images(questions)) != questions.image_rows:
-            runs["shuffled"] = Questions(*shared, shuffled)
-    return runs, label_map
+    if (image_rows := shuffle_images(questions)) != questions.image_rows:
+        runs["shuffled"] = Questions(*shared, image_rows)
+    counts = {"samples": len(split), "of": sum(map(len, splits.values())), "questions": len(questions.rows)}
+    return runs, label_map, counts
 
 
 def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
-    """Return each sample's last question and its reference answer."""
-    rows, messages = [], []
-    for sample in split.remove_columns("images"):
-        *turns, reference = sample["messages"]
+    """Return each question of each sample and its reference answer."""
+    rows, messages, samples = [], [], []
+    for number, sample in enumerate(split.remove_columns("images")):
         columns = {name: sample[name] for name in SAMPLE_COLUMNS}
-        rows.append({**columns, "question": question_text(turns), "reference": reference["content"]})
-        messages.append(turns)
-    images = split.select_columns(["images", "image_sizes"])
-    return Questions(rows, messages, images, image_rows=list(range(len(rows))), generate=generate)
+        positions = [n for n, message in enumerate(sample["messages"]) if message["role"] == "assistant"]
+        for turn, position in enumerate(positions, 1):
+            turns, reference = sample["messages"][:position], sample["messages"][position]["content"]
+            rows.append({**columns, "turn": turn, "question": question_text(turns), "reference": reference})
+            messages.append(turns)
+            samples.append(number)
+    images = split.select_columns(["id", "images", "image_sizes"])
+    return Questions(rows, messages, images, samples, image_rows=list(samples), generate=generate)
+
+
+def mark_known_labels(questions: Questions, label_map: dict) -> None:
+    """Set `label_known` in the rows of questions before which a turn names the sample's label.
+
+    An earlier question that names other labels too is a choice, and gives nothing away.
+    """
+    for row, (*earlier, _) in zip(questions.rows, questions.messages, strict=True):
+        for message in earlier if row["label"] is not None else []:
+            named = named_labels(message["content"], label_map) if message["role"] != "system" else []
+            if row["label"] in named and (message["role"] == "assistant" or len(named) == 1):
+                row["label_known"] = True
 
 
 def set_candidates(

@@ -31,7 +31,7 @@ def write_report(
         summary: content of `metrics.json`.
         runs: rows by run, see `Journal.finish`.
         label_map: see `build_label_map`.
-        samples: `images` of each sample, by its index.
+        samples: `images` of each question, by its index.
     """
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     (folder / "metrics.json").write_text(content, encoding="utf-8")
@@ -45,7 +45,7 @@ def write_report(
     }  # fmt: skip
     page = environment.get_template("evaluation.html").render(
         summary=summary,
-        run_titles=RUN_TITLES,
+        run_titles=titles_of(summary),
         main_metrics=MAIN_METRICS,
         cards=make_cards(summary),
         notes=metric_notes,
@@ -58,14 +58,18 @@ def write_report(
 
 def format_verdict(summary: dict, out: Path) -> str:
     """Return the lines on the screen: accuracy of each run, or chrF for data without labels, and what they rest on."""
-    lines = [""]
+    lines, titles = [""], titles_of(summary)
     for name, run in summary["runs"].items():
         accuracy = run.get("diagnosis", {}).get("accuracy")
         value = f"accuracy {format_number(accuracy['value'])}" if accuracy else f"chrF {run['text']['chrf']:.1f}"
         spread = accuracy and format_range(accuracy)
-        lines.append(f"{RUN_TITLES[name]:<26}{value}" + (f"   95 % interval {spread}" if spread else ""))
+        lines.append(f"{titles[name]:<26}{value}" + (f"   95 % interval {spread}" if spread else ""))
     if "shuffled_same_label" in summary:
         lines.append(f"{'  shuffled image, same label':<35}{summary['shuffled_same_label']:.3f}")
+    for name, run in summary["runs"].items():
+        if run["cut"]:
+            answers = f"{run['cut']} of {run['samples']} answers"
+            lines.append(f"{answers} were cut at --max-new-tokens {summary['max_new_tokens']} ({titles[name]})")
     lines += _gain_lines(summary)
     clusters = f", of {summary['clusters']} {summary['cluster_unit']}" if metric_notes.has_clusters(summary) else ""
     lines.append(f"{summary['diagnosed']} of {summary['samples']} questions ask for the label{clusters}")
@@ -84,6 +88,11 @@ def _gain_lines(summary: dict) -> list[str]:
     knowledge, form = gain["knowledge"]["value"], gain["form"]["value"]
     problem = metric_notes.form_problem(summary["runs"]["base"]["diagnosis"])
     return [f"{'difference to the base':<26}knowledge {knowledge:+.3f}, form {form:+.3f} (the base {problem})"]
+
+
+def titles_of(summary: dict) -> dict[str, str]:
+    """Return the title of each run; "adapter" is the model itself when a model was evaluated."""
+    return {**RUN_TITLES, **({"adapter": "model", "shuffled": "images shuffled"} if "model" in summary else {})}
 
 
 def format_number(value: float | None, digits: int = 3) -> str:

@@ -1,19 +1,24 @@
 """Answers the questions of all runs, divided among the processes; answers in the journal are not repeated."""
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import ProcessorMixin
 
+from common.console import print_rank0
 from common.files import ADAPTER_WEIGHTS
-from evaluation.generation import generate_answers, score_answers
+from evaluation.generation import generate, out_of_memory_advice, score_answers
 from evaluation.journal import Journal
 from evaluation.questions import Questions
 from models.adapters import load_answering_model, loading_settings
-from models.loading import load_processor
+from models.loading import load_processor, readable_out_of_memory
+from publishing.model_card import RUN_TITLES
 from publishing.run_facts import adapter_digest
 
 
@@ -27,16 +32,40 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
         Journal.clear(out)
     state.wait_for_everyone()
     names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels")
-    folder = Path(args.adapter)
     settings = {
         **{name: getattr(args, name) for name in names},
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
         "questions": runs["adapter"].content_digest(),
-        "adapter": adapter_digest(folder) if (folder / ADAPTER_WEIGHTS).is_file() else args.adapter,
+        "adapter": _weights_digest(args.adapter or args.model),
     }
     with state.main_process_first():
         return Journal(out, settings, state.process_index)
+
+
+def _weights_digest(name: str) -> str:
+    """Return what changes with the weights of an adapter or model: of a large model the files' sizes and times."""
+    folder = Path(name)
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return adapter_digest(folder)
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json")]
+    content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest() if files else name
+
+
+def choose_runs(args: argparse.Namespace, runs: dict[str, Questions], journal: Journal) -> dict[str, Questions]:
+    """Return the runs that the options ask for, and those that an earlier evaluation has completed."""
+    requested = {"adapter", "validation", *(("base", "shuffled") if args.baseline else ())}
+    kept = [
+        name
+        for name, questions in runs.items()
+        if name not in requested and journal.has(name, range(len(questions.rows)))
+    ]
+    if kept:
+        print_rank0(f"{'kept of earlier answers':<26}{', '.join(RUN_TITLES[name] for name in kept)}")
+    if args.baseline and "shuffled" not in runs:
+        print_rank0("images are not shuffled: that needs two samples with images")
+    return {name: questions for name, questions in runs.items() if name in requested or name in kept}
 
 
 def answer_questions(
@@ -50,10 +79,13 @@ def answer_questions(
     ]
     missing = [(name, indices) for name, indices in batches if not _is_complete(journal, runs[name], name, indices)]
     if missing:
-        processor = load_processor(args.adapter, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-        model = load_answering_model(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
+        limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+        processor = load_processor(args.adapter or args.model, **limits)
+        warn_of_long_references(processor, runs["adapter"], args.max_new_tokens)
+        options = {"quantization": args.quantization, "dtype": args.dtype}
+        model = load_answering_model(args.adapter, base=args.base or args.model, **options)
         share = missing[state.process_index :: state.num_processes]
-        answered = _answer_batches(model, processor, runs, share, journal, args.max_new_tokens)
+        answered = _answer_batches(model, processor, runs, share, journal, args)
         for rows in tqdm(answered, total=len(share), unit="batch", disable=not state.is_main_process):
             journal.add(rows)
     state.wait_for_everyone()
@@ -74,8 +106,17 @@ def _is_complete(journal: Journal, questions: Questions, name: str, indices: ran
     )
 
 
+def warn_of_long_references(processor: ProcessorMixin, questions: Questions, max_new_tokens: int) -> None:
+    """Print how many reference answers, with the token that ends them, are longer than answers may be."""
+    references = [row["reference"] for row in questions.rows]
+    lengths = [len(ids) + 1 for ids in processor.tokenizer(references)["input_ids"]]
+    if too_long := sum(length > max_new_tokens for length in lengths):
+        count = f"{too_long:,} of {len(lengths):,} reference answers are longer than --max-new-tokens {max_new_tokens}"
+        print_rank0(f"warning: {count}, the longest has {max(lengths):,} tokens: such answers would be cut")
+
+
 def _answer_batches(
-    model, processor, runs: dict[str, Questions], batches: list, journal: Journal, max_new_tokens: int
+    model, processor, runs: dict[str, Questions], batches: list, journal: Journal, args: argparse.Namespace
 ) -> Iterator[list[dict]]:
     """Yield the rows of each batch: the sample's columns, its answer, and the scores of its candidates.
 
@@ -83,19 +124,21 @@ def _answer_batches(
     """
     for name, indices in batches:
         questions = runs[name]
-        examples = [questions.example(index) for index in indices]
+        examples = [questions[index] for index in indices]
         rows = [{"run": name, "index": index, **questions.columns(index)} for index in indices]
-        answered = questions.generate and journal.has(name, indices)
-        for row in rows:
-            if (image_row := questions.image_rows[row["index"]]) != row["index"]:
-                row["image_of"] = questions.rows[image_row]["id"]
-        with nullcontext() if questions.adapter else model.disable_adapter():
-            if answered:
+        for row, example in zip(rows, examples, strict=True):
+            if questions.image_rows[row["index"]] != questions.samples[row["index"]]:
+                row["image_of"] = example["image_of"]
+        without_adapter = nullcontext() if questions.adapter else model.disable_adapter()
+        with without_adapter, readable_out_of_memory(out_of_memory_advice(args.batch_size)):
+            if questions.generate and journal.has(name, indices):
                 for row in rows:
-                    row["prediction"] = journal.rows[name, row["index"]]["prediction"]
+                    answered = journal.rows[name, row["index"]]
+                    row |= {key: answered[key] for key in ("prediction", "cut") if key in answered}
             elif questions.generate:
-                for row, text in zip(rows, generate_answers(model, processor, examples, max_new_tokens), strict=True):
-                    row["prediction"] = text
+                answers = generate(model, processor, examples, args.max_new_tokens)
+                for row, text, cut in zip(rows, *answers, strict=True):
+                    row |= {"prediction": text, **({"cut": True} if cut else {})}
             if questions.candidates:
                 _add_scores(model, processor, examples, [questions.candidates[index] for index in indices], rows)
         yield rows

@@ -105,13 +105,15 @@ def _compare(runs: dict[str, list[dict]], name: str, mask: np.ndarray, label_map
 def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
     """Return the share of shuffled samples whose image has the same label: the accuracy of a perfect observer."""
     label_of = {row["id"]: row["label"] for row in rows}
-    return metrics.rounded(np.mean([label_of[row["image_of"]] == row["label"] for row in shuffled]))
+    shown = [label_of[row.get("image_of", row["id"])] for row in shuffled]  # without images nothing is shuffled
+    return metrics.rounded(np.mean([label == row["label"] for label, row in zip(shown, shuffled, strict=True)]))
 
 
 def _text_metrics(run: list[dict], mask: np.ndarray, clusters: np.ndarray) -> dict:
     rows = _select(run, mask)
     text = text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
-    return {"samples": len(rows), "clusters": metrics.count_clusters(clusters[mask]), "text": text}
+    counts = {"samples": len(rows), "clusters": metrics.count_clusters(clusters[mask])}
+    return {**counts, "cut": sum("cut" in row for row in rows), "text": text}
 
 
 def _encode(rows: list[dict], label_map: dict, clusters: np.ndarray) -> metrics.Diagnoses:

@@ -196,7 +196,9 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub") from error
+        complete = Path(adapter, "config.json").is_file()
+        hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
+        raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub{hint}") from error
     if find_file(adapter, ADAPTER_WEIGHTS):
         return config
     raise ValueError(f"--adapter: {adapter} has no {ADAPTER_WEIGHTS}; weights of another format are not loaded")

@@ -44,18 +44,28 @@ def test_the_metrics_are_those_of_the_predictions(evaluated, demo_data):
     summary, rows = read(evaluated)
     ours = [row for row in rows if row["run"] == "adapter"]
     split = load_from_disk(str(demo_data))["train"]
-    assert [row["id"] for row in ours] == split["id"][:]
-    assert (summary["samples"], summary["diagnosed"], summary["split"]) == (32, 32, "train")
+    asked = [
+        (sample["id"], message["content"])
+        for sample in split
+        for message in sample["messages"]
+        if message["role"] == "assistant"
+    ]
+    assert [(row["id"], row["reference"]) for row in ours] == asked and len(asked) > 32
+    assert (summary["samples"], summary["diagnosed"], summary["split"]) == (len(asked), 32, "train")
+    assert summary["evaluated"] == {"samples": 32, "of": 40, "questions": len(asked)}
+    diagnosed = [row for row in rows if row["label"] in row["reference"]]
     for name in ("adapter", "base", "shuffled"):
-        right = [row["label"] in row["prediction"] for row in rows if row["run"] == name]
+        right = [row["label"] in row["prediction"] for row in diagnosed if row["run"] == name]
         assert summary["runs"][name]["diagnosis"]["accuracy"]["value"] == pytest.approx(sum(right) / 32)
-    likeliest = [max(row["scores"], key=row["scores"].get) == row["label"] for row in ours]
+        assert summary["runs"][name]["cut"] == sum("cut" in row for row in rows if row["run"] == name)
+    scored = [row["scores"] for row in diagnosed if row["run"] == "adapter"]
+    likeliest = [max(scores, key=scores.get) == row["label"] for scores, row in zip(scored, diagnosed, strict=False)]
     probabilities = summary["runs"]["adapter"]["probabilities"]
     assert probabilities["choice_accuracy"]["value"] == pytest.approx(sum(likeliest) / 32)
     assert {row["run"] for row in rows if "scores" in row} == {"adapter", "base", "validation"}
     assert probabilities["temperature"] > 0 and "temperature" not in summary["runs"]["base"]["probabilities"]
     exact = [row["prediction"] == row["reference"] for row in ours]
-    assert summary["runs"]["adapter"]["text"]["exact_match"] == pytest.approx(sum(exact) / 32)
+    assert summary["runs"]["adapter"]["text"]["exact_match"] == pytest.approx(sum(exact) / len(ours), abs=1e-6)
     sizes = {name: group["samples"] for name, group in summary["subgroups"]["skin_type"]["groups"].items()}
     assert sizes == {kind: split["skin_type"].count(kind) for kind in sorted(set(split["skin_type"]))}
 
@@ -65,7 +75,8 @@ def test_shuffled_samples_have_the_images_of_other_samples(evaluated):
     label_of = {row["id"]: row["label"] for row in rows if row["run"] == "adapter"}
     shuffled = [row for row in rows if row["run"] == "shuffled"]
     assert all(row["image_of"] != row["id"] for row in shuffled)
-    assert sorted(row["image_of"] for row in shuffled) == sorted(label_of)
+    image_of = {row["id"]: row["image_of"] for row in shuffled}  # the same for all questions of a sample
+    assert sorted(image_of.values()) == sorted(label_of)
     same = sum(label_of[row["image_of"]] == row["label"] for row in shuffled) / len(shuffled)
     assert summary["shuffled_same_label"] == pytest.approx(same, abs=1e-6)
 
@@ -79,7 +90,8 @@ def test_the_base_run_equals_predict_with_the_base_alone(evaluated, tiny_base, d
     command = [*alone, *pixels, "--dataset", demo_data, "--split", "train", "--out", out]
     predict.main([str(word) for word in command])
     expected = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
-    assert [row["prediction"] for row in read(evaluated)[1] if row["run"] == "base"] == expected
+    last = {row["id"]: row["prediction"] for row in read(evaluated)[1] if row["run"] == "base"}
+    assert list(last.values()) == expected  # which asks the last question of each sample
 
 
 def test_a_killed_evaluation_resumes_and_ends_the_same(evaluated, adapter, demo_data, fork_server, tmp_path):

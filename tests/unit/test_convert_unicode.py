@@ -60,15 +60,13 @@ def test_answers_that_do_not_name_their_label_are_said_and_a_label_map_helps(wri
 
 
 def test_unusual_line_ends_in_a_text_do_not_break_findings(write_records, tmp_path):
-    question = "Is it a\u2028nevus\x85or\x0bnot?"
-    path, images = write_records(
-        [flat("red.jpg", question=question, answer="a\u2029nevus", label="nevus", id="a\x85b")]
-    )
+    question = "Is it a\u2028mole\x85or\x0bnot?"
+    path, images = write_records([flat("red.jpg", question=question, answer="nevus", label="nevus", id="a\x85b")])
     convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
     data_prep(["inspect", str(tmp_path / "out")])
-    assert "a\u2029nevus" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "a\u2028mole\x85or" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     card = make_card("you/skin", tmp_path / "out", load_from_disk(str(tmp_path / "out")))
-    assert "1 x giveaway" in card
+    assert "1 x short answer" in card
 
 
 @pytest.mark.parametrize(("stored", "named"), [("NFD", "NFC"), ("NFC", "NFD")])
