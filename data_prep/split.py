@@ -68,7 +68,7 @@ def assign_splits(
         names: name of each split.
 
     Raises:
-        ValueError: the first split would be empty.
+        ValueError: the first split would be empty, and its share is not 0.
     """
     labels = labels or [None] * len(sample_ids)
     members = defaultdict(list)
@@ -89,7 +89,7 @@ def assign_splits(
             missing[best][label] -= count
         for index in indices:
             result[index] = names[best]
-    if names[0] not in result:
+    if fractions[0] > 0 and names[0] not in result:
         raise ValueError(f"split: {fractions} leaves no {names[0]} sample out of {len(sample_ids)}")
     return result
 

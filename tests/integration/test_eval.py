@@ -1,6 +1,7 @@
 """eval_sft.py: the metrics are those of the predictions, also after a kill and with two processes."""
 
 import json
+import shutil
 import signal
 
 from common.cli import run
@@ -9,6 +10,7 @@ import pytest
 from datasets import load_from_disk
 
 import eval_sft
+import merge_adapter
 import train_sft
 from evaluation.journal import Journal
 from helpers.runs import train_args
@@ -77,7 +79,8 @@ def test_shuffled_samples_have_the_images_of_other_samples(evaluated):
     assert all(row["image_of"] != row["id"] for row in shuffled)
     image_of = {row["id"]: row["image_of"] for row in shuffled}  # the same for all questions of a sample
     assert sorted(image_of.values()) == sorted(label_of)
-    same = sum(label_of[row["image_of"]] == row["label"] for row in shuffled) / len(shuffled)
+    diagnosed = [row for row in shuffled if row["label"] in row["reference"]]
+    same = sum(label_of[row["image_of"]] == row["label"] for row in diagnosed) / len(diagnosed)
     assert summary["shuffled_same_label"] == pytest.approx(same, abs=1e-6)
 
 
@@ -153,9 +156,14 @@ def test_data_without_labels_get_text_metrics(adapter, write_records, tmp_path, 
     eval_sft.main([str(word) for word in (*common, "--max-new-tokens", 4)])
     summary, _ = read(tmp_path / "e")
     assert (summary["diagnosed"], summary["labels"]) == (0, [])
-    assert set(summary["runs"]["adapter"]) == {"samples", "clusters", "text"}
-    assert "chrF" in capsys.readouterr().out
-    assert "balanced accuracy" not in (tmp_path / "e" / "report.html").read_text()
+    assert set(summary["runs"]["adapter"]) == {"samples", "clusters", "cut", "text"}
+    assert summary["runs"]["adapter"]["cut"] == 3
+    out, page = capsys.readouterr().out, (tmp_path / "e" / "report.html").read_text()
+    assert "chrF" in out and "3 of 3 answers were cut at --max-new-tokens 4 (adapter)" in out
+    assert "warning: 3 of 3 reference answers are longer than --max-new-tokens 4, the longest has 9 tokens" in out
+    assert "evaluating                3 of 3 samples, split test: 3 questions" in out
+    assert "balanced accuracy" not in page and "adapter: 3 of 3 answers were cut at 4 tokens." in page
+    assert "3 of the data's 3 samples: split <b>test</b>, 3 questions" in page
 
 
 def test_the_only_pair_of_images_is_left_out_of_the_shuffled_control(adapter, write_records, tmp_path, capsys):
@@ -202,3 +210,49 @@ def test_a_user_error_is_one_line(adapter, demo_data, tmp_path, capsys, more, me
     assert run(lambda: eval_sft.main(options(adapter, demo_data, tmp_path / "e", *more))) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_an_evaluation_without_baseline_keeps_the_runs_of_one_that_had_it(
+    evaluated, adapter, demo_data, tmp_path, capsys, monkeypatch
+):
+    for name in ("predictions.jsonl", "settings.json"):
+        shutil.copy(evaluated / name, tmp_path)
+    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
+    eval_sft.main(options(adapter, demo_data, tmp_path, "--min-group", 4))
+    assert "kept of earlier answers   base model alone, adapter, images shuffled" in capsys.readouterr().out
+    assert (tmp_path / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()
+
+
+def test_a_merged_model_is_evaluated_on_all_samples_without_an_adapter(adapter, demo_data, tmp_path, capsys):
+    merged = tmp_path / "skin-merged"
+    merge_adapter.main(["--adapter", str(adapter), "--out", str(merged)])
+    before = sorted(path.name for path in merged.iterdir())
+    common = ["--model", str(merged), "--dataset", str(demo_data), "--out", str(tmp_path / "e"), "--baseline"]
+    eval_sft.main([*common, "--split", "all", "--max-new-tokens", "12", "--no-probabilities"])
+    summary, rows = read(tmp_path / "e")
+    assert summary["evaluated"]["samples"] == summary["evaluated"]["of"] == summary["diagnosed"] == 40
+    assert summary["model"] == "skin-merged" and set(summary["runs"]) == {"adapter", "shuffled"}
+    diagnosed = [row for row in rows if row["run"] == "adapter" and row["label"] in row["reference"]]
+    right = sum(row["label"] in row["prediction"] for row in diagnosed)
+    assert summary["runs"]["adapter"]["diagnosis"]["accuracy"]["value"] == pytest.approx(right / 40)
+    assert "Evaluation of skin-merged</h1>" in (tmp_path / "e" / "report.html").read_text()
+    assert "\nmodel                     accuracy" in capsys.readouterr().out
+    assert sorted(path.name for path in merged.iterdir()) == before
+    (merged / "model.safetensors").touch()  # merged again
+    with pytest.raises(ValueError, match="holds answers made with other settings, adapter was"):
+        eval_sft.main([*common, "--split", "all", "--max-new-tokens", "12", "--no-probabilities"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "name what to evaluate: an adapter (--adapter), or a model without one (--model)"),
+        ("--adapter x --model y", "name what to evaluate"),
+        ("--model x --base y", "--base: goes with --adapter, not with --model"),
+        ("--model x --push you/skin", "--push: goes with --adapter"),
+        ("--model /nowhere", "no model in '/nowhere'"),
+    ],
+)
+def test_one_adapter_or_model_is_named(capsys, words, message):
+    assert run(lambda: eval_sft.main([*words.split(), "--dataset", "x"])) == 1
+    assert message in capsys.readouterr().err

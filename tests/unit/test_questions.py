@@ -1,0 +1,128 @@
+"""Which questions an evaluation asks, with which images, and which of them count for the label."""
+
+import argparse
+
+import pytest
+
+from data_prep import load_splits
+from data_prep.__main__ import main as data_prep
+from evaluation.label_matching import asks_for_label
+from evaluation.questions import load_runs, load_split
+from evaluation.summary import summarise
+
+
+def chat(sample_id, *turns, images=("red.jpg",), **more):
+    messages = [{"role": "user" if n % 2 == 0 else "assistant", "content": text} for n, text in enumerate(turns)]
+    return {"id": sample_id, "images": list(images), "messages": messages, "split": "test", **more}
+
+
+def flat(sample_id, *images, label="nevus"):
+    record = {"id": sample_id, "question": "What?", "answer": f"This is {label}.", "label": label, "split": "test"}
+    return {**record, "images": list(images)}
+
+
+@pytest.fixture
+def args_of(write_records):
+    """Write records and return the options that evaluate them."""
+
+    def make(records, **more):
+        path, images = write_records(records)
+        options = {"dataset": str(path), "image_dir": str(images), "split": "test", "labels": None}
+        options |= {"no_probabilities": False, "adapter": "x", "model": None}
+        return argparse.Namespace(**options | more)
+
+    return make
+
+
+def test_each_turn_is_asked_after_the_reference_answers_with_the_images_so_far(args_of):
+    turns = ["<image>What colour?", "Red.", "And <image>?", "Green.", "Which is nevus?", "The first is a nevus."]
+    runs, _, counts = load_runs(args_of([chat("a", *turns, images=("red.jpg", "green.png"), label="nevus")]))
+    questions = runs["adapter"]
+    assert [(row["turn"], row["question"], row["reference"]) for row in questions.rows] == [
+        (1, "What colour?", "Red."),
+        (2, "And [image 2]?", "Green."),
+        (3, "Which is nevus?", "The first is a nevus."),
+    ]
+    assert [len(questions[n]["images"]) for n in range(3)] == [1, 2, 2]
+    assert [[m["content"] for m in questions[n]["messages"]] for n in range(3)] == [turns[:1], turns[:3], turns[:5]]
+    assert counts == {"samples": 1, "of": 1, "questions": 3}
+
+
+@pytest.mark.parametrize(
+    ("turns", "counted"),
+    [
+        (["What?", "A nevus.", "Sure?", "Yes, a nevus."], [True, False]),
+        (["Dark?", "Yes.", "What?", "A nevus."], [False, True]),
+        (["It is a nevus. Dark?", "Yes.", "What?", "A nevus."], [False, False]),
+        (["Nevus or melanoma?", "Hard to say.", "What?", "A nevus."], [False, True]),
+        (["Which?", "Nevus or melanoma.", "And?", "A nevus."], [False, False]),
+        (["Is it nevus?", "A nevus."], [True]),
+    ],
+)
+def test_a_label_that_an_earlier_turn_names_does_not_count(args_of, turns, counted):
+    records = [chat("a", *turns, label="nevus"), flat("b", "blue.jpg", label="melanoma")]
+    runs, label_map, _ = load_runs(args_of(records))
+    rows = [row for row in runs["adapter"].rows if row["id"] == "a"]
+    assert [asks_for_label(row, label_map) for row in rows] == counted
+    assert [bool(answers) for answers in runs["adapter"].candidates][: len(rows)] == counted
+
+
+@pytest.mark.parametrize(
+    ("images", "shuffled"),
+    [
+        ([["red.jpg"], ["green.png"], ["blue.jpg", "red.jpg"]], 3),
+        ([["red.jpg"], ["green.png", "blue.jpg", "red.jpg"]], 2),
+        ([["red.jpg"], ["green.png"], []], 2),
+        ([["red.jpg"], []], 0),
+        ([[], []], 0),
+    ],
+)
+def test_any_numbers_of_images_are_shuffled_and_summarised(args_of, images, shuffled):
+    records = [flat(f"r{n}", *names) for n, names in enumerate(images)]
+    runs, label_map, _ = load_runs(args_of([*records, {**flat("m", label="melanoma"), "split": "train"}]))
+    assert ("shuffled" in runs) == bool(shuffled)
+    assert {"adapter", "base"} <= set(runs)
+    answered = {}
+    for name in {"adapter", "base", "shuffled"} & set(runs):
+        questions = runs[name]
+        examples = [questions[n] for n in range(len(records))]
+        assert [len(example["images"]) for example in examples] == [len(names) for names in images]
+        changed = {example["id"]: example["image_of"] for example in examples if example["image_of"] != example["id"]}
+        assert len(changed) == (shuffled if name == "shuffled" else 0)
+        answered[name] = [
+            {**row, "index": n, "prediction": "A nevus."}
+            | ({"image_of": changed[row["id"]]} if row["id"] in changed else {})
+            for n, row in enumerate(questions.rows)
+        ]
+    summary = summarise(answered, label_map, columns=[], sensitivity_of=[], min_group=1)
+    assert summary["runs"]["base"]["diagnosis"]["accuracy"]["value"] == 1
+    assert summary.get("shuffled_same_label", 1) == 1  # all are nevi
+
+
+def test_all_splits_are_evaluated_as_one(args_of):
+    records = [{**flat(f"r{n}", "red.jpg"), "split": split} for n, split in enumerate(("train", "test", "validation"))]
+    args = args_of(records, split="all")
+    assert sorted(load_split(args)[1]["id"]) == ["r0", "r1", "r2"]
+    runs, _, counts = load_runs(args)
+    assert counts == {"samples": 3, "of": 3, "questions": 3} and "validation" not in runs
+    args.split = "dev"
+    with pytest.raises(ValueError, match=r"no split 'dev', only \['test', 'train', 'validation'\] \(or 'all'\)"):
+        load_split(args)
+
+
+def test_a_model_alone_has_no_base_to_compare_with(args_of):
+    runs, _, _ = load_runs(args_of([flat("a", "red.jpg"), flat("b", "blue.jpg")], adapter=None, model="x"))
+    assert set(runs) == {"adapter", "shuffled"}
+
+
+@pytest.mark.parametrize("shares", [(0, 0, 1), (0, 0.5, 0.5), (1, 0, 0)])
+def test_a_data_set_may_have_no_training_split(write_records, tmp_path, shares):
+    names = ("red.jpg", "green.png", "blue.jpg")
+    path, images = write_records([{k: v for k, v in flat(n, n).items() if k != "split"} for n in names])
+    out = tmp_path / "data"
+    command = ["convert", "--annotations", path, "--images", images, "--out", out, "--workers", 1, "--split", *shares]
+    data_prep([str(word) for word in command])
+    expected = {name for name, share in zip(("train", "validation", "test"), shares, strict=True) if share}
+    assert set(load_splits(str(out))) == expected
+    data_prep(["inspect", str(out)])
+    data_prep(["check", "--annotations", str(path), "--images", str(images), "--split", *map(str, shares)])
