@@ -20,10 +20,10 @@ ERRORS = {
     "unusable": "records that cannot be used",
     "leak": "groups or pictures in more than one of the given splits",
     "contradiction": "the same pictures and question under different labels",
-    "giveaway": "questions that contain the answer's label",
     "tiny": f"images under {PATCH_CELL} px a side",
 }
 WARNINGS = {
+    "giveaway": "questions that contain the answer's label (not counted in an evaluation)",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "long answer": f"answers over {LONG_ANSWER:,} characters",

@@ -148,12 +148,12 @@ def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
 
 
 def mark_known_labels(questions: Questions, label_map: dict) -> None:
-    """Set `label_known` in the rows of questions before which a turn names the sample's label.
+    """Set `label_known` in the rows of questions that name the sample's label, or before which a turn does.
 
-    An earlier question that names other labels too is a choice, and gives nothing away.
+    A question that names other labels too is a choice, and gives nothing away.
     """
-    for row, (*earlier, _) in zip(questions.rows, questions.messages, strict=True):
-        for message in earlier if row["label"] is not None else []:
+    for row, messages in zip(questions.rows, questions.messages, strict=True):
+        for message in messages if row["label"] is not None else []:
             named = named_labels(message["content"], label_map) if message["role"] != "system" else []
             if row["label"] in named and (message["role"] == "assistant" or len(named) == 1):
                 row["label_known"] = True
@@ -183,18 +183,17 @@ def shuffle_images(questions: Questions, *, seed: int = 0) -> list[int]:
     """
     keys = image_keys(questions.images)
     by_count = {}
-    for index, row in enumerate(questions.image_rows):
-        by_count.setdefault(len(keys[row]), []).append(index)
+    for sample, key in enumerate(keys):
+        by_count.setdefault(len(key), []).append(sample)
     by_count.pop(0, None)
-    image_rows = list(questions.image_rows)
-    for indices in by_count.values():
+    source_of = list(range(len(keys)))
+    for samples in by_count.values():
         alike = {}  # samples that show the same images stand together; a shift by the most of them parts all
-        for index in random.Random(seed).sample(indices, len(indices)):
-            alike.setdefault(keys[questions.image_rows[index]], []).append(index)
-        ordered = [index for members in alike.values() for index in members]
+        for sample in random.Random(seed).sample(samples, len(samples)):
+            alike.setdefault(keys[sample], []).append(sample)
+        ordered = [sample for members in alike.values() for sample in members]
         shift = max(map(len, alike.values()))
-        for place, target in enumerate(ordered):
-            source = questions.image_rows[ordered[place - shift]]
-            if keys[source] != keys[image_rows[target]]:
-                image_rows[target] = source
-    return image_rows
+        for place, sample in enumerate(ordered):
+            if keys[source := ordered[place - shift]] != keys[sample]:
+                source_of[sample] = source
+    return [source_of[sample] for sample in questions.samples]

@@ -249,7 +249,8 @@ def questions_of(images):
     content = [[{"path": name, "bytes": None} for name in names] for names in images]
     dataset = Dataset.from_dict({"images": content, "image_sizes": [[[8, 8]] * len(names) for names in images]})
     rows = [{"id": f"r{n}"} for n in range(len(images))]
-    return Questions(rows, [[]] * len(rows), dataset.cast_column("images", features["images"]), list(range(len(rows))))
+    dataset, numbers = dataset.cast_column("images", features["images"]), list(range(len(rows)))
+    return Questions(rows, [[]] * len(rows), dataset, numbers, numbers)
 
 
 def test_shuffled_samples_never_keep_their_picture():
@@ -314,7 +315,8 @@ def test_the_page_shows_patients_beside_every_figure(tmp_path):
     runs = {name: [row | {"group": f"p{row['index'] // 4}", "sex": "f" if row["index"] % 3 else "m"} for row in rows]
             for name, rows in choices.items()}  # fmt: skip
     summary = summarise(runs, LABEL_MAP, columns=["sex"], sensitivity_of=["nevus"], min_group=5)
-    write_report(tmp_path, {"split": "test", **summary}, runs, LABEL_MAP, [{"images": []}] * 20)
+    counts = {"evaluated": {"samples": 20, "of": 20, "questions": 20}, "max_new_tokens": 8}
+    write_report(tmp_path, {"split": "test", **counts, **summary}, runs, LABEL_MAP, [{"images": []}] * 20)
     page = " ".join((tmp_path / "report.html").read_text(encoding="utf-8").split())
     for part in (
         "20 samples of 5 patients or lesions</small>",

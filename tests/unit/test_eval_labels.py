@@ -27,7 +27,7 @@ def asked(monkeypatch):
 
     def generate(model, processor, examples, *args, **options):
         counts.answered += len(examples)
-        return [counts.answer for _ in examples]
+        return [counts.answer for _ in examples], [False for _ in examples]
 
     def score(model, processor, examples, candidates):
         counts.scored += candidates
@@ -36,7 +36,7 @@ def asked(monkeypatch):
     monkeypatch.setattr("evaluation.runner.load_processor", lambda *args, **options: None)
     model = SimpleNamespace(disable_adapter=nullcontext)
     monkeypatch.setattr("evaluation.runner.load_answering_model", lambda *args, **options: model)
-    monkeypatch.setattr("evaluation.runner.generate_answers", generate)
+    monkeypatch.setattr("evaluation.runner.generate", generate)
     monkeypatch.setattr("evaluation.runner.score_answers", score)
     return counts
 

@@ -24,7 +24,7 @@ from training.checkpoints import MANIFEST, read_manifest, seal
 
 ROOT = Path(train_sft.__file__).parent
 ARTIST, GPS_IFD, GPS_AREA = 0x013B, 0x8825, 0x001C  # EXIF tags
-CHARTS = {"eval/abstention.png", "eval/confusion.png", "eval/reliability.png", "eval/subgroups.png"}
+CHARTS = {"eval/abstention.png", "eval/confusion.png", "eval/subgroups.png"}  # too few answers for calibration
 
 
 def plant_images(demo_raw, folder):
@@ -75,7 +75,7 @@ def holding(files, *secrets):
 def test_no_file_of_a_run_contains_a_token_a_path_a_patients_name_or_camera_metadata(planted):
     files = read_all(planted)
     assert {"eval/predictions.jsonl", "checkpoint-4/optimizer.pt", "metrics.jsonl", "facts.json"} < set(files)
-    assert sum(name.startswith("picture") for name in files) >= 12  # eight images with wrong answers, and the charts
+    assert sum(name.startswith("picture") for name in files) >= 11  # eight images with wrong answers, and the charts
     assert holding(files, *SECRETS) == set()
     assert "training_args.bin" not in {Path(name).name for name in files}
 

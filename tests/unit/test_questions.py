@@ -35,13 +35,13 @@ def args_of(write_records):
 
 
 def test_each_turn_is_asked_after_the_reference_answers_with_the_images_so_far(args_of):
-    turns = ["<image>What colour?", "Red.", "And <image>?", "Green.", "Which is nevus?", "The first is a nevus."]
+    turns = ["<image>What colour?", "Red.", "And <image>?", "Green.", "Which is it?", "The first is a nevus."]
     runs, _, counts = load_runs(args_of([chat("a", *turns, images=("red.jpg", "green.png"), label="nevus")]))
     questions = runs["adapter"]
     assert [(row["turn"], row["question"], row["reference"]) for row in questions.rows] == [
         (1, "What colour?", "Red."),
         (2, "And [image 2]?", "Green."),
-        (3, "Which is nevus?", "The first is a nevus."),
+        (3, "Which is it?", "The first is a nevus."),
     ]
     assert [len(questions[n]["images"]) for n in range(3)] == [1, 2, 2]
     assert [[m["content"] for m in questions[n]["messages"]] for n in range(3)] == [turns[:1], turns[:3], turns[:5]]
@@ -56,10 +56,10 @@ def test_each_turn_is_asked_after_the_reference_answers_with_the_images_so_far(a
         (["It is a nevus. Dark?", "Yes.", "What?", "A nevus."], [False, False]),
         (["Nevus or melanoma?", "Hard to say.", "What?", "A nevus."], [False, True]),
         (["Which?", "Nevus or melanoma.", "And?", "A nevus."], [False, False]),
-        (["Is it nevus?", "A nevus."], [True]),
+        (["Is it nevus?", "A nevus."], [False]),
     ],
 )
-def test_a_label_that_an_earlier_turn_names_does_not_count(args_of, turns, counted):
+def test_a_label_that_the_prompt_names_does_not_count(args_of, turns, counted):
     records = [chat("a", *turns, label="nevus"), flat("b", "blue.jpg", label="melanoma")]
     runs, label_map, _ = load_runs(args_of(records))
     rows = [row for row in runs["adapter"].rows if row["id"] == "a"]
@@ -70,8 +70,8 @@ def test_a_label_that_an_earlier_turn_names_does_not_count(args_of, turns, count
 @pytest.mark.parametrize(
     ("images", "shuffled"),
     [
-        ([["red.jpg"], ["green.png"], ["blue.jpg", "red.jpg"]], 3),
-        ([["red.jpg"], ["green.png", "blue.jpg", "red.jpg"]], 2),
+        ([["red.jpg"], ["green.png"], ["blue.jpg", "red.jpg"]], 2),
+        ([["red.jpg"], ["green.png", "blue.jpg", "red.jpg"]], 0),
         ([["red.jpg"], ["green.png"], []], 2),
         ([["red.jpg"], []], 0),
         ([[], []], 0),
@@ -100,7 +100,8 @@ def test_any_numbers_of_images_are_shuffled_and_summarised(args_of, images, shuf
 
 
 def test_all_splits_are_evaluated_as_one(args_of):
-    records = [{**flat(f"r{n}", "red.jpg"), "split": split} for n, split in enumerate(("train", "test", "validation"))]
+    files = {"train": "red.jpg", "test": "green.png", "validation": "blue.jpg"}
+    records = [{**flat(f"r{n}", file), "split": split} for n, (split, file) in enumerate(files.items())]
     args = args_of(records, split="all")
     assert sorted(load_split(args)[1]["id"]) == ["r0", "r1", "r2"]
     runs, _, counts = load_runs(args)
