@@ -20,9 +20,10 @@ Reference = tuple[str, tuple[str, ...]]  # a sample's label, and its answers
 _NEGATIONS = "(?<!(?:[不非未无無没沒]|ไม่))"
 _ARABIC = regex.compile(r"\p{Arabic}")
 _PROCLITICS = "(?:[وف]?(?:[بكل]?ال|لل|[بكل])?)"  # and, so; in, as, for; the: written with the next word
-_THOUGHT = regex.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", regex.DOTALL)
-_REST_OF_THOUGHT = regex.compile(r"^.*</think(?:ing)?>", regex.DOTALL)
-_UNCLOSED = regex.compile(r"<think(?:ing)?>.*$", regex.DOTALL)
+_FLAGS = regex.DOTALL | regex.IGNORECASE
+_THOUGHT = regex.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", _FLAGS)
+_REST_OF_THOUGHT = regex.compile(r"^.*</think(?:ing)?>", _FLAGS)
+_UNCLOSED = regex.compile(r"<think(?:ing)?>.*$", _FLAGS)
 
 
 def build_label_map(
@@ -130,7 +131,7 @@ def _is_named(label: str, texts: Iterable[str], label_map: LabelMap) -> bool:
 
 def strip_thinking(text: str) -> str:
     """Return an answer without its `<think>` parts, also those that are cut off at the answer's start or end."""
-    if "think" not in text:
+    if "think" not in text.lower():
         return text
     return _UNCLOSED.sub("", _REST_OF_THOUGHT.sub("", _THOUGHT.sub("", text)))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.labels import read_label
+from data_prep.labels import label_key, read_label
 from evaluation import metrics
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters
@@ -36,7 +36,7 @@ def summarise(
     """
     labels, rows = list(label_map), runs["adapter"]
     clusters = np.array(cluster_samples(rows) if clusters is None else clusters)
-    sensitivity_of = sensitivity_of or [label for label in HIGH_RISK_LABELS if label in labels]
+    sensitivity_of = sensitivity_of or [label for label in labels if label_key(label) in HIGH_RISK_LABELS]
     asks = np.array([bool(label_map) and asks_for_label(row, label_map) for row in rows], dtype=bool)
     kept = {name: _answered_samples(runs[name], name) for name in ("adapter", "base", "shuffled") if name in runs}
     summary = {"samples": len(rows), "diagnosed": int(asks.sum()), "labels": labels}

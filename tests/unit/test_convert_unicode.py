@@ -24,7 +24,11 @@ def convert(path, images, out, *options):
 
 def test_labels_in_several_spellings_are_one_with_a_finding(write_records, tmp_path, capsys):
     spelled = ["melanoma", "melanoma", "Melanoma", "e\u0301cza  ma", "\u00e9cza ma", "\u00e9cza ma"]
-    records = [flat("red.jpg", label=label, answer=f"It is {label}.", id=n) for n, label in enumerate(spelled)]
+    files = ["red.jpg"] * 3 + ["green.png"] * 3
+    records = [
+        flat(file, label=label, answer=f"It is {label}.", id=n)
+        for n, (file, label) in enumerate(zip(files, spelled, strict=True))
+    ]
     path, images = write_records(records)
     convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
     assert "melanoma 3, \u00e9cza ma 3" in capsys.readouterr().out

@@ -115,6 +115,13 @@ def test_the_page_calls_no_answer_wrong_that_cannot_be_read(asked, evaluate):
     assert "only 0 of 3 labelled samples" in page
 
 
+def test_sensitivity_is_shown_for_melanoma_in_any_spelling(asked, evaluate):
+    spelled = {name: {"melanoma": "MELANOMA"}.get(label, label) for name, label in TRUE.items()}
+    out = evaluate({name: f"A {label}." for name, label in spelled.items()}, labels=spelled)
+    summary = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert list(summary["runs"]["adapter"]["probabilities"]["sensitivity"]) == ["MELANOMA"]
+
+
 def test_the_page_calls_wrong_what_names_another_label(asked, evaluate):
     asked.answer = "A nevus."
     out = evaluate({name: f"A {label}." for name, label in TRUE.items()})

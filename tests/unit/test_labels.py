@@ -179,6 +179,7 @@ def test_what_stands_at_other_labels_as_often_is_no_ending():
         ("melanoma or nevus?</think>\n\nA nevus.", "nevus"),
         ("<think>A nevus, I", NONE),
         ("<think>a</think><think>melanoma</think>nevus", "nevus"),
+        ("<THINK>melanoma</Think>nevus", "nevus"),
         ("I think nevus", "nevus"),
         ("A nevus. <thinking>or melanoma", "nevus"),
     ],
