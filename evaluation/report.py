@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
+from common.files import EVALUATION_PLOTS
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
@@ -35,6 +36,8 @@ def write_report(
     """
     content = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
     (folder / "metrics.json").write_text(content, encoding="utf-8")
+    for plot in EVALUATION_PLOTS:
+        (folder / Path(plot).name).unlink(missing_ok=True)  # an earlier evaluation may have had more of them
     charts = {}
     for name, figure in draw_charts(summary).items():
         charts[name] = encode_figure(figure, name)  # with fonts that have the labels' characters

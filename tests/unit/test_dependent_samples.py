@@ -315,6 +315,7 @@ def test_the_page_shows_patients_beside_every_figure(tmp_path):
     runs = {name: [row | {"group": f"p{row['index'] // 4}", "sex": "f" if row["index"] % 3 else "m"} for row in rows]
             for name, rows in choices.items()}  # fmt: skip
     summary = summarise(runs, LABEL_MAP, columns=["sex"], sensitivity_of=["nevus"], min_group=5)
+    (tmp_path / "reliability.png").touch()  # of an earlier evaluation with more samples
     counts = {"evaluated": {"samples": 20, "of": 20, "questions": 20}, "max_new_tokens": 8}
     write_report(tmp_path, {"split": "test", **counts, **summary}, runs, LABEL_MAP, [{"images": []}] * 20)
     page = " ".join((tmp_path / "report.html").read_text(encoding="utf-8").split())
@@ -328,4 +329,5 @@ def test_the_page_shows_patients_beside_every_figure(tmp_path):
         "the threshold is from the evaluated samples themselves, which makes the sensitivity too high",
     ):
         assert part in page, part
+    assert not (tmp_path / "reliability.png").exists() and (tmp_path / "confusion.png").exists()
     assert "bootstrap" not in page and "0.000 to" not in page

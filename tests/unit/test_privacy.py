@@ -24,7 +24,7 @@ from training.checkpoints import MANIFEST, read_manifest, seal
 
 ROOT = Path(train_sft.__file__).parent
 ARTIST, GPS_IFD, GPS_AREA = 0x013B, 0x8825, 0x001C  # EXIF tags
-CHARTS = {"eval/abstention.png", "eval/confusion.png", "eval/subgroups.png"}  # too few answers for calibration
+CHARTS = {"eval/abstention.png", "eval/confusion.png", "eval/subgroups.png"}  # too few samples for a fourth
 
 
 def plant_images(demo_raw, folder):
