@@ -24,7 +24,6 @@ from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import (
     check_resumable,
     check_same_everywhere,
-    check_weights,
     choose_start,
     describe_identity,
     describe_resuming,
@@ -64,8 +63,7 @@ def train(settings: Settings) -> int | None:
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
     with out_of_memory_advice(settings, loading=True):
-        model = build_model(settings)
-    check_weights(checkpoint, model)
+        model = build_model(settings, checkpoint)
     write_run_record(settings, model, base, data.facts)
     recompute = decide_checkpointing(model, processor, data, settings)
 

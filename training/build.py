@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -18,14 +19,15 @@ from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.memory_probe import fits, largest_batch
+from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
 from training.settings import Settings, TrainingSettings
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
 
-def build_model(settings: Settings) -> PeftModel:
-    """Load the base model and add LoRA to exactly the layers that the settings name."""
+def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel:
+    """Load the base model and add LoRA to exactly the layers that the settings name; `checkpoint` has to fit it."""
     # changes no result, and no other command shards
     storage = settings.model.bnb_4bit_quant_storage or "uint8"
     model = load_model(settings.model.model_name_or_path, **settings.loading_options(), quant_storage=storage)
@@ -33,6 +35,7 @@ def build_model(settings: Settings) -> PeftModel:
     check_targets(model, lora["target_modules"])
     model = get_peft_model(model, build_lora_config(model, **lora))
     check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
+    check_weights(checkpoint, model)
     return model
 
 
