@@ -21,13 +21,7 @@ from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, own_output, shard_layers
 from training.memory_probe import out_of_memory_advice
 from training.publish import claim_repository, push_checkpoints, push_final
-from training.resume import (
-    check_resumable,
-    check_same_everywhere,
-    choose_start,
-    describe_identity,
-    describe_resuming,
-)  # fmt: skip
+from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
 from training.run_record import describe_run, finish_card, report_unsaved, tracked_facts, write_run_record
 from training.settings import Settings
 from training.signals import StopCallback, end_early
