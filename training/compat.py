@@ -2,22 +2,41 @@
 
 from collections.abc import Callable
 
+import torch
 from trl import SFTTrainer
 
 
-class CheckpointHookTrainer(SFTTrainer):
-    """`SFTTrainer` with a hook around the saving of a checkpoint.
+class HookTrainer(SFTTrainer):
+    """`SFTTrainer` with a hook around the saving of a checkpoint, and one for the gradients' norm.
 
     transformers has callbacks after a save, but it deletes old checkpoints before them, and an error while saving
-    reaches no callback.
+    reaches no callback. The norm it computes over all parameters, frozen ones included, and tells no callback.
+
+    Attributes:
+        trained: the parameters whose gradients are clipped; None lets transformers look through the model.
+        grad_norm: of the last step, before clipping; None before the first.
     """
+
+    trained: list[torch.nn.Parameter] | None = None
+    grad_norm: torch.Tensor | float | None = None
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
         """Save a checkpoint by calling `save`, in every process."""
         save()
 
     def _save_checkpoint(self, model, trial) -> None:
-        self.save_checkpoint(lambda: super(CheckpointHookTrainer, self)._save_checkpoint(model, trial))
+        self.save_checkpoint(lambda: super(HookTrainer, self)._save_checkpoint(model, trial))
+
+    def _clip_grad_norm(self, model) -> torch.Tensor:
+        if self.trained is None:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
+        if grad_norm is None and self.trained is not None:  # without clipping
+            grad_norm = self.accelerator.clip_grad_norm_(self.trained, float("inf"))
+        self.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.grad_norm
 
 
 def set_token_count(trainer: SFTTrainer, count: int) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from common.files import ADAPTER_WEIGHTS
 from models.attention import uses_varlen
 from models.lora import detach_vision_inputs
 from training.checkpoints import describe_restart, is_write_error, list_checkpoints, rotate, seal
-from training.compat import CheckpointHookTrainer, set_token_count
+from training.compat import HookTrainer, set_token_count
 from training.signals import shield_workers
 
 TRAINING_ARGS = "training_args.bin"
@@ -37,7 +38,7 @@ class CollatorWithIds:
         return {**self.collate(examples), "sample_ids": [example["id"] for example in examples]}
 
 
-class SafeSFTTrainer(CheckpointHookTrainer):
+class SafeSFTTrainer(HookTrainer):
     """`SFTTrainer` that keeps complete checkpoints only, and never steps on gradients that are not finite.
 
     Args:
@@ -62,11 +63,13 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         **kwargs,
     ):
         self.identity, self.keep_checkpoints, self.step_ids, self.resumed_step = identity, keep_checkpoints, [], 0
+        self.flops_per_token = None
         self.train_batches, self.eval_batches, self.unsaved = train_batches, eval_batches, None
         super().__init__(**kwargs)
         self.data_collator = CollatorWithIds(self.data_collator)
         self.add_callback(FiniteCallback(self))
         self.add_callback(EpochCallback)
+        self.add_callback(FewerWalksCallback(self))
         # The models' classes say that their own loss takes no token count, and the trainer then averages micro-batches
         # as if they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
         self.model_accepts_loss_kwargs = True
@@ -88,6 +91,13 @@ class SafeSFTTrainer(CheckpointHookTrainer):
         step after a step only, and would take one more."""
         epochs, *counts, steps = super().set_initial_training_values(args, dataloader)
         return (0 if self.resumed_step >= steps else epochs, *counts, steps)
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As transformers counts, which would count the model's parameters anew in each step."""
+        tokens = inputs["input_ids"].numel()
+        if self.flops_per_token is None:
+            self.flops_per_token = super().floating_point_ops(inputs) // tokens
+        return self.flops_per_token * tokens
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_batches is None:
@@ -217,12 +227,12 @@ class FiniteCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         ids, self.trainer.step_ids = self.trainer.step_ids, []
         scaler = self.trainer.accelerator.scaler
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norm = self._norm(gradients)
+        norm = self._norm()
         scaled = args.fp16 if self.trainer.is_deepspeed_enabled else scaler is not None and scaler.is_enabled()
         if torch.isfinite(norm) or scaled:
             self._count_skipped(not torch.isfinite(norm), args.max_skipped_steps, state)
             return
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         path = self._write_samples(Path(args.output_dir), state.global_step + 1, ids, bad)
         first = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
@@ -245,10 +255,10 @@ class FiniteCallback(TrainerCallback):
         if self.skipped and state.is_world_process_zero:
             print(f"float16: {self.skipped} steps overflowed and were skipped", flush=True)
 
-    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-        """DeepSpeed does not expose the gradients, and has already skipped a step that is not finite."""
+    def _norm(self) -> torch.Tensor:
+        """Return the norm before clipping. DeepSpeed has already skipped a step that is not finite."""
         if not self.trainer.is_deepspeed_enabled:
-            return torch.nn.utils.get_total_norm(gradients.values())
+            return torch.as_tensor(self.trainer.grad_norm)
         norm = torch.as_tensor(self.trainer.deepspeed.get_global_grad_norm())
         return torch.where(norm < 0, torch.nan, norm)  # -1 is what it returns where it does not return inf
 
@@ -268,3 +278,33 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         train_dataloader.set_epoch(state.global_step // steps)
+
+
+class FewerWalksCallback(TrainerCallback):
+    """Spares each step the walks over all modules, 2,400 in a 7B model with LoRA, that cost tens of milliseconds.
+
+    `model.train()` walks on a change of mode only, and clipping and `zero_grad` see what trains. Sharded models keep
+    the libraries' own ways, which replace or hide parameters.
+    """
+
+    def __init__(self, trainer: SafeSFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        trainer.trained = trained
+        trainer.model.train()  # its own flag may differ from those of its modules
+        trainer.model.train = partial(train_on_change, trainer.model, trainer.model.train)
+        trainer.model_wrapped.zero_grad = trainer.optimizer.zero_grad
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for model, name in ((self.trainer.model, "train"), (self.trainer.model_wrapped, "zero_grad")):
+            vars(model).pop(name, None)
+        self.trainer.trained = None
+
+
+def train_on_change(model: torch.nn.Module, walk: Callable, mode: bool = True) -> torch.nn.Module:
+    return model if model.training == mode else walk(mode)
