@@ -41,7 +41,7 @@ from collator import VisionSFTCollator
 from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
-from models.loading import compile_layers
+from models.compilation import compile_layers
 from models.lora import build_lora_config
 from training.lengths import measure_lengths
 from training.samplers import EpochOrder, PackSampler, PaddedSampler, count_epochs

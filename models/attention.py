@@ -15,7 +15,8 @@ from models.compat import get_attention, set_attention
 VARLEN = "varlen"  # in recipes
 # transformers passes all windows of the tower in one call only to implementations with "flash" in their name.
 REGISTERED = "varlen_flash"
-TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
+# torch 2.12 and later want to be told of fewer heads of keys and values; 2.11 takes them as they are.
+GQA_OPTION = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def use_varlen(model: PreTrainedModel) -> None:
@@ -67,21 +68,50 @@ def varlen_attention(
     if kernel is None:
         half = query.dtype in (torch.float16, torch.bfloat16)
         kernel = run_kernel if half and _has_kernel(query.device) else run_by_length
+        if kernel is run_by_length and torch.compiler.is_compiling():
+            kernel = run_by_length_opaque
     return kernel(query, key, value, cu_seqlens, longest, scaling, causal), None
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _has_kernel(device: torch.device) -> bool:
     """Return whether PyTorch's kernel runs on the device: it needs an Ampere GPU or later, so not a T4."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@torch.compiler.assume_constant_result
+@cache
+def takes_gqa(device: torch.device) -> bool:
+    """Return whether the kernel is right with fewer heads of keys and values, by trying it; else they are repeated."""
+    if device.type != "cuda":  # only traced there
+        return True
+    query, key, value = (
+        torch.randn(16, heads, 64, device=device, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2)
+    )
+    offsets = torch.tensor([0, 5, 16], device=device, dtype=torch.int32)
+    results = []
+    with torch.enable_grad():
+        for repeats in (1, 2):
+            options = GQA_OPTION if repeats == 1 else {}
+            sides = query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            try:
+                output = varlen_attn(*sides, offsets, offsets, 11, 11, window_size=(-1, 0), **options)
+                gradients = torch.autograd.grad(output.float().square().sum(), (query, key, value))
+            except (RuntimeError, ValueError):
+                return False
+            results.append((output, *gradients))
+    return all(torch.allclose(a, b, atol=2e-2, rtol=2e-2) for a, b in zip(*results, strict=True))
+
+
 def run_kernel(query, key, value, cu_seqlens, longest: int, scaling, causal: bool) -> torch.Tensor:
     """Run PyTorch's variable-length kernel (flash attention or cuDNN)."""
-    if not TAKES_GQA and key.size(1) < query.size(1):
+    fewer = key.size(1) < query.size(1)
+    if fewer and not takes_gqa(query.device):
         key, value = (x.repeat_interleave(query.size(1) // key.size(1), dim=1) for x in (key, value))
+        fewer = False
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (T, H, D)
-    options = {"enable_gqa": key.size(1) < query.size(1)} if TAKES_GQA else {}
+    options = GQA_OPTION if fewer else {}
     window = (-1, 0) if causal else (-1, -1)
     output = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window, **options
@@ -106,3 +136,68 @@ def run_by_length(query, key, value, cu_seqlens, longest: int, scaling, causal: 
         for number, segment in zip(numbers, output.transpose(1, 2), strict=True):
             outputs[number] = segment
     return torch.cat(outputs)[None]
+
+
+def run_by_length_opaque(query, key, value, cu_seqlens, longest: int, scaling, causal: bool) -> torch.Tensor:
+    """`run_by_length` as one operation of a compiled graph, which cannot know the lengths."""
+    return torch.ops.skin.attend_by_length(query, key, value, cu_seqlens, scaling, causal)
+
+
+@torch.library.custom_op("skin::attend_by_length", mutates_args=())
+def _attend_by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None,
+    causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    return run_by_length(query, key, value, cu_seqlens, 0, scaling, causal).contiguous()
+
+
+@_attend_by_length.register_fake
+def _(query, key, value, cu_seqlens, scaling, causal):
+    return query.new_empty(1, query.size(2), query.size(1), query.size(3))
+
+
+@torch.library.custom_op("skin::attend_by_length_backward", mutates_args=())
+def _attend_by_length_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor,
+    scaling: float | None, causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Autograd is off within an operation, so the gradients are written out, for each segment."""
+    lengths, scale = cu_seqlens.diff().tolist(), scaling or query.size(-1) ** -0.5
+    gradient = gradient.transpose(1, 2)  # (1, H, T, D), as the others
+    sides = zip(*(x[0].split(lengths, dim=1) for x in (gradient, query, key, value)), strict=True)
+    parts = [_segment_gradients(*side, scale, causal) for side in sides]
+    return tuple(torch.cat(tensors, dim=1)[None].contiguous() for tensors in zip(*parts, strict=True))
+
+
+def _segment_gradients(gradient, query, key, value, scale: float, causal: bool) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of one segment's query, key and value, shape (H or fewer, L, D)."""
+    heads, length, _ = key.shape
+    dtype, grouped = key.dtype, (heads, query.size(0) // heads, length, key.size(-1))  # query heads beside the key head that they share
+    gradient, query = (x.float().reshape(grouped) for x in (gradient, query))
+    key, value = (x.float()[:, None] for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    weights = scores.softmax(dim=-1)
+    of_weights = gradient @ value.transpose(-1, -2)
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+    of_value, of_key = weights.transpose(-1, -2) @ gradient, of_scores.transpose(-1, -2) @ query
+    return (of_scores @ key).flatten(0, 1).to(dtype), of_key.sum(1).to(dtype), of_value.sum(1).to(dtype)
+
+
+@_attend_by_length_backward.register_fake
+def _(gradient, query, key, value, cu_seqlens, scaling, causal):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    *tensors, ctx.scaling, ctx.causal = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, gradient):
+    gradients = torch.ops.skin.attend_by_length_backward(gradient, *ctx.saved_tensors, ctx.scaling, ctx.causal)
+    return *gradients, None, None, None
+
+
+_attend_by_length.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
@@ -210,23 +209,3 @@ def check_quantized(model: PreTrainedModel, *, quantized: bool) -> None:
         raise ValueError(f"{type(model).__name__} has no linear layers under {prefix}*")
     if wrong := sorted(in_4_bit ^ expected):
         raise ValueError(f"{len(wrong)} layers do not have the requested precision, the first is {wrong[0]}")
-
-
-def compile_layers(model: torch.nn.Module) -> None:
-    """Let torch.compile fuse the arithmetic within the parts of each layer of tower and language model, in place.
-
-    The code of one layer serves all others, and packs of every length. The first steps take minutes longer. The layers
-    themselves are not compiled: they recompute their parts, which torch 2.11 cannot compile as one.
-
-    Raises:
-        ValueError: there is no working compiler.
-    """
-    try:
-        torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            for part in layer.children():
-                part.compile(dynamic=True)

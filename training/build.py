@@ -12,7 +12,8 @@ from transformers import ProcessorMixin, ProgressCallback
 
 from collator import VisionSFTCollator
 from common.console import print_rank0
-from models.loading import compile_layers, load_model
+from models.compilation import compile_layers
+from models.loading import load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText
 
 from collator import VisionSFTCollator
-from models.attention import use_varlen, varlen_attention
+from models.attention import run_by_length_opaque, use_varlen, varlen_attention
 
 
 class Layer(torch.nn.Module):
@@ -18,14 +18,16 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.parametrize("lengths", [[5], [3, 3, 3], [1, 7, 2, 7, 1], [4, 0, 4]])
 @pytest.mark.parametrize("causal", [True, False])
-def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
+@pytest.mark.parametrize("kernel", [None, run_by_length_opaque], ids=["eager", "as in a compiled graph"])
+def test_segments_equal_one_call_each_forward_and_backward(lengths, causal, kernel):
     torch.manual_seed(0)
     total = sum(lengths)
     sides = [torch.randn(1, heads, total, 8, requires_grad=True) for heads in (4, 2, 2)]
     copies = [side.detach().clone().requires_grad_() for side in sides]
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    segments = {"text_cu_seqlens": offsets, "text_max_seqlen": max(lengths)}
     output, weights = varlen_attention(
-        Layer(), *sides, None, scaling=0.3, is_causal=causal, text_cu_seqlens=offsets, text_max_seqlen=max(lengths)
+        Layer(), *sides, None, scaling=0.3, is_causal=causal, **segments, kernel=kernel
     )
     parts = [
         scaled_dot_product_attention(
@@ -41,6 +43,13 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal):
     (output * upstream).sum().backward()
     (expected * upstream).sum().backward()
     assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(sides, copies, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_operation_of_a_compiled_graph_is_registered_right(causal):
+    sides = [torch.randn(1, heads, 6, 8, requires_grad=True) for heads in (4, 2, 2)]
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.skin.attend_by_length.default, (*sides, offsets, 0.3, causal))
 
 
 def test_dropout_is_refused():

@@ -1,0 +1,133 @@
+"""torch.compile of complete layers: one compiled function for all layers of a kind, each called as before."""
+
+import torch
+from accelerate import PartialState
+from bitsandbytes import matmul_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Tensors = list[torch.Tensor]
+
+
+def compile_layers(model: torch.nn.Module, *, sharded: bool = False) -> None:
+    """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
+
+    The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
+    Gradient checkpointing stays outside of the compiled function, and is switched on and off as before.
+
+    Args:
+        model: with LoRA.
+        sharded: weights come and go during a step, as with FSDP2; then only the parts of layers are compiled.
+
+    Raises:
+        ValueError: there is no working compiler.
+    """
+    check_compiler()
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if sharded:
+        for layer in layers:
+            for part in layer.children():
+                part.compile(dynamic=True)
+        return
+    kinds = {kind: compiled_class(kind) for kind in {type(layer) for layer in layers}}
+    for layer in layers:
+        for linear in layer.modules():
+            if type(linear) is Linear4bit:
+                make_opaque(linear)
+        layer.__class__ = kinds[type(layer)]
+
+
+def check_compiler() -> None:
+    """Raise ValueError unless a function can be compiled for this process's device."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
+
+
+def compiled_class(kind: type[GradientCheckpointingLayer]) -> type[GradientCheckpointingLayer]:
+    """Return a subclass whose forward pass is compiled.
+
+    transformers wraps the `forward` of each subclass to recompute it in the backward pass, so that checkpointing is
+    around the compiled function. Set on an instance, a function would escape the wrapper, and nothing be recomputed.
+    """
+    plain = getattr(kind.forward, "__wrapped__", kind.forward)
+    forward = torch.compile(plain, dynamic=True, fullgraph=True)
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+class OpaqueLinear4bit(Linear4bit):
+    """A 4-bit layer that a compiled graph holds as one operation: the compiler cannot see into bitsandbytes."""
+
+    state_tensors: Tensors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.ops.skin.nf4_linear(x.to(dtype), bias, self.state_tensors, self.out_features).to(x.dtype)
+
+
+def make_opaque(linear: Linear4bit) -> None:
+    """Turn a loaded 4-bit layer into an `OpaqueLinear4bit`, which refers to the same weights."""
+    linear.__class__ = OpaqueLinear4bit
+    linear.state_tensors = pack_state(linear.weight.data, linear.weight.quant_state)
+
+
+def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
+    """Return the tensors of a 4-bit weight: a compiled graph takes tensors and no object that holds them."""
+    if (state.blocksize, state.quant_type) != (64, "nf4") or (state.nested and state.state2.blocksize != 256):
+        raise ValueError(f"expected NF4 in blocks of 64, found {state.quant_type} in blocks of {state.blocksize}")
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [weight, state.absmax, state.code, *nested]
+
+
+def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+    """Return the weight and bitsandbytes' description of it, the reverse of `pack_state`."""
+    weight, absmax, code, *nested = tensors
+    settings = {"shape": torch.Size(shape), "code": code, "blocksize": 64, "quant_type": "nf4", "dtype": dtype}
+    if nested:
+        offset, absmax_of_absmax, code_of_absmax = nested
+        state2 = QuantState(absmax_of_absmax, code=code_of_absmax, blocksize=256, dtype=torch.float32)
+        settings |= {"offset": offset, "state2": state2}
+    return weight, QuantState(absmax, **settings)
+
+
+@torch.library.custom_op("skin::nf4_linear", mutates_args=())
+def nf4_linear(x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int) -> torch.Tensor:
+    weight, quant_state = unpack_state(state, (out_features, x.shape[-1]), x.dtype)
+    return matmul_4bit(x, weight, quant_state, bias=bias)
+
+
+@nf4_linear.register_fake
+def _(x, bias, state, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("skin::nf4_linear_backward", mutates_args=())
+def nf4_linear_backward(gradient: torch.Tensor, state: list[torch.Tensor], in_features: int) -> torch.Tensor:
+    weight, quant_state = unpack_state(state, (gradient.shape[-1], in_features), gradient.dtype)
+    return torch.matmul(gradient, dequantize_4bit(weight, quant_state))
+
+
+@nf4_linear_backward.register_fake
+def _(gradient, state, in_features):
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, _, state, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(*state)
+
+
+def _backward(ctx, gradient):
+    """Only activations have gradients; weight and bias are frozen."""
+    found = torch.ops.skin.nf4_linear_backward(gradient, list(ctx.saved_tensors), ctx.in_features)
+    return found, None, [None] * len(ctx.saved_tensors), None
+
+
+nf4_linear.register_autograd(_backward, setup_context=_keep_for_backward)
