@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -27,3 +28,8 @@ def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def allow_more_graphs() -> None:
+    """Let a compiled function have 64 variants: past 8, torch would end the run. Rare coincidences of sizes make one."""
+    torch._dynamo.config.recompile_limit = 64

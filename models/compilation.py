@@ -7,6 +7,8 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from models.compat import allow_more_graphs
+
 Tensors = list[torch.Tensor]
 
 
@@ -24,6 +26,7 @@ def compile_layers(model: torch.nn.Module, *, sharded: bool = False) -> None:
         ValueError: there is no working compiler.
     """
     check_compiler()
+    allow_more_graphs()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if sharded:
         for layer in layers:

@@ -15,6 +15,7 @@ from common.console import print_rank0
 from models.compilation import compile_layers
 from models.loading import load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
+from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
@@ -138,9 +139,10 @@ def build_trainer(
         identity: what a run that resumes from a checkpoint must have in common with this one.
         recompute: see `decide_checkpointing`.
     """
+    speed_up_frozen_tower(model.get_base_model())
     if settings.training.compile_layers:
-        print_rank0("the layers are compiled during the first steps, which then take two or three minutes")
-        compile_layers(model)
+        print_rank0("the layers are compiled during the first steps, which then take a minute or two")
+        compile_layers(model, sharded=requested_sharding(settings.training.deepspeed_plugin) == "FSDP2")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])

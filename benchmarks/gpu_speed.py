@@ -1,0 +1,165 @@
+"""What each measure for speed brings on one GPU, every part in a process of its own, printed at once.
+
+    python -m benchmarks.gpu_speed                     # one GPU with 80 GB, under 10 minutes
+    python -m benchmarks.gpu_speed layers no-recompute # these parts alone
+    python -m benchmarks.gpu_speed --tiny              # the same code on a CPU, nothing compiled
+
+The shapes and samples are those of `gpu_7b`. Gradients are compared with those of the plain model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common.cli import run
+
+import torch
+from peft import get_peft_model
+
+from benchmarks import gpu_7b
+from collator import VisionSFTCollator
+from demo.tiny_model import build_processor
+from models.attention import takes_gqa, use_varlen
+from models.compilation import compile_layers
+from models.lora import build_lora_config
+from models.tower import speed_up_frozen_tower
+from training.lengths import measure_lengths
+
+LIMIT = 170  # s a part
+# name: recompute every n-th language layer (0: none), how the layers are compiled, whether the tower is sped up
+SPEED = {
+    "no-recompute": (0, "layers", True),
+    "layers": (1, "layers", True),
+    "half": (2, "layers", True),
+    "no-recompute-plain-tower": (0, "layers", False),
+    "parts": (1, "parts", True),
+    "eager": (1, None, True),
+}
+PARTS = ("exact", *SPEED)
+
+
+def prepare(tiny: bool):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = build_processor(["the lesion shows a brown network with regular borders. What is shown?"])
+    processor.image_processor.size = {"shortest_edge": 50176, "longest_edge": 602112}
+    train = gpu_7b.draw_samples(24 if tiny else 400, (112, 84) if tiny else (600, 450))
+    base = gpu_7b.build_model(processor, tiny, device)
+    use_varlen(base)
+    return base, processor, train, device
+
+
+def exact(tiny: bool) -> dict:
+    """Return relative differences of loss and gradients from those of the plain model, recomputed and not."""
+    base, processor, train, device = prepare(tiny)
+    model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.0)).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(1))
+    batch = VisionSFTCollator(processor, packed=True)([train[n] for n in range(6)])
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+    def gradients() -> tuple[torch.Tensor, float]:
+        torch.manual_seed(0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        found = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found, loss.item()
+
+    results = {"fewer K/V heads": takes_gqa(device)}
+    reference, loss = gradients()
+
+    def compare(name: str) -> None:
+        found, new = gradients()
+        results[name] = {
+            "gradients": ((found - reference).norm() / reference.norm()).item(), "loss": abs(new - loss) / loss
+        }  # fmt: skip
+        print(name, results[name], flush=True)
+
+    compare("the same again")
+    speed_up_frozen_tower(base)
+    compare("tower")
+    if not tiny:
+        start = time.perf_counter()
+        compile_layers(base)
+        compare("compiled")
+        results["seconds of compiling"] = time.perf_counter() - start
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    compare("recomputed")
+    return results
+
+
+class RecomputeSome(gpu_7b.StepTimer):
+    """Recompute every `every`-th language layer."""
+
+    every = 1
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for number, layer in enumerate(model.get_base_model().model.language_model.layers):
+            layer.gradient_checkpointing = layer.gradient_checkpointing and number % self.every == 0
+
+
+def speed(name: str, tiny: bool, pack_tokens: int, steps: int) -> dict:
+    every, compiled, tower = SPEED[name]
+    base, processor, train, device = prepare(tiny)
+    measured = measure_lengths(train, processor)
+    if tower:
+        speed_up_frozen_tower(base)
+    if compiled and not tiny:
+        compile_layers(base, sharded=compiled == "parts")
+    RecomputeSome.every = max(every, 1)
+    gpu_7b.StepTimer = RecomputeSome
+    setting = gpu_7b.Setting(
+        name, pack_tokens=pack_tokens, varlen=True, compiled=compiled is not None, checkpointing=every > 0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        result = gpu_7b.measure(setting, base, processor, train, measured.total, steps, Path(folder))
+        result["seconds_in_all"] = time.perf_counter() - start
+    if "error" not in result:
+        setting.checkpointing = False  # useful work: nothing counted twice
+        share = sum(measured.image) / sum(measured.total)
+        result["useful_flops"] = gpu_7b.flops_per_second(base, setting, result, share)
+        if device.type == "cuda":
+            result["mfu"] = result["useful_flops"] / gpu_7b.matmul_ceiling(device)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all when none is named")
+    parser.add_argument("--tiny", action="store_true", help="two narrow layers, on a CPU too")
+    parser.add_argument("--pack-tokens", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--here", action="store_true", help="run the one named part in this process")
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        raise ValueError(f"PART: expected {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available() and not args.tiny:
+        raise ValueError("no GPU here: --tiny runs the same code on a CPU")
+    if args.here:
+        [name] = args.parts
+        size = 256 if args.tiny else args.pack_tokens
+        result = exact(args.tiny) if name == "exact" else speed(name, args.tiny, size, args.steps)
+        print(json.dumps({"part": name, **result}), flush=True)
+        return
+    options = ["--tiny"] * args.tiny + ["--pack-tokens", str(args.pack_tokens), "--steps", str(args.steps)]
+    for name in args.parts or PARTS:
+        command = [sys.executable, "-m", "benchmarks.gpu_speed", name, "--here", *options]
+        try:
+            code = subprocess.run(command, timeout=LIMIT).returncode
+            reason = f"exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            reason = f"not done within {LIMIT} s"
+        if reason:
+            print(json.dumps({"part": name, "error": reason}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
