@@ -172,7 +172,10 @@ def _attend_by_length_backward(
 def _segment_gradients(gradient, query, key, value, scale: float, causal: bool) -> tuple[torch.Tensor, ...]:
     """Return the gradients of one segment's query, key and value, shape (H or fewer, L, D)."""
     heads, length, _ = key.shape
-    dtype, grouped = key.dtype, (heads, query.size(0) // heads, length, key.size(-1))  # query heads beside the key head that they share
+    dtype, grouped = (
+        key.dtype,
+        (heads, query.size(0) // heads, length, key.size(-1)),
+    )  # query heads beside the key head that they share
     gradient, query = (x.float().reshape(grouped) for x in (gradient, query))
     key, value = (x.float()[:, None] for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scale

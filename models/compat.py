@@ -31,5 +31,5 @@ def keep_trainable_on_cpu(model: PreTrainedModel) -> None:
 
 
 def allow_more_graphs() -> None:
-    """Let a compiled function have 64 variants: past 8, torch would end the run. Rare coincidences of sizes make one."""
+    """Let a compiled function have 64 variants. Coincidences of sizes make new ones; past 8 torch ends the run."""
     torch._dynamo.config.recompile_limit = 64

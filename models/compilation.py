@@ -100,7 +100,9 @@ def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -
 
 
 @torch.library.custom_op("skin::nf4_linear", mutates_args=())
-def nf4_linear(x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int) -> torch.Tensor:
+def nf4_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int
+) -> torch.Tensor:
     weight, quant_state = unpack_state(state, (out_features, x.shape[-1]), x.dtype)
     return matmul_4bit(x, weight, quant_state, bias=bias)
 

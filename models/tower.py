@@ -39,7 +39,7 @@ def speed_up_frozen_tower(model: PreTrainedModel) -> int:
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Return whether a module is an MLP of three plain linear layers with a gate; LoRA makes layers other than plain."""
+    """Return whether a module is an MLP of three plain linear layers with a gate; LoRA replaces such layers."""
     return hasattr(module, "act_fn") and all(type(getattr(module, name, None)) is nn.Linear for name in GATED)
 
 

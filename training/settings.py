@@ -44,7 +44,7 @@ class TrainingSettings(SFTConfig):
     """TRL's settings, with three other defaults and a few more settings."""
 
     gradient_checkpointing: str = field(
-        default="auto", metadata={"help": "recompute activations: true, false, or as few layers' as memory asks: auto"}
+        default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would log 0 in place of NaN"})

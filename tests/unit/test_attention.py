@@ -26,9 +26,7 @@ def test_segments_equal_one_call_each_forward_and_backward(lengths, causal, kern
     copies = [side.detach().clone().requires_grad_() for side in sides]
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     segments = {"text_cu_seqlens": offsets, "text_max_seqlen": max(lengths)}
-    output, weights = varlen_attention(
-        Layer(), *sides, None, scaling=0.3, is_causal=causal, **segments, kernel=kernel
-    )
+    output, weights = varlen_attention(Layer(), *sides, None, scaling=0.3, is_causal=causal, **segments, kernel=kernel)
     parts = [
         scaled_dot_product_attention(
             *(side[:, :, a:b] for side in copies), is_causal=causal, scale=0.3, enable_gqa=True

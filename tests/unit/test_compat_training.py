@@ -24,3 +24,9 @@ def test_trl_counts_tokens_in_the_attribute_that_a_resumed_run_sets():
     assert "self._total_train_tokens = 0" in source and "self._total_train_tokens +=" in source, (
         "TRL counts tokens elsewhere now: set_token_count in training/compat.py has no effect"
     )
+
+
+def test_the_trainer_clips_by_methods_of_these_names_and_passes_the_norm_on():
+    source = inspect.getsource(Trainer._run_epoch)
+    assert "grad_norm = self._clip_grad_norm(model)" in source, "transformers clips elsewhere; see training/compat.py"
+    assert "self._get_grad_norm(model, grad_norm=grad_norm)" in source, "the norm's path changed; training/compat.py"

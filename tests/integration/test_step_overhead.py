@@ -1,0 +1,53 @@
+"""A training step walks over the modules no more often than it must, and is still the same step."""
+
+import torch
+
+from helpers.runs import train_args
+from models.tower import PatchProduct
+from training.build import build_model, build_trainer
+from training.config import parse_config
+from training.data import load_data, open_processor
+from training.trainer import FewerWalksCallback
+
+
+def make_trainer(base, data, out, **settings):
+    settings = parse_config(train_args(base, data, out, save_steps=100, **settings))
+    processor = open_processor(settings)
+    torch.manual_seed(0)
+    model, data = build_model(settings), load_data(settings, processor)
+    return build_trainer(model, processor, data, settings, identity={}, recompute=False)
+
+
+def test_a_step_sets_no_mode_twice_and_learns_the_same(tiny_base, demo_data, tmp_path, monkeypatch):
+    walks, plain = [], torch.nn.Dropout.train
+
+    def train(module, mode=True):
+        walks.append(mode)
+        return plain(module, mode)
+
+    monkeypatch.setattr(torch.nn.Dropout, "train", train)
+    results = []
+    for name in ("ours", "stock"):
+        trainer = make_trainer(tiny_base, demo_data, tmp_path / name, max_steps=4, eval_steps=2, lora_dropout=0.1)
+        dropouts = sum(isinstance(module, torch.nn.Dropout) for module in trainer.model.modules())
+        if name == "stock":
+            trainer.remove_callback(FewerWalksCallback)
+        walks.clear()
+        trainer.train()
+        results.append((walks.count(True) / dropouts, trainer.model.state_dict(), trainer.state.log_history))
+        assert "train" not in vars(trainer.model) and "zero_grad" not in vars(trainer.model)
+    (ours, weights, log), (stock, expected, log_of_stock) = results
+    assert ours < stock and stock >= 4
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    norms = [[row["grad_norm"] for row in rows if "grad_norm" in row] for rows in (log, log_of_stock)]
+    assert norms[0] == norms[1] and len(norms[0]) == 4
+
+
+def test_evaluation_ends_in_training_mode_and_a_frozen_tower_is_sped_up(tiny_base, demo_data, tmp_path):
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=4, eval_steps=2)
+    modes, patches = [], trainer.model.get_base_model().model.visual.patch_embed.proj
+    layer = trainer.model.get_base_model().model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: modes.append(module.mlp.training))
+    trainer.train()
+    assert isinstance(patches, PatchProduct)
+    assert modes.count(True) == 4 and modes.count(False) >= 2 and modes[-1] is False
