@@ -1,0 +1,36 @@
+"""The kernels and compiled layers of a GPU compute what the plain code does."""
+
+import pytest
+import torch
+
+from models.attention import run_by_length, run_kernel, takes_gqa
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU or later"
+)
+
+
+@needs_gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_fewer_heads_of_keys_and_values_give_the_gradients_of_sdpa(causal):
+    torch.manual_seed(0)
+    device = torch.device("cuda", 0)
+    assert takes_gqa(device)
+    offsets = torch.tensor([0, 100, 137, 400], dtype=torch.int32, device=device)
+    sides = [torch.randn(1, heads, 400, 128, device=device, dtype=torch.bfloat16) for heads in (28, 4, 4)]
+    results = []
+    for kernel in (run_kernel, run_by_length):
+        copies = [side.clone().requires_grad_() for side in sides]
+        output = kernel(*copies, offsets, 263, None, causal)
+        output.float().square().sum().backward()
+        results.append([output, *(x.grad for x in copies)])
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+@needs_gpu
+def test_compiled_recomputed_and_sped_up_models_have_the_plain_ones_gradients():
+    from benchmarks.gpu_speed import exact
+
+    results = exact(tiny=True, compiled=True)
+    assert all(results[name]["gradients"] < 0.02 for name in ("tower", "compiled", "recomputed"))
