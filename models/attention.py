@@ -81,11 +81,13 @@ def _has_kernel(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def takes_gqa(device: torch.device) -> bool:
-    """Return whether the kernel is right with fewer heads of keys and values, by trying it; else they are repeated."""
-    if device.type != "cuda":  # only traced there
-        return True
+    """Return whether the kernel is right with fewer heads of keys and values; else they are repeated."""
+    return device.type != "cuda" or _try_gqa(device)  # elsewhere it is only traced
+
+
+@cache  # below the mark for the compiler, which would look through it into the function
+def _try_gqa(device: torch.device) -> bool:
     query, key, value = (
         torch.randn(16, heads, 64, device=device, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2)
     )
