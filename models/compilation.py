@@ -46,7 +46,7 @@ def check_compiler() -> None:
     try:
         torch.compile(torch.sin)(torch.ones(1, device=PartialState().device))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
 
 

@@ -158,6 +158,7 @@ def build_trainer(
         train_batches=train_sampler(data.lengths["train"], args, pack_tokens),
         eval_batches=eval_sampler(data.lengths.get("validation"), args, pack_tokens),
         keep_checkpoints=settings.training.save_total_limit,
+        max_skipped_steps=settings.training.max_skipped_steps,
     )
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
     if not args.disable_tqdm:

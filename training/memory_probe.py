@@ -96,7 +96,7 @@ def out_of_memory_advice(settings: Settings, *, recompute: bool = False, loading
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines() or ["out of memory"]
+        reason = str(error).strip().split("\n")
         options = "; ".join(_lower_memory(settings, recompute=recompute, loading=loading))
         when = "loading the model" if loading else "training"
         raise ValueError(f"out of memory while {when} ({reason[0].strip()}): {options}") from error

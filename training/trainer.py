@@ -47,6 +47,7 @@ class SafeSFTTrainer(HookTrainer):
         eval_batches: the same of the validation samples.
         keep_checkpoints: how many checkpoints stay; all when None. `args.save_total_limit` must be None, as rotation
             comes after sealing here.
+        max_skipped_steps: how many float16 steps in a row may be skipped for gradients that are not finite.
         kwargs: as `SFTTrainer` takes them.
 
     Attributes:
@@ -60,10 +61,11 @@ class SafeSFTTrainer(HookTrainer):
         train_batches: Sampler[list[int]] | None = None,
         eval_batches: Sampler[list[int]] | None = None,
         keep_checkpoints: int | None = None,
+        max_skipped_steps: int = 20,
         **kwargs,
     ):
         self.identity, self.keep_checkpoints, self.step_ids, self.resumed_step = identity, keep_checkpoints, [], 0
-        self.flops_per_token = None
+        self.max_skipped_steps, self.flops_per_token = max_skipped_steps, None
         self.train_batches, self.eval_batches, self.unsaved = train_batches, eval_batches, None
         super().__init__(**kwargs)
         self.data_collator = CollatorWithIds(self.data_collator)
@@ -230,7 +232,7 @@ class FiniteCallback(TrainerCallback):
         norm = self._norm()
         scaled = args.fp16 if self.trainer.is_deepspeed_enabled else scaler is not None and scaler.is_enabled()
         if torch.isfinite(norm) or scaled:
-            self._count_skipped(not torch.isfinite(norm), args.max_skipped_steps, state)
+            self._count_skipped(not torch.isfinite(norm), self.trainer.max_skipped_steps, state)
             return
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]

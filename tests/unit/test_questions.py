@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+from PIL import Image
 
 from data_prep import load_splits
 from data_prep.__main__ import main as data_prep
@@ -27,6 +28,7 @@ def args_of(write_records):
 
     def make(records, **more):
         path, images = write_records(records)
+        Image.effect_noise((60, 60), 90).save(images / "other.png")
         options = {"dataset": str(path), "image_dir": str(images), "split": "test", "labels": None}
         options |= {"no_probabilities": False, "adapter": "x", "model": None}
         return argparse.Namespace(**options | more)
@@ -79,7 +81,7 @@ def test_a_label_that_the_prompt_names_does_not_count(args_of, turns, counted):
 )
 def test_any_numbers_of_images_are_shuffled_and_summarised(args_of, images, shuffled):
     records = [flat(f"r{n}", *names) for n, names in enumerate(images)]
-    runs, label_map, _ = load_runs(args_of([*records, {**flat("m", label="melanoma"), "split": "train"}]))
+    runs, label_map, _ = load_runs(args_of([*records, {**flat("m", "other.png", label="melanoma"), "split": "train"}]))
     assert ("shuffled" in runs) == bool(shuffled)
     assert {"adapter", "base"} <= set(runs)
     answered = {}

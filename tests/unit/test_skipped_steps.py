@@ -20,8 +20,8 @@ def step():
         state.max_steps = steps
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        args = SimpleNamespace(fp16=True, max_skipped_steps=limit)
-        callback.on_pre_optimizer_step(args, state, None, model=model)
+        trainer.grad_norm, trainer.max_skipped_steps = abs(gradient), limit
+        callback.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None, model=model)
         state.global_step += 1
 
     take.end = lambda: callback.on_train_end(None, state, None)
