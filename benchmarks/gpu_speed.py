@@ -112,7 +112,7 @@ def speed(name: str, tiny: bool, pack_tokens: int, steps: int) -> dict:
     if tower:
         speed_up_frozen_tower(base)
     if compiled and not tiny:
-        compile_layers(base, sharded=compiled == "parts")
+        compile_layers(base, whole=compiled != "parts")
     RecomputeSome.every = max(every, 1)
     gpu_7b.StepTimer = RecomputeSome
     setting = gpu_7b.Setting(

@@ -23,8 +23,8 @@ export GPUS MAIN
 export UNSAVED_MARKER="$PWD/.unsaved-$SLURM_JOB_ID"
 rm -f "$UNSAVED_MARKER"
 
-signalled=false
-trap 'signalled=true; kill -TERM "$run"' TERM
+signals=0
+trap 'signals=$((signals + 1)); kill -TERM "$run"' TERM
 
 # One launcher on each machine; SLURM_NODEID is the machine's number. One that fails ends the others.
 srun --kill-on-bad-exit=1 bash -c '
@@ -33,18 +33,14 @@ srun --kill-on-bad-exit=1 bash -c '
     train_sft.py "$@"' train "$@" &
 run=$!
 
-wait "$run"
-code=$?
-while kill -0 "$run" 2> /dev/null; do  # a signal ends `wait`, and not the run
-  wait "$run"
-  code=$?
-done
+# A signal ends `wait`, and not the run: its exit code comes from a `wait` that no signal ended.
+while seen=$signals; wait "$run"; code=$?; [ "$signals" -ne "$seen" ]; do :; done
 
 # With resume_from_checkpoint: auto the next start resumes from the newest complete checkpoint. A failed run is not requeued.
 if [ -e "$UNSAVED_MARKER" ]; then
   rm -f "$UNSAVED_MARKER"
   echo "stopped without a checkpoint, exit code $code: not queued again"
-elif [ "$code" -eq "$STOPPED" ] || { "$signalled" && [ "$code" -ne 0 ]; }; then
+elif [ "$code" -eq "$STOPPED" ] || { [ "$signals" -gt 0 ] && [ "$code" -ne 0 ]; }; then
   echo "stopped, exit code $code: queued again"
   scontrol requeue "$SLURM_JOB_ID"
 fi

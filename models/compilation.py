@@ -12,7 +12,7 @@ from models.compat import allow_more_graphs
 Tensors = list[torch.Tensor]
 
 
-def compile_layers(model: torch.nn.Module, *, sharded: bool = False) -> None:
+def compile_layers(model: torch.nn.Module, *, whole: bool = True) -> None:
     """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
 
     The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
@@ -20,7 +20,8 @@ def compile_layers(model: torch.nn.Module, *, sharded: bool = False) -> None:
 
     Args:
         model: with LoRA.
-        sharded: weights come and go during a step, as with FSDP2; then only the parts of layers are compiled.
+        whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
+            (complete ones took minutes to compile then) and weights that come and go during a step, as with FSDP2.
 
     Raises:
         ValueError: there is no working compiler.
@@ -28,7 +29,7 @@ def compile_layers(model: torch.nn.Module, *, sharded: bool = False) -> None:
     check_compiler()
     allow_more_graphs()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if sharded:
+    if not whole:
         for layer in layers:
             for part in layer.children():
                 part.compile(dynamic=True)

@@ -142,7 +142,8 @@ def build_trainer(
     speed_up_frozen_tower(model.get_base_model())
     if settings.training.compile_layers:
         print_rank0("the layers are compiled during the first steps, which then take a minute or two")
-        compile_layers(model, sharded=requested_sharding(settings.training.deepspeed_plugin) == "FSDP2")
+        sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
+        compile_layers(model, whole=not (recompute or sharded))
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
