@@ -29,7 +29,7 @@ from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
 from training.lengths import measure_lengths
 
-LIMIT = 170  # s a part
+LIMIT = 240  # s a part
 # name: recompute every n-th language layer (0: none), how the layers are compiled, whether the tower is sped up
 SPEED = {
     "no-recompute": (0, "layers", True),

@@ -93,7 +93,8 @@ def _try_gqa(device: torch.device) -> bool:
     )
     offsets = torch.tensor([0, 5, 16], device=device, dtype=torch.int32)
     results = []
-    with torch.enable_grad():
+    # Hooks of its own: within a layer that is recomputed, the layer's would count the tensors of this trial.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         for repeats in (1, 2):
             options = GQA_OPTION if repeats == 1 else {}
             sides = query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from models.attention import run_by_length, run_kernel, takes_gqa
+from models.attention import _try_gqa, run_by_length, run_kernel, takes_gqa
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU or later"
@@ -26,6 +27,17 @@ def test_fewer_heads_of_keys_and_values_give_the_gradients_of_sdpa(causal):
         results.append([output, *(x.grad for x in copies)])
     for ours, expected in zip(*results, strict=True):
         assert (ours - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+@needs_gpu
+def test_the_trial_of_the_kernel_may_fall_into_a_layer_that_is_recomputed():
+    """The layer counts the tensors that are saved for its backward pass, and there is no trial the second time."""
+    _try_gqa.cache_clear()
+    offsets = torch.tensor([0, 100, 400], dtype=torch.int32, device="cuda")
+    sides = [torch.randn(1, n, 400, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
+    output = checkpoint(run_kernel, *sides, offsets, 300, None, True, use_reentrant=False)
+    output.float().square().sum().backward()
+    assert all(side.grad is not None for side in sides)
 
 
 @needs_gpu
