@@ -102,7 +102,8 @@ def evaluation_page(tmp_path_factory):
     columns = ["skin_type", "sex", "age", "site", "source"]
     found = summarise(runs, label_map, columns=columns, sensitivity_of=[], min_group=10)
     samples = [{"images": [draw_image("melanoma", "III", rng)]} for _ in range(90)]
-    write_report(folder, {"split": "test", **found}, runs, label_map, samples)
+    counts = {"evaluated": {"samples": 90, "of": 90, "questions": 90}, "max_new_tokens": 8}
+    write_report(folder, {"split": "test", **counts, **found}, runs, label_map, samples)
     return folder / "report.html"
 
 
