@@ -187,6 +187,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     splits = _assign_all(samples, groups, options)
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)
+    _log_empty_splits(splits, len(set(groups)), options)
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     if options.clean_dir is not None:
@@ -338,6 +339,14 @@ def _log_skipped(collected: Collected) -> None:
     for key, count in collected.unused_keys.most_common(5):
         near = suggest(key.lower(), READ_KEYS)
         logger.warning("the key %.80r of %d records is not read%s", key, count, near)
+
+
+def _log_empty_splits(splits: list[str], num_groups: int, options: Options) -> None:
+    """Warn about requested splits that no sample is in: too few groups, or too large ones."""
+    wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
+    if empty := [name for name in wanted if name not in splits]:
+        reason = f"the samples are of {num_groups} independent group(s), which are never divided"
+        logger.warning("no sample is in %s: %s", " and ".join(empty), reason)
 
 
 def _log_ungrouped(samples: list[dict]) -> None:

@@ -15,7 +15,7 @@ GIVEN_SPLITS = {
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:
     """Raise ValueError unless these are three shares that add up to 1."""
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6):  # nan is neither
         raise ValueError(f"split: expected shares of train, validation and test that add up to 1, found {fractions}")
 
 

@@ -76,3 +76,14 @@ def test_the_same_question_about_other_pictures_is_not_a_group():
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a"}]
     samples = [{"group": None, "images": [f"{n}.jpg"], "messages": messages} for n in range(3)]
     assert group_samples(samples, {f"{n}.jpg": f"{n}.jpg" for n in range(3)}) == [0, 1, 2]
+
+
+def test_a_split_that_stays_empty_is_said(tmp_path, caplog):
+    prepared = prepare([write(tmp_path, "a", [1] * 12)], show_progress=False)
+    assert list(prepared.splits) == ["train"]
+    assert "no sample is in validation and test: the samples are of 1 independent group(s)" in caplog.text
+
+
+def test_a_share_must_be_a_number(tmp_path):
+    with pytest.raises(ValueError, match="expected shares of train, validation and test that add up to 1"):
+        prepare([write(tmp_path, "a", range(9))], split=(float("nan"), 0.5, 0.5), show_progress=False)
