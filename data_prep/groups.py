@@ -11,7 +11,7 @@ from .split import join_groups
 
 def group_key(name: str) -> str:
     """Return what the spellings of one group's name share: `5`, `5.0` and `005` are one, so are `P 1` and `p 1`."""
-    key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    key = _fold(name)
     if number := re.fullmatch(r"(-?)0*(\d+)(?:\.0+)?", key):
         return "".join(number.groups())
     return key
@@ -62,4 +62,9 @@ def group_samples(samples: list[dict], picture_of: dict[str, str]) -> list[int]:
 def question_key(messages: list[dict]) -> str:
     """Return what a sample asks, in all user turns, whatever its case and white space."""
     text = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return " ".join(unicodedata.normalize("NFKC", text.replace(IMAGE_MARKER, " ")).casefold().split())
+    return _fold(text.replace(IMAGE_MARKER, " "))
+
+
+def _fold(text: str) -> str:
+    """Return a text in one Unicode form, without its case and with single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
