@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_speed                     # one GPU with 80 GB, under 10 minutes
     python -m benchmarks.gpu_speed layers no-recompute # these parts alone
-    python -m benchmarks.gpu_speed --tiny              # the same code on a CPU, nothing compiled
+    python -m benchmarks.gpu_speed --tiny              # the same code on a CPU
 
 The shapes and samples are those of `gpu_7b`. Gradients are compared with those of the plain model.
 """
@@ -32,6 +32,9 @@ from training.lengths import measure_lengths
 LIMIT = 240  # s a part
 # name: recompute every n-th language layer (0: none), how the layers are compiled, whether the tower is sped up
 SPEED = {
+    "selective": (0, 28, True),  # a number: of layers that keep wide products
+    "selective-12": (0, 12, True),
+    "selective-0": (0, 0, True),
     "no-recompute": (0, "layers", True),
     "layers": (1, "layers", True),
     "half": (2, "layers", True),
@@ -95,12 +98,15 @@ def exact(tiny: bool, *, compiled: bool) -> dict:
     return results
 
 
-class RecomputeSome(gpu_7b.StepTimer):
-    """Recompute every `every`-th language layer."""
+class Prepare(gpu_7b.StepTimer):
+    """Compile the layers and recompute every `every`-th language layer."""
 
-    every = 1
+    every, compiled = 1, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.compiled is not None:
+            keep_wide = self.compiled if isinstance(self.compiled, int) else None
+            compile_layers(model, whole=self.compiled != "parts", keep_wide=keep_wide)
         for number, layer in enumerate(model.get_base_model().model.language_model.layers):
             layer.gradient_checkpointing = layer.gradient_checkpointing and number % self.every == 0
 
@@ -111,10 +117,8 @@ def speed(name: str, tiny: bool, pack_tokens: int, steps: int) -> dict:
     measured = measure_lengths(train, processor)
     if tower:
         speed_up_frozen_tower(base)
-    if compiled and not tiny:
-        compile_layers(base, whole=compiled != "parts")
-    RecomputeSome.every = max(every, 1)
-    gpu_7b.StepTimer = RecomputeSome
+    Prepare.every, Prepare.compiled = max(every, 1), compiled
+    gpu_7b.StepTimer = Prepare
     setting = gpu_7b.Setting(
         name, pack_tokens=pack_tokens, varlen=True, compiled=compiled is not None, checkpointing=every > 0
     )

@@ -1,5 +1,7 @@
 """torch.compile of complete layers: one compiled function for all layers of a kind, each called as before."""
 
+from collections import Counter
+
 import torch
 from accelerate import PartialState
 from bitsandbytes import matmul_4bit
@@ -8,11 +10,12 @@ from bitsandbytes.nn import Linear4bit
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.compat import allow_more_graphs
+from models.recomputation import make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
 
 
-def compile_layers(model: torch.nn.Module, *, whole: bool = True) -> None:
+def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int | None = None) -> None:
     """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
 
     The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
@@ -22,6 +25,8 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True) -> None:
         model: with LoRA.
         whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
             (complete ones took minutes to compile then) and weights that come and go during a step, as with FSDP2.
+        keep_wide: recompute selectively, see `recompute_selected`; this many layers of each kind keep wide products.
+            None keeps what the compiler chooses.
 
     Raises:
         ValueError: there is no working compiler.
@@ -34,12 +39,20 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True) -> None:
             for part in layer.children():
                 part.compile(dynamic=True)
         return
-    kinds = {kind: compiled_class(kind) for kind in {type(layer) for layer in layers}}
+    model.enable_input_require_grads()  # else the first language layer would be compiled for itself
+    classes, counts, device = {}, Counter(), next(model.parameters()).device
     for layer in layers:
-        for linear in layer.modules():
-            if type(linear) is Linear4bit:
-                make_opaque(linear)
-        layer.__class__ = kinds[type(layer)]
+        for module in layer.modules():
+            if type(module) is Linear4bit:
+                make_opaque(module)
+            elif type(module) is torch.nn.Dropout and keep_wide is not None:
+                make_seeded(module, device)
+        kind = type(layer)
+        keep = None if keep_wide is None else counts[kind] < keep_wide
+        counts[kind] += 1
+        if (kind, keep) not in classes:
+            classes[kind, keep] = compiled_class(kind, keep_wide=keep)
+        layer.__class__ = classes[kind, keep]
 
 
 def check_compiler() -> None:
@@ -51,14 +64,17 @@ def check_compiler() -> None:
         raise ValueError(f"compile_layers: this machine cannot; install gcc, or set it to false ({reason})") from error
 
 
-def compiled_class(kind: type[GradientCheckpointingLayer]) -> type[GradientCheckpointingLayer]:
-    """Return a subclass whose forward pass is compiled.
+def compiled_class(
+    kind: type[GradientCheckpointingLayer], *, keep_wide: bool | None = None
+) -> type[GradientCheckpointingLayer]:
+    """Return a subclass whose forward pass is compiled; unless `keep_wide` is None, with selective recomputation.
 
     transformers wraps the `forward` of each subclass to recompute it in the backward pass, so that checkpointing is
     around the compiled function. Set on an instance, a function would escape the wrapper, and nothing be recomputed.
     """
     plain = getattr(kind.forward, "__wrapped__", kind.forward)
-    forward = torch.compile(plain, dynamic=True, fullgraph=True)
+    chosen = plain if keep_wide is None else recompute_selected(plain, keep_wide=keep_wide)
+    forward = torch.compile(chosen, dynamic=True, fullgraph=True)
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
