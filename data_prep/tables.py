@@ -5,7 +5,6 @@ import csv
 import io
 import logging
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import pandas as pd
 
 from common.files import suggest_file
 
-from .reading import MAX_BYTES_IN_MEMORY, Flaw, describe, iter_json, suggest
+from .excel import EXCEL_ENDINGS, read_excel
+from .reading import Flaw, describe, iter_json, suggest
 
-EXCEL_ENDINGS = (".xlsx", ".xlsm")
 OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", *EXCEL_ENDINGS, *OTHER_ENDINGS)  # JSON may also be a table
 MAX_CELL = 1_000_000  # characters; a quotation mark without its partner would swallow the rest of a file
@@ -50,7 +49,7 @@ def read_table(path: Path) -> Rows:
     elif ending == ".parquet":
         rows = text_rows(_read_parquet(path))
     else:
-        rows = _rows_below_header(_read_excel(path) if ending in EXCEL_ENDINGS else _read_csv(path), path)
+        rows = _rows_below_header(read_excel(path) if ending in EXCEL_ENDINGS else _read_csv(path), path)
     if not rows:
         raise ValueError(f"{path}: has no rows")
     return rows
@@ -113,23 +112,6 @@ def _read_parquet(path: Path) -> list[dict]:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
     table.columns = [str(column).strip() for column in table.columns]
     return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
-def _read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the cells of each row of the only sheet that has any."""
-    try:
-        with zipfile.ZipFile(path) as parts:  # what a few kilobytes unpack to could fill the memory
-            size = sum(part.file_size for part in parts.infolist())
-        if size > MAX_BYTES_IN_MEMORY:
-            raise ValueError(f"unpacked {size:,} bytes, at most {MAX_BYTES_IN_MEMORY:,}; save it as .csv")
-        sheets = pd.read_excel(path, sheet_name=None, header=None, dtype=str, keep_default_na=False, engine="openpyxl")
-    except Exception as error:  # for a damaged file openpyxl raises whatever its zip and XML readers do
-        raise ValueError(f"{path}: not an Excel file: {' '.join(str(error).split())[:200]}") from error
-    filled = {name: sheet for name, sheet in sheets.items() if not sheet.empty}
-    if len(filled) > 1:
-        raise ValueError(f"{path}: has the sheets {', '.join(map(repr, filled))}; save the right one as a file")
-    for sheet in filled.values():
-        yield from ((f"row {number}", list(row)) for number, row in enumerate(sheet.itertuples(index=False), 1))
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:

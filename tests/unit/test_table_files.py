@@ -1,9 +1,12 @@
 """Every kind of table file, as Excel, pandas and people write them, reads alike; a broken one is refused in words."""
 
+import zipfile
+
 import pandas as pd
 import pytest
+from openpyxl import Workbook, load_workbook
 
-from data_prep import tables
+from data_prep import excel
 from data_prep.reading import Flaw
 from data_prep.tables import join_tables, read_table
 
@@ -147,7 +150,7 @@ def test_an_excel_file_has_one_sheet_with_rows(tmp_path):
 
 
 def test_an_excel_file_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "MAX_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr(excel, "MAX_BYTES_IN_MEMORY", 1000)
     FRAME.to_excel(tmp_path / "t.xlsx", index=False)
     with pytest.raises(ValueError, match=r"t\.xlsx: not an Excel file: unpacked [\d,]+ bytes, at most 1,000"):
         read_table(tmp_path / "t.xlsx")
@@ -157,6 +160,68 @@ def test_empty_rows_above_an_excel_header_are_passed_over(tmp_path):
     path = tmp_path / "t.xlsx"
     FRAME.to_excel(path, index=False, startrow=3)
     assert read_table(path) == ROWS
+
+
+def write_sheet(path, rows, *merged):
+    book = Workbook()
+    for row in rows:
+        book.active.append(row)
+    for block in merged:
+        book.active.merge_cells(block)
+    book.save(path)
+    return path
+
+
+def test_every_row_of_a_merged_block_has_its_value(tmp_path):
+    rows = [
+        ["patient", "image", "dx"],
+        ["p1", "1.jpg", "nv"],
+        ["", "2.jpg", ""],
+        ["", "3.jpg", "mel"],
+        [4, "4.jpg", ""],
+    ]
+    read = read_table(write_sheet(tmp_path / "t.xlsx", rows, "A2:A4", "C2:C3"))
+    assert [list(row.values()) for row in read] == [
+        ["p1", "1.jpg", "nv"],
+        ["p1", "2.jpg", "nv"],
+        ["p1", "3.jpg", "mel"],
+        ["4", "4.jpg", ""],
+    ]
+
+
+@pytest.mark.parametrize("block", ["A1:B1", "A2:B3"])
+def test_merged_columns_are_refused_as_nobody_knows_whose_the_value_is(tmp_path, block):
+    path = write_sheet(tmp_path / "t.xlsx", [["patient", "image"], ["p1", "1.jpg"], ["p2", "2.jpg"]], block)
+    with pytest.raises(ValueError, match=rf"t\.xlsx: the cells {block} are merged over several columns; unmerge them"):
+        read_table(path)
+
+
+def test_an_excel_formula_without_its_value_is_refused(tmp_path):
+    path = write_sheet(tmp_path / "t.xlsx", [["patient", "image"], ["p1", "1.jpg"], ["p2", '=A3&".jpg"']])
+    with pytest.raises(ValueError, match=r"t\.xlsx, cell B3: a formula without a value; open and save the file in"):
+        read_table(path)
+
+
+def test_an_excel_formula_may_have_an_empty_text_as_its_value(tmp_path):
+    path = write_sheet(tmp_path / "t.xlsx", [["patient", "image"], ['=""', "1.jpg"]])
+    with zipfile.ZipFile(path) as parts:
+        content = {name: parts.read(name) for name in parts.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    assert content[sheet].count(b'<c r="A2"><f>') == 1
+    content[sheet] = content[sheet].replace(b'<c r="A2"><f>', b'<c r="A2" t="str"><f>')
+    with zipfile.ZipFile(path, "w") as parts:
+        for name, data in content.items():
+            parts.writestr(name, data)
+    assert read_table(path) == [{"patient": "", "image": "1.jpg"}]
+
+
+def test_a_cell_far_from_the_table_is_named_instead_of_filling_the_memory(tmp_path):
+    path = write_sheet(tmp_path / "t.xlsx", [["patient", "image"], ["p1", "1.jpg"]])
+    book = load_workbook(path)
+    book.active["XFD1048576"] = "x"
+    book.save(path)
+    with pytest.raises(ValueError, match="the sheet 'Sheet' extends to XFD1048576, and at most 10,000,000 cells"):
+        read_table(path)
 
 
 def test_tables_are_joined_by_a_key(tmp_path, caplog):
