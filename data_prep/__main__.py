@@ -34,6 +34,9 @@ EXAMPLES = {
     "push": "example: python -m data_prep push data/skin you/skin",
 }
 MAX_PRINTED = 10  # findings of one kind
+# Findings that `convert` shows: what they are about makes splits or figures wrong, and the user has to decide
+SHOWN = ("ungrouped", "other label", "unread label")
+MAX_SHOWN = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -180,8 +183,9 @@ def convert(args: argparse.Namespace) -> None:
         _save(prepared, args.out)
     print(_summary(prepared.splits))
     print_counts(prepared.findings)
-    for finding in prepared.findings:
-        if finding.kind == "unread label":
+    for kind in SHOWN:
+        matches = [finding for finding in prepared.findings if finding.kind == kind]
+        for finding in matches[:MAX_SHOWN]:
             print(f"WARNING    {finding}")
     if args.balance != "none":
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))

@@ -24,6 +24,8 @@ ERRORS = {
 }
 WARNINGS = {
     "giveaway": "questions that contain the answer's label (not counted in an evaluation)",
+    "ungrouped": "samples without a patient or lesion, beside others that have one",
+    "other label": "samples whose answers name another label and not their own",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
@@ -110,6 +112,31 @@ def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
 
 def _gives_away(question: str, answer: str, label: str, label_map: LabelMap) -> bool:
     return named_labels(question, label_map) == [label] and label in named_labels(answer, label_map)
+
+
+def check_answers(samples: list[dict], references: list[Reference], label_map: LabelMap) -> list[Finding]:
+    """Report samples whose answers name one other label, and not their own: one of the two may be wrong.
+
+    Args:
+        samples: those with a label.
+        references: of each of these.
+        label_map: patterns of all labels.
+    """
+    findings = []
+    for sample, (label, answers) in zip(samples, references, strict=True):
+        named = {name for answer in answers for name in named_labels(answer, label_map)}
+        if len(named) == 1 and label not in named:
+            findings.append(about(sample, "other label", f"label {label!r}, and the answer is {answers[-1]!r:.100}"))
+    return findings
+
+
+def check_grouped(samples: list[dict]) -> list[Finding]:
+    """Report the samples without a group when others have one: they may be of patients in other splits."""
+    first, *others = [sample for sample in samples if not sample["group"]] or [None]
+    if first is None or len(others) + 1 == len(samples):
+        return []
+    detail = f"{len(others) + 1} of {len(samples)} samples have no group, and may be of patients in other splits"
+    return [about(first, "ungrouped", detail, others=[sample["id"] for sample in others])]
 
 
 def check_spellings(spellings: dict[str, Counter]) -> list[Finding]:

@@ -28,7 +28,8 @@ from .paths import is_link
 from .reading import suggest
 from .records import ATTRIBUTES, READ_KEYS, DataError
 from .sources import Collected, Source, mixing_shares, read_source
-from .split import GIVEN_SPLITS, SPLITS, assign_splits, check_fractions, join_groups
+from .split import SPLITS, assign_splits, check_fractions, join_groups
+from .unread import meant_key
 
 FEATURES = Features(
     {
@@ -41,7 +42,8 @@ FEATURES = Features(
     }
 )
 STRATA = (*(name for name in ATTRIBUTES if name not in ("group", "split")), "source")
-MAX_LISTED = 20
+MAX_LISTED = 20  # errors
+MAX_KEYS = 5  # that are not read
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +174,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     infos = inspect_images(collected, num_workers=options.num_workers, show_progress=options.show_progress)
     limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
     if options.scale_boxes is not None:
-        _scale_boxes(collected, options.scale_boxes, **limits)
+        _reject(collected, partial(scale_coordinates, convention=options.scale_boxes, **limits))
     collected.num_renamed = _make_ids_unique(collected.samples)
     picture_of, copies = find_copies(infos)
     findings = _check_samples(collected.samples, infos, picture_of, copies, options.labels)
@@ -205,12 +207,14 @@ def _check_samples(
     label_map, references = _label_map(samples, names)
     return [
         *check.check_texts(samples, label_map),
+        *check.check_answers([sample for sample in samples if sample["label"] is not None], references, label_map),
+        *check.check_grouped(samples),
         *check.check_spellings(spellings),
         *check.check_readable(references, label_map),
         *check.check_images(samples, infos),
         *check.check_copies(samples, *copies),
         *check.check_labels(samples, picture_of),
-        *check.check_leaks(samples, group_samples(samples, picture_of), [_given_split(sample) for sample in samples]),
+        *check.check_leaks(samples, group_samples(samples, picture_of), [sample["split"] for sample in samples]),
         *shared,
     ]
 
@@ -222,9 +226,20 @@ def _collect(sources: list[Source], options: Options) -> Collected:
         hub_dir = options.hub_dir / f"hub-{number}" if options.hub_dir else None
         folders = {"hub_dir": hub_dir, "links_dir": options.links_dir}
         collected.add(read_source(source, group_by=options.group_by, follow_links=options.follow_links, **folders))
+    if any(sample["group"] for sample in collected.samples):
+        _reject(collected, _other_group)
     if options.links_dir is not None:
         _download_links(collected, options.show_progress)
     return collected
+
+
+def _other_group(sample: dict) -> str | None:
+    """Return why a sample without a group cannot stand beside others that have one, if another key looks like it."""
+    if sample["group"] or not sample["unread_group"]:
+        return None
+    key = sample["unread_group"]
+    rule = "names a patient or lesion and is not read, while other records have a group"
+    return f"field {key!r:.80}: {rule}: use 'group' in all records, or --group-by with one key that all have"
 
 
 def _require_usable(collected: Collected, on_error: str) -> None:
@@ -266,18 +281,6 @@ def _reject(collected: Collected, reason_of: Callable[[dict], str | None]) -> No
         else:
             about = {"record": sample["record"], "sample_id": sample["id"], "source": sample["origin"]}
             collected.errors.append(DataError(reason, **about))
-    collected.errors.sort(key=lambda error: (error.source, error.record))
-
-
-def _scale_boxes(collected: Collected, convention: str, **limits: int) -> None:
-    """Write the samples' coordinates in a convention; those that cannot be scaled become errors."""
-    samples, collected.samples = collected.samples, []
-    for sample in samples:
-        try:
-            scale_coordinates(sample, convention, **limits)
-            collected.samples.append(sample)
-        except DataError as error:
-            collected.errors.append(error)
     collected.errors.sort(key=lambda error: (error.source, error.record))
 
 
@@ -336,8 +339,9 @@ def _log_skipped(collected: Collected) -> None:
         logger.warning("%d rows skipped by the mapping: %s", count, reason)
     if collected.num_renamed:
         logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", collected.num_renamed)
-    for key, count in collected.unused_keys.most_common(5):
-        near = suggest(key.lower(), READ_KEYS)
+    keys = sorted(collected.unused_keys.items(), key=lambda item: (meant_key(item[0]) is None, -item[1]))
+    for key, count in keys[:MAX_KEYS]:
+        near = f"; use {meant!r}" if (meant := meant_key(key)) else suggest(key.lower(), READ_KEYS)
         logger.warning("the key %.80r of %d records is not read%s", key, count, near)
 
 
@@ -401,7 +405,7 @@ def _assign_all(samples: list[dict], groups: list[int], options: Options) -> lis
     """
     strata = [sample[options.stratify_by] for sample in samples]
     assign = partial(_assign, samples, groups, strata, options.seed)
-    splits = [_given_split(sample) for sample in samples]
+    splits = [sample["split"] for sample in samples]
     given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
     splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
     train, validation, _ = options.split
@@ -425,15 +429,6 @@ def _assign(
     )  # fmt: skip
     new = dict(zip(indices, assigned, strict=True))
     return [new.get(index, split) for index, split in enumerate(splits)]
-
-
-def _given_split(sample: dict) -> str | None:
-    if sample["split"] is None:
-        return None
-    if (split := GIVEN_SPLITS.get(sample["split"].lower())) is None:
-        where = f"record {sample['record']} (id {sample['id']!r}), field 'split'"
-        raise ValueError(f"{where}: expected train, validation or test, found {sample['split']!r}")
-    return split
 
 
 def _set_weights(samples: list[dict], splits: list[str], balance: str, shares) -> dict[str | None, float]:

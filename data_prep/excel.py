@@ -12,7 +12,6 @@ from openpyxl.worksheet.worksheet import Worksheet
 
 from .reading import MAX_BYTES_IN_MEMORY
 
-EXCEL_ENDINGS = (".xlsx", ".xlsm")
 MAX_CELLS = 10_000_000  # between a sheet's first and last one, with the empty ones
 
 

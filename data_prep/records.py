@@ -9,6 +9,7 @@ from pathlib import Path
 from common.files import suggest_file
 
 from .reading import Flaw, describe, iter_json
+from .unread import find_image_key, named_in
 
 IMAGE_MARKER = "<image>"
 FORMATS = ("llava", "messages", "flat")
@@ -17,22 +18,21 @@ FORMAT_KEYS = {"llava": "conversations", "messages": "messages", "flat": "questi
 # Attributes of a sample besides its messages and images; each is a text or None.
 ATTRIBUTES = ("label", "group", "skin_type", "age", "sex", "site", "split")
 READ_KEYS = {"id", "image", "images", *FORMAT_KEYS.values(), "answer", "system", *ATTRIBUTES}
+TURN_KEYS = {"role", "from", "content", "value"}
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Tokens that Qwen's tokenizer recognises anywhere: inside a text they would end a turn or add an image. `<|...|>`
 # covers all control tokens of the family but tool_call and its reply.
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
+BOX_TOKEN = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
+BOX_REMEDY = '; write coordinates as "bbox_2d": [x1, y1, x2, y2], or as <box>(x1,y1),(x2,y2)</box> in thousandths'
 # Other ways to name an image, or its place, in a text: <img>x.jpg</img>, <image_1>, <Image>, ![](x.jpg)
 OTHER_MARKER = re.compile(
     r"<(?!(?-i:image>))/?(?:image|img)[^<>\n]{0,300}>|!\[[^\]\n]{0,300}\]\([^)\n]{1,300}\)", re.IGNORECASE
 )
-IMAGE_ENDING = re.compile(r"\w\.(?:jpe?g|jfif|png|tiff?|bmp|gif|webp|jp2|avif|hei[cf]|jxl|dcm)\b", re.IGNORECASE)
-# Keys under which other programs keep an image, in lower case without `_`, `-` and white space
-IMAGE_KEY = re.compile(r"(?:image|img|picture|photo)(?:id|name|path|file|filename|url)?s?(?P<number>\d*)")
 TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
 MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
-MAX_PATH = 1000  # characters; a longer text is none
 
 
 class DataError(ValueError):
@@ -174,41 +174,13 @@ def _image_paths(raw: dict) -> list[str]:
 
 
 def _check_no_image_is_lost(raw: dict, images: list[str], messages: list[dict], field: str) -> None:
-    """Raise FieldError for an image under a key that is not read: a numbered one, or any when there are no others.
-
-    So does a question that names a file, in a record without images.
-    """
-    for key, value in raw.items():
-        if key not in READ_KEYS and value and (_is_numbered(key) or (not images and _is_image(key, value))):
-            raise FieldError(key[:80], "names an image and is not read; name it under the key 'image' or 'images'")
+    """Raise FieldError for an image under a key that is not read, or, in a record without images, in a question."""
+    if key := find_image_key(raw, READ_KEYS, images):
+        raise FieldError(key[:80], "names an image and is not read; name it under the key 'image' or 'images'")
     for message in messages:
-        if not images and message["role"] == "user" and (ending := IMAGE_ENDING.search(message["content"])):
-            file = message["content"][: ending.end()].split()[-1].strip("\"'()<>")[-80:]
+        if not images and message["role"] == "user" and (files := named_in(message["content"])):
             rule = "and the record has no image; name it under the key 'image'"
-            raise FieldError(field, f"the user's text names {file!r}, {rule}")
-
-
-def _is_numbered(key: str) -> bool:
-    match = IMAGE_KEY.fullmatch(_fold(key))
-    return bool(match and match["number"])
-
-
-def _is_image(key: str, value) -> bool:
-    return bool(IMAGE_KEY.fullmatch(_fold(key))) or _names_image(value)
-
-
-def _fold(key: str) -> str:
-    return re.sub(r"[\s_-]", "", key[:80]).lower()
-
-
-def _names_image(value) -> bool:
-    """Whether a value is an image's name or address, or contains one."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    names = [name.strip() for name in values if isinstance(name, str) and len(name) < MAX_PATH]
-    return any(
-        ending and (ending.end() == len(name) or " " not in name)  # "photo 1.jpg", "https://x.org/1.jpg?raw=1"
-        for name, ending in zip(names, map(IMAGE_ENDING.search, names), strict=True)
-    )
+            raise FieldError(field, f"the user's text names {files[0][-80:]!r}, {rule}")
 
 
 def _text(raw: dict, field: str) -> str | None:
@@ -226,7 +198,8 @@ def _check_text(field: str, text: str, whose: str = "the text") -> None:
     if len(text) > MAX_TEXT:
         raise FieldError(field, f"{whose} has {len(text):,} characters, at most {MAX_TEXT:,}")
     if "<" in text and (token := SPECIAL_TOKEN.search(text)):
-        raise FieldError(field, f"{whose} contains the special token {token.group():.60}")
+        remedy = BOX_REMEDY if BOX_TOKEN.fullmatch(token.group()) else ""
+        raise FieldError(field, f"{whose} contains the special token {token.group():.60}{remedy}")
     if "\0" in text:
         raise FieldError(field, f"{whose} contains a NUL character")
 
@@ -247,7 +220,8 @@ def normalise_messages(
         FieldError: names the field and the rule that was broken.
     """
     if not isinstance(turns, list) or not turns:
-        raise FieldError(field, f"expected a list of turns, found {describe(turns)}")
+        found = "an empty list" if turns == [] else describe(turns)
+        raise FieldError(field, f"expected a list of turns, found {found}")
     names = names or [f"{field}[{position}]" for position in range(len(turns))]
     messages = [_turn(turn, images, name) for turn, name in zip(turns, names, strict=True)]
     if system is not None:
@@ -255,8 +229,9 @@ def normalise_messages(
             raise FieldError("system", f"expected a text, found {describe(system)}")
         if system.strip():  # an empty one would replace the chat template's default
             messages.insert(0, {"role": "system", "content": system.strip()})
+            names = ["system", *names]
     _check_order(messages, field)
-    _check_texts(messages, field)
+    _check_texts(messages, names)
     _place_markers(messages, len(images), field)
     return messages
 
@@ -267,7 +242,7 @@ def _turn(turn, images: list, name: str) -> dict:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise FieldError(name, f"role {role!r:.60} is not one of {', '.join(ROLES)}")
-    if key := next((key for key, value in turn.items() if value and IMAGE_KEY.fullmatch(_fold(str(key)))), None):
+    if key := find_image_key(turn, TURN_KEYS, []):
         raise FieldError(name, f"an image under {key!r:.80} is not read; name it under the record's key 'images'")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
@@ -303,8 +278,8 @@ def _check_order(messages: list[dict], field: str) -> None:
         raise FieldError(field, f"the roles are {', '.join(roles)}; {rule}")
 
 
-def _check_texts(messages: list[dict], field: str) -> None:
-    for message in messages:
+def _check_texts(messages: list[dict], names: list[str]) -> None:
+    for message, field in zip(messages, names, strict=True):
         _check_text(field, message["content"], f"the {message['role']}'s text")
         if message["role"] != "user" and IMAGE_MARKER in message["content"]:
             raise FieldError(field, f"an {IMAGE_MARKER} marker in the {message['role']}'s text")

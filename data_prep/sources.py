@@ -2,6 +2,7 @@
 
 import filecmp
 import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .rows import make_record, read_rows, rows_of
 from .split import GIVEN_SPLITS
 from .tables import TABLE_ENDINGS, text_rows
+from .unread import find_group_key, iter_texts, named_in
 
 MAX_NAMED = 12  # keys in an error message
 
@@ -114,12 +116,14 @@ def read_source(
     """
     raw_records, mapping = _read_raw(source, hub_dir)
     finder = _make_finder(source, mapping, hub_dir, links_dir, follow_links)
-    collected, keys = Collected(), Counter()
+    collected, keys, read = Collected(), Counter(), {*READ_KEYS, group_by}
     for number, raw in enumerate(raw_records):
         keys.update(raw.keys() if isinstance(raw, dict) else ())
         try:
             sample = _make_sample(raw, number, source, mapping, group_by)
             sample["images"] = [finder(sample, file) for file in sample["files"]]
+            if mapping is None:
+                finder.check_others(raw, sample, read)
             collected.samples.append(sample)
         except DataError as error:
             error.source = source.data.name
@@ -129,16 +133,15 @@ def read_source(
     if group_by is not None and group_by not in keys:
         raise ValueError(f"group_by: no record of {source.data} has {group_by!r}{suggest(group_by, keys)}")
     if mapping is None:
-        used = {*READ_KEYS, group_by}
-        collected.unused_keys = Counter({key: count for key, count in keys.items() if key not in used})
-    _check_images_are_named(collected, source, keys)
+        collected.unused_keys = Counter({key: count for key, count in keys.items() if key not in read})
+    _check_images_are_named(collected, source, keys, was_asked=bool(finder.num_found or finder.missing))
     return collected
 
 
-def _check_images_are_named(collected: Collected, source: Source, keys: Iterable[str]) -> None:
+def _check_images_are_named(collected: Collected, source: Source, keys: Iterable[str], was_asked: bool) -> None:
     """Raise ValueError if an image folder is given and no record names an image; warn if some do not."""
     without = sum(not sample["images"] for sample in collected.samples)
-    if source.images is not None and collected.samples and without == len(collected.samples):
+    if source.images is not None and collected.samples and not was_asked:
         found = f"none of the {without} records of {source.data} names an image"
         rule = f"the key is 'image' or 'images', and theirs are {', '.join(map(repr, list(keys)[:MAX_NAMED]))}"
         raise ValueError(f"image_dir: {source.images} is given, and {found}; {rule}")
@@ -151,16 +154,30 @@ class SkippedRowError(DataError):
 
 
 def _make_sample(raw, number: int, source: Source, mapping: Mapping | None, group_by: str | None) -> dict:
-    group = raw.get(group_by) if group_by is not None and isinstance(raw, dict) else None
+    row = raw if isinstance(raw, dict) else {}
     if mapping is not None and not isinstance(raw, Flaw):
         raw = _map_row(raw, mapping, number)
     if group_by is not None and isinstance(raw, dict):
-        raw = {**raw, "group": group or None}
+        raw = {**raw, "group": row.get(group_by) or None}
     sample = parse_record(raw, number, format="flat" if mapping else source.format)
+    sample["split"] = _given_split(sample)
+    others = mapping.columns() if mapping else READ_KEYS - ({"group"} if group_by is not None else set())
+    sample["unread_group"] = find_group_key(row, {*others, group_by})
     # A mapping's wordings all ask for the row's label.
     asks = None if mapping else question_key(sample["messages"])
     names = {"source": _name(source, mapping), "origin": source.data.name}
     return {**sample, **names, "files": sample["images"], "asks": asks}
+
+
+def _given_split(sample: dict) -> str | None:
+    """Return the split that a record names, under its own name; DataError for another text."""
+    if sample["split"] is None:
+        return None
+    if (split := GIVEN_SPLITS.get(sample["split"].lower())) is None:
+        found = f"found {sample['split']!r:.80}{suggest(sample['split'], GIVEN_SPLITS)}"
+        reason = f"field 'split': expected train, validation or test, {found}"
+        raise DataError(reason, record=sample["record"], sample_id=sample["id"])
+    return split
 
 
 def _map_row(row: dict, mapping: Mapping, number: int) -> dict:
@@ -279,6 +296,23 @@ class FileFinder:
         except ValueError:
             self.missing.append(name)
             raise
+
+    def check_others(self, raw: dict, sample: dict, read: Iterable[str]) -> None:
+        """Raise DataError for a file of the folder that a question, or a key outside of `read`, names beside images.
+
+        A file of the same name in another folder is no other image, but another spelling of the path.
+        """
+        if self.root is None:
+            return
+        texts = [(key, text) for key, value in raw.items() if key not in read for text in iter_texts(value)]
+        asked = [turn["content"] for turn in sample["messages"] if turn["role"] == "user"]
+        texts += [("the user's text", name) for text in asked for name in named_in(text)]
+        known = {Path(path).name for path in sample["images"]}
+        for place, text in texts:
+            found = os.path.normpath(self.root / text)
+            if os.path.isfile(found) and Path(found).name not in known:  # noqa: PTH113  for any text, raises nothing
+                reason = f"{place!r:.80} names the image file {text!r:.80}, which is not read; name it under 'images'"
+                raise DataError(reason, record=sample["record"], sample_id=sample["id"])
 
     def check_folder(self) -> None:
         """Raise ValueError when no image was found, and those of the records lie in a folder below this one."""

@@ -12,9 +12,9 @@ import pandas as pd
 
 from common.files import suggest_file
 
-from .excel import EXCEL_ENDINGS, read_excel
 from .reading import Flaw, describe, iter_json, suggest
 
+EXCEL_ENDINGS = (".xlsx", ".xlsm")
 OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", *EXCEL_ENDINGS, *OTHER_ENDINGS)  # JSON may also be a table
 MAX_CELL = 1_000_000  # characters; a quotation mark without its partner would swallow the rest of a file
@@ -49,7 +49,7 @@ def read_table(path: Path) -> Rows:
     elif ending == ".parquet":
         rows = text_rows(_read_parquet(path))
     else:
-        rows = _rows_below_header(read_excel(path) if ending in EXCEL_ENDINGS else _read_csv(path), path)
+        rows = _rows_below_header(_read_excel(path) if ending in EXCEL_ENDINGS else _read_csv(path), path)
     if not rows:
         raise ValueError(f"{path}: has no rows")
     return rows
@@ -112,6 +112,12 @@ def _read_parquet(path: Path) -> list[dict]:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
     table.columns = [str(column).strip() for column in table.columns]
     return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def _read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
+    from .excel import read_excel  # openpyxl takes 10 MB and a quarter of a second, which other files do not need
+
+    return read_excel(path)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:

@@ -167,7 +167,7 @@ PAIR = [user("q"), assistant("a")]
 
 # (name, the turns or the record, the reason)
 BAD_CHATS = [
-    ("no turns", [], "field 'messages': expected a list of turns, found a list"),
+    ("no turns", [], "field 'messages': expected a list of turns, found an empty list"),
     ("null", None, "field 'messages': expected a list of turns, found null"),
     ("a number", 5, "field 'messages': expected a list of turns, found a number 5"),
     ("a text", "hello", "field 'messages': expected a list of turns, found a text 'hello'"),
@@ -209,11 +209,11 @@ BAD_CHATS = [
     ("marker without image", [user("<image>q"), PAIR[1]], "field 'messages': 1 <image> marker(s) for 0 image(s)"),
     ("system is a number", {"messages": PAIR, "system": 3}, "field 'system': expected a text, found a number 3"),
     ("system is a list", {"messages": PAIR, "system": ["x"]}, "field 'system': expected a text, found a list"),
-    ("NUL in a question", [user("q\0"), PAIR[1]], "field 'messages': the user's text contains a NUL character"),
+    ("NUL in a question", [user("q\0"), PAIR[1]], "field 'messages[0]': the user's text contains a NUL character"),
     (
         "NUL in an answer",
         [PAIR[0], assistant("a\0b")],
-        "field 'messages': the assistant's text contains a NUL",
+        "field 'messages[1]': the assistant's text contains a NUL",
     ),
     ("NUL in a label", {"messages": PAIR, "label": "\0x"}, "field 'label': the text contains a NUL character"),
     ("endless text", [user("x" * 1_000_001), PAIR[1]], "the user's text has 1,000,001 characters, at most 1,000,000"),
@@ -282,6 +282,7 @@ SPECIAL = [
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 ]
+BOXES = [f"<|{kind}_{end}|>" for kind in ("box", "quad", "object_ref") for end in ("start", "end")]
 PLAIN = [
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),
@@ -295,7 +296,9 @@ def test_a_token_of_the_tokenizer_is_refused_in_every_field(token, field):
     whose = {"question": "user", "answer": "assistant"}.get(field, field)
     with pytest.raises(DataError) as error:
         parse_record(raw, 3)
-    assert str(error.value) == f"record 3, field 'question': the {whose}'s text contains the special token {token}"
+    found, _, remedy = str(error.value).partition("; ")
+    assert found == f"record 3, field {field!r}: the {whose}'s text contains the special token {token}"
+    assert remedy.startswith("write coordinates as") == (token in BOXES)
 
 
 def test_the_list_holds_every_token_that_the_tokenizer_adds(processor):

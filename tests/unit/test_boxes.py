@@ -9,7 +9,6 @@ from data_prep.__main__ import main as data_prep
 from data_prep.boxes import find_coordinates, scale_coordinates, wrong_coordinates
 from data_prep.convert import InvalidRecordsError, prepare
 from data_prep.load import load_splits
-from data_prep.records import DataError
 from data_prep.sizes import fit_size
 from data_prep.sources import Source
 
@@ -24,7 +23,7 @@ def sample(answer, *sizes, question="<image>Where?"):
 
 def scaled(answer, convention, *sizes, **limits):
     changed = sample(answer, *sizes)
-    scale_coordinates(changed, convention, **LIMITS | limits)
+    assert scale_coordinates(changed, convention, **LIMITS | limits) is None
     return changed["messages"][1]["content"]
 
 
@@ -44,6 +43,9 @@ def scaled(answer, convention, *sizes, **limits):
         ('{"polygon": [0, 0, 2000, 0, 2000, 1000]}', '{"polygon": [0, 0, 1092, 0, 1092, 532]}', None),
         ('{"bbox": [0.1, 0.1, 0.5, 0.5]}', '{"bbox": [109, 53, 546, 266]}', '{"bbox": [100, 100, 500, 500]}'),
         ('{"bbox_2d": [0, 0, 1, 1]}', '{"bbox_2d": [0, 0, 1, 1]}', '{"bbox_2d": [0, 0, 0, 1]}'),
+        ("<box>(100,100),(500,500)</box>", "<box>(109,53),(546,266)</box>", "<box>(100,100),(500,500)</box>"),
+        ("a <box> ( 0, 1000 ) </box> b", "a <box> ( 0, 532 ) </box> b", "a <box> ( 0, 1000 ) </box> b"),
+        ("<box>(1,1),(2,2)</box>", "<box>(1,1),(2,1)</box>", "<box>(1,1),(2,2)</box>"),
         ("At 200, 100 it is [3, 4] mm.", "At 200, 100 it is [3, 4] mm.", "At 200, 100 it is [3, 4] mm."),
     ],
 )
@@ -81,10 +83,8 @@ def test_coordinates_in_questions_are_scaled_too():
         ),
     ],
 )
-def test_what_cannot_be_scaled_is_an_error_of_its_record(answer, sizes, reason):
-    with pytest.raises(DataError, match="record 3") as error:
-        scaled(answer, "resized", *sizes)
-    assert reason in error.value.reason
+def test_what_cannot_be_scaled_is_reported(answer, sizes, reason):
+    assert reason in scale_coordinates(sample(answer, *sizes), "resized", **LIMITS)
     assert reason in wrong_coordinates(sample(answer, *sizes), **LIMITS)
 
 
@@ -99,6 +99,15 @@ def test_what_cannot_be_scaled_is_an_error_of_its_record(answer, sizes, reason):
 )
 def test_right_coordinates_are_no_finding(answer, sizes):
     assert wrong_coordinates(sample(answer, *sizes), **LIMITS) is None
+
+
+def test_the_older_form_has_thousandths_and_is_reported_as_such():
+    found = wrong_coordinates(sample("<box>(100,100),(500,500)</box>"), **LIMITS)
+    rule = "is in thousandths, which Qwen2-VL and Qwen3-VL expect, and Qwen2.5-VL does not"
+    assert found == f"<box>(100,100),(500,500)</box> {rule}"
+    outside = sample("<box>(100,1001)</box>")
+    reason = "coordinates (100,1001): 1001 is outside of the image of 1000 x 1000 thousandths"
+    assert scale_coordinates(outside, "resized", **LIMITS) == reason
 
 
 def write(folder, *answers):

@@ -197,6 +197,46 @@ def test_other_keys_may_name_what_they_like_beside_an_image():
     assert parse_record(record, 0)["images"] == ["a.jpg"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mask": "a_mask.png"},
+        {"followup": ["b.jpg"]},
+        {"thumbnail": {"path": "small/b.jpeg"}},
+        {"overlays": [{"mask": "x/y.tif", "of": "a lesion"}]},
+    ],
+)
+def test_an_image_under_any_other_key_is_not_lost_beside_an_image(more):
+    key = next(iter(more))
+    with pytest.raises(DataError, match=f"field '{key}': names an image and is not read; name it under the key"):
+        parse_record({"image": "a.jpg", "question": "a", "answer": "b", **more}, 0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"path": "../elsewhere/A.jpg"},  # the same image
+        {"url": "https://x.org/b.jpg", "source_image": "c.png"},  # where it comes from
+        {"note": "compare b.jpg with c.jpg", "mask": None, "thumbnail": ""},
+    ],
+)
+def test_keys_about_the_image_itself_may_name_it(more):
+    assert parse_record({"image": "x/a.jpg", "question": "a", "answer": "b", **more}, 0)["images"] == ["x/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"answer": "It is <image>."}, "answer"),
+        ({"system": "<image>"}, "system"),
+        ({"question": "![](b.jpg)"}, "question"),
+    ],
+)
+def test_a_marker_in_the_wrong_text_is_reported_with_its_field(more, field):
+    with pytest.raises(DataError, match=f"record 0, field '{field}': "):
+        parse_record({"image": "a.jpg", "question": "a", "answer": "b", **more}, 0)
+
+
 @pytest.mark.parametrize("key", ["image2", "image_1", "Image 3", "img-2", "image_path_2"])
 def test_a_second_image_under_a_numbered_key_is_not_lost(key):
     with pytest.raises(DataError, match=f"field '{key}': names an image and is not read"):
