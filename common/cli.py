@@ -13,6 +13,20 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+_show_error = sys.excepthook
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, traceback) -> None:
+    """Print what no one catches; Ctrl-C while a command still imports its libraries, before `run`, is one line."""
+    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
+        print("interrupted", file=sys.stderr)
+    else:
+        _show_error(kind, error, traceback)
+
+
+sys.excepthook = _show_uncaught  # the process then ends by the signal, which shells show as 130
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser with errors of one line, and options in full, with dashes or underscores."""
 

@@ -26,8 +26,19 @@ MAX_COMPARED = 5000  # names of a folder, when one is missing
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text.
+
+    Raises:
+        ValueError: a line is not a JSON object; the message names file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            if line:
+                rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: damaged, expected a JSON object: {error}") from error
+    return rows
 
 
 # What fsync reports when bytes are lost. With any other error the storage, or the system, has no fsync for this.

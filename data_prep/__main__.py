@@ -1,8 +1,7 @@
 """Prepare a data set for training: convert, check, inspect, push."""
 
 import argparse
-import json
-import shutil
+import signal
 import sys
 from collections import Counter
 from dataclasses import fields
@@ -13,19 +12,19 @@ from common.cli import OneLineParser, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
-from common.files import suggest_file, unfinished_path
+from common.files import suggest_file
 from common.yaml_files import load_yaml, read_yaml
 from data_prep.balance import MODES
 from data_prep.boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
-from data_prep.convert import STRATA, Prepared, prepare
-from data_prep.folders import FINDINGS, REJECTED, is_data_set, replace_data_set
+from data_prep.convert import STRATA, prepare
+from data_prep.folders import FINDINGS, REJECTED
 from data_prep.mapping import shipped
+from data_prep.output import claim, save
 from data_prep.publish import publish
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.sources import Source, is_hub
-from data_prep.storage import bytes_needed, save_splits
 
 EXAMPLES = {
     "convert": "example: python -m data_prep convert --annotations a.json --images images --out data/skin",
@@ -174,13 +173,12 @@ def _from(folder: Path, name: str) -> Path:
 
 def convert(args: argparse.Namespace) -> None:
     args.out = args.out.resolve()
-    _check_out(args.out, overwrite=args.overwrite, links_dir=args.fetch_links)
-    with TemporaryDirectory(dir=args.out.parent) as clean:
+    with claim(args.out, overwrite=args.overwrite, links_dir=args.fetch_links) as work:
         prepared = prepare(
             read_sources(args), **_common(args), folds=args.folds, on_error=args.on_error, balance=args.balance,
-            clean_dir=Path(clean), hub_dir=Path(clean),
+            clean_dir=work, hub_dir=work,
         )  # fmt: skip
-        _save(prepared, args.out)
+        save(prepared, args.out)
     print(_summary(prepared.splits))
     print_counts(prepared.findings)
     for kind in SHOWN:
@@ -237,62 +235,6 @@ def print_counts(findings: list[Finding]) -> None:
         print(f"{'error' if kind in ERRORS else 'found':<11}{count:>7} {KINDS[kind]}")
 
 
-def _check_out(out: Path, *, overwrite: bool, links_dir: Path | None) -> None:
-    """Raise if there is something else in `out` than downloads of an earlier try, or a data set to be replaced."""
-    _check_writable(out)
-    if not out.exists():
-        return
-    found = out.is_file() or any(not links_dir or path not in _and_parents(links_dir) for path in out.iterdir())
-    if found and not is_data_set(out):
-        raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")
-    if found and not overwrite:
-        raise ValueError(f"--out: {out} already contains a data set; choose another folder or add --overwrite")
-
-
-def _and_parents(path: Path) -> list[Path]:
-    return [path.resolve(), *path.resolve().parents]
-
-
-def _check_writable(out: Path) -> None:
-    """Raise before the images are decoded, not after."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = unfinished_path(out)
-        shutil.rmtree(probe, ignore_errors=True)
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {out}: {error.strerror}") from error
-
-
-def _save(prepared: Prepared, out: Path) -> None:
-    """Write the data set folder, so that it is complete or, after an interruption, none that can be opened."""
-    _check_space(prepared.splits, out.parent)
-    unfinished = unfinished_path(out)
-    try:
-        save_splits(prepared.splits, unfinished, final=out)
-        _write_json_lines(unfinished / FINDINGS, [finding.to_dict() for finding in prepared.findings])
-        if prepared.errors:
-            rejected = [
-                {"source": error.source, "record": error.record, "id": error.sample_id, "reason": error.reason}
-                for error in prepared.errors
-            ]
-            _write_json_lines(unfinished / REJECTED, rejected)
-        replace_data_set(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_json_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _check_space(splits: DatasetDict, folder: Path) -> None:
-    """Raise if the disk is too full."""
-    if (needed := bytes_needed(splits)) > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"--out: the images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left")
-
-
 def _summary(splits: DatasetDict) -> str:
     """Return one line a split: samples, images and the labels' counts."""
     lines = []
@@ -310,5 +252,10 @@ def main(argv: list[str] | None = None) -> int | None:
     return args.function(args)
 
 
+def _exit_on_sigterm(*_) -> None:
+    sys.exit(128 + signal.SIGTERM)  # so that temporary folders are deleted
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     sys.exit(run(main))

@@ -1,8 +1,10 @@
 """Checks of a data set: findings name record, id and file."""
 
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
+from common.files import read_json_lines
 from common.unicode_text import space_characters
 
 from .boxes import wrong_coordinates
@@ -79,6 +81,15 @@ class Finding:
         where += [self.file] if self.file else []
         also = f" (also {', '.join(self.others[:5])}{', ...' if len(self.others) > 5 else ''})" if self.others else ""
         return ", ".join(where) + (": " if where else "") + self.detail + also
+
+
+def read_findings(path: Path) -> list[Finding]:
+    """Return the findings in a file that `convert` wrote; ValueError, which names the file, if it has other lines."""
+    try:
+        return [Finding(**row) for row in read_json_lines(path)]
+    except TypeError as error:
+        keys = ", ".join(field.name for field in fields(Finding))
+        raise ValueError(f"{path}: expected findings, with {keys}, as `convert` writes them: {error}") from error
 
 
 def count_findings(findings: list[Finding]) -> dict[str, int]:

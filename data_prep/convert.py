@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -300,12 +301,21 @@ def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> 
         return []
     perceptual_hash(PILImage.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
     try:
-        with ProcessPoolExecutor(num_workers or usable_cores()) as pool:
-            results = pool.map(inspect_image, paths, chunksize=16)
-            return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
+        with ProcessPoolExecutor(num_workers or usable_cores(), initializer=_ignore_interrupts) as pool:
+            try:
+                results = pool.map(inspect_image, paths, chunksize=16)
+                return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest first
     except BrokenProcessPool as error:
         reason = "a decoding process was killed, most likely out of memory; use fewer workers"
         raise ValueError(f"images: {reason}") from error
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the main process, which then ends its workers; SIGTERM ends each at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def usable_cores() -> int:

@@ -1,5 +1,6 @@
 """Pushes a prepared data set to the Hugging Face Hub: private, without file names, with a card."""
 
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,10 +9,11 @@ from datasets import Dataset, DatasetDict
 from datasets.fingerprint import Hasher
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from common.files import read_json_lines
 from common.hub_client import open_repository
 
+from .check import Finding, read_findings
 from .convert import FEATURES
+from .folders import FINDINGS
 from .storage import load_folder, make_images, replace_images
 
 CARD = """---
@@ -46,13 +48,13 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
 
     Source of the token: HF_TOKEN in the environment, or `hf auth login`.
     """
+    splits, findings = load_folder(folder), read_findings(folder / FINDINGS)
     repo_id = open_repository(repo_id, private=private, repo_type="dataset")
-    splits = load_folder(folder)
     groups = sorted({group for split in splits.values() for group in split["group"] if group is not None})
     numbers = {group: f"group-{number:05d}" for number, group in enumerate(groups)}
     splits = DatasetDict({name: _without_names(split, name, numbers) for name, split in splits.items()})
     commit = splits.push_to_hub(repo_id, private=private)
-    DatasetCard(make_card(repo_id, folder, splits)).push_to_hub(commit.repo_url.repo_id)
+    DatasetCard(make_card(repo_id, findings, splits)).push_to_hub(commit.repo_url.repo_id)
     return str(commit.repo_url)
 
 
@@ -75,7 +77,7 @@ def _drop_names(images: pa.StructArray) -> pa.StructArray:
     return make_images(images.field("bytes"), pc.if_else(embedded, pa.scalar(None, pa.string()), images.field("path")))
 
 
-def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:
+def make_card(repo_id: str, findings: list[Finding], splits: DatasetDict) -> str:
     """Return the card's text: counts, labels and findings; no file names and no paths."""
     rows = [
         f"| {name} | {len(split):,} | {sum(len(sizes) for sizes in split['image_sizes']):,} |"
@@ -83,14 +85,13 @@ def make_card(repo_id: str, folder: Path, splits: DatasetDict) -> str:
     ]
     labels = sorted({label for split in splits.values() for label in split["label"] if label is not None})
     sources = sorted({source for split in splits.values() for source in split["source"] if source is not None})
-    kinds = [row["kind"] for row in read_json_lines(folder / "findings.jsonl")]
-    findings = ", ".join(f"{kinds.count(kind):,} x {kind}" for kind in dict.fromkeys(kinds))
+    kinds = Counter(finding.kind for finding in findings)
     metadata = DatasetCardData(task_categories=["visual-question-answering"], tags=["medical", "dermatology"])
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=repo_id.split("/")[-1],
         splits="\n".join(rows),
         labels=", ".join(labels) or "none given",
-        findings=findings or "nothing found",
+        findings=", ".join(f"{count:,} x {kind}" for kind, count in kinds.items()) or "nothing found",
         sources=", ".join(sources) or "unknown",
     )

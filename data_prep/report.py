@@ -11,9 +11,9 @@ from datasets import DatasetDict
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from common.files import read_json_lines
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
-from data_prep.check import ERRORS, KINDS, WARNINGS, Finding
+from data_prep.check import ERRORS, KINDS, WARNINGS, Finding, read_findings
+from data_prep.folders import FINDINGS
 from data_prep.images import Fit, load_image
 from data_prep.sizes import PATCH_CELL, count_image_tokens, fit_size
 from data_prep.storage import load_folder
@@ -34,7 +34,7 @@ def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
         max_pixels: image limit to show samples and costs at, px^2; the suggested one when None.
     """
     splits = load_folder(folder)
-    findings = [Finding(**row) for row in read_json_lines(folder / "findings.jsonl")]
+    findings = read_findings(folder / FINDINGS)
     statistics = summarise(splits, findings, max_pixels)
     (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")
     page = _render(folder.resolve().name, splits, findings, statistics)

@@ -158,7 +158,7 @@ def _make_sample(raw, number: int, source: Source, mapping: Mapping | None, grou
     if mapping is not None and not isinstance(raw, Flaw):
         raw = _map_row(raw, mapping, number)
     if group_by is not None and isinstance(raw, dict):
-        raw = {**raw, "group": row.get(group_by) or None}
+        raw = {**raw, "group": row.get(group_by)}
     sample = parse_record(raw, number, format="flat" if mapping else source.format)
     sample["split"] = _given_split(sample)
     others = mapping.columns() if mapping else READ_KEYS - ({"group"} if group_by is not None else set())

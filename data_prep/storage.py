@@ -5,6 +5,7 @@ in `image_files` instead, and the Arrow files have their paths: stock `datasets.
 that was moved is opened by `load_folder`, which looks for the files inside it.
 """
 
+import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -35,10 +36,31 @@ def load_folder(folder: Path) -> DatasetDict:
     """Return the splits of a folder, images undecoded; of other data sets without `images`, what is there.
 
     Raises:
-        ValueError: image files are missing.
+        ValueError: a file is damaged or missing.
     """
-    splits = load_from_disk(str(folder))
+    try:
+        splits = load_from_disk(str(folder))
+        for split in splits.values():
+            split.data.validate()
+    except Exception as error:  # for damaged files datasets raises whatever its JSON and Arrow readers do
+        raise ValueError(f"{_damaged_file(folder)}: {' '.join(str(error).split())[:200]}; prepare it again") from error
     return DatasetDict({name: _find_files(split, folder) for name, split in splits.items()})
+
+
+def _damaged_file(folder: Path) -> str:
+    """Return the first file of a data set that cannot be read, and that it is damaged."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path} is damaged"
+    for path in sorted(folder.glob("*/*.arrow")):
+        try:
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+                reader.read_all().validate()
+        except (pa.ArrowException, OSError):
+            return f"{path} is damaged"
+    return f"{folder} cannot be opened"
 
 
 def _find_files(dataset: Dataset, folder: Path) -> Dataset:

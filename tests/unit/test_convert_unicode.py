@@ -9,6 +9,7 @@ from PIL import Image
 from common.files import read_json_lines
 from data_prep import load_splits, prepare_dataset
 from data_prep.__main__ import main as data_prep
+from data_prep.check import read_findings
 from data_prep.paths import resolve_image
 from data_prep.publish import make_card
 from data_prep.sources import FileFinder
@@ -69,7 +70,9 @@ def test_unusual_line_ends_in_a_text_do_not_break_findings(write_records, tmp_pa
     convert(path, images, tmp_path / "out", "--split", "1", "0", "0")
     data_prep(["inspect", str(tmp_path / "out")])
     assert "a\u2028mole\x85or" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    card = make_card("you/skin", tmp_path / "out", load_from_disk(str(tmp_path / "out")))
+    card = make_card(
+        "you/skin", read_findings(tmp_path / "out" / "findings.jsonl"), load_from_disk(str(tmp_path / "out"))
+    )
     assert "1 x short answer" in card
 
 

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from datasets import DatasetDict
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
@@ -85,3 +86,36 @@ def test_a_finding_shows_the_image_that_it_names_as_the_model_sees_it(write_reco
     ]
     assert [image.size for image in shown] == [(144, 144)] * 2
     assert all(image.getpixel((72, 72))[0] > 240 and image.getpixel((72, 72))[2] < 20 for image in shown)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def overwrite_start(path):
+    path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train/data-00000-of-00001.arrow", truncate),
+        ("train/data-00000-of-00001.arrow", overwrite_start),
+        ("train/data-00000-of-00001.arrow", lambda path: path.write_bytes(b"")),
+        ("train/state.json", truncate),
+        ("dataset_dict.json", lambda path: path.write_text("{")),
+        ("findings.jsonl", lambda path: path.write_text('{"kind": "private", "detail": "x"}\n{"kind"')),
+        ("findings.jsonl", lambda path: path.write_bytes(b"\xff\xfe\n")),
+        ("findings.jsonl", lambda path: path.write_text('{"kind": "private", "what": "x"}\n')),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "push"])
+def test_a_damaged_file_of_a_data_set_is_named(write_records, tmp_path, monkeypatch, file, damage, command):
+    monkeypatch.setattr("data_prep.publish.open_repository", lambda repo_id, **_: repo_id)
+    monkeypatch.setattr(DatasetDict, "push_to_hub", lambda *_, **__: pytest.fail("pushed"))
+    path, images = write_records([{"image": "red.jpg", "question": "What?", "answer": "It is this."}])
+    data_prep(["convert", "--annotations", str(path), "--images", str(images), "--out", str(tmp_path / "set")])
+    damage(tmp_path / "set" / file)
+    with pytest.raises(ValueError) as error:
+        data_prep([command, str(tmp_path / "set"), *(["you/skin"] if command == "push" else [])])
+    assert str(error.value).startswith(str(tmp_path / "set" / file)) and "\n" not in str(error.value)
