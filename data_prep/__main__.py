@@ -19,9 +19,11 @@ from data_prep.boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS
 from data_prep.check import ERRORS, KINDS, Finding, count_findings, has_errors
 from data_prep.convert import STRATA, prepare
 from data_prep.folders import FINDINGS, REJECTED
+from data_prep.labels import check_names
 from data_prep.mapping import shipped
 from data_prep.output import claim, save
 from data_prep.publish import publish
+from data_prep.reading import describe, suggest
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.sources import Source, is_hub
@@ -80,7 +82,8 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mapping", "--recipe", help=f"what a table's columns are: a YAML file, or one of {', '.join(shipped())}"
     )
-    command.add_argument("--sources", type=Path, help="YAML list of several: data, images, mapping, format, weight")
+    keys = "data, images, mapping, format, name, weight"
+    command.add_argument("--sources", type=Path, help=f"YAML list of several: {keys}")
     command.add_argument("--format", choices=FORMATS, help="recognised for each record when not given")
     command.add_argument(
         "--split", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar=("TRAIN", "VALIDATION", "TEST"),
@@ -119,8 +122,17 @@ def _add_common_options(command: argparse.ArgumentParser) -> None:
 def _common(args: argparse.Namespace) -> dict:
     names = ("seed", "group_by", "stratify_by", "follow_links", "scale_boxes", "min_pixels", "max_pixels")
     options = {name: getattr(args, name) for name in names}
-    options["labels"] = args.labels and read_yaml(args.labels, "--labels")
+    options["labels"] = args.labels and _read_labels(args.labels)
     return {**options, "split": tuple(args.split), "num_workers": args.workers, "links_dir": args.fetch_links}
+
+
+def _read_labels(path: Path) -> dict:
+    labels = read_yaml(path, "--labels")
+    try:
+        check_names(labels)
+    except ValueError as error:
+        raise ValueError(f"--labels: {path}: {str(error).removeprefix('labels: ')}") from error
+    return labels
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
@@ -135,8 +147,8 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         rows = load_yaml(args.sources)
     except ValueError as error:
         raise ValueError(f"--sources: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "data" in row for row in rows):
-        raise ValueError(f"--sources: {args.sources}: expected a list, each with `data`")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"--sources: {args.sources}: expected a list of sources, each with `data`")
     for number, row in enumerate(rows):
         _check_source(row, f"--sources: {args.sources}, source {number}")
     return [_make_source(row, args.sources.parent) for row in rows]
@@ -151,16 +163,22 @@ def _make_source(row: dict, folder: Path) -> Source:
 
 
 def _check_source(row: dict, where: str) -> None:
-    """Raise ValueError for an unknown key or a wrong value; `recipe` is an alias of `mapping`."""
+    """Raise ValueError for an unknown key, a wrong value or no data; `recipe` is an alias of `mapping`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected keys and their values, found {describe(row)}")
+    where += f" (name {row['name']!r:.60})" if "name" in row else ""
     if {"mapping", "recipe"} <= set(row):
         raise ValueError(f"{where}: mapping: given twice, also under its alias recipe")
     keys = [field.name for field in fields(Source)]
     for key, value in row.items():
         if key not in (*keys, "recipe"):
-            raise ValueError(f"{where}: unknown key {key!r}; there are {', '.join(sorted(keys))}")
+            also = suggest(str(key), keys) or f"; there are {', '.join(sorted(keys))}"
+            raise ValueError(f"{where}: unknown key {key!r}{also}")
         if not isinstance(value, int | float if key == "weight" else str) or isinstance(value, bool):
             expected = "a number" if key == "weight" else "a text"
             raise ValueError(f"{where}: {key}: expected {expected}, found {value!r:.60}")
+    if "data" not in row:
+        raise ValueError(f"{where}: lacks `data`, a file, a folder or a Hub data set id")
     if row.get("format", FORMATS[0]) not in FORMATS:
         raise ValueError(f"{where}: format: expected one of {', '.join(FORMATS)}, found {row['format']!r}")
 
@@ -183,8 +201,8 @@ def convert(args: argparse.Namespace) -> None:
     print_counts(prepared.findings)
     for kind in SHOWN:
         matches = [finding for finding in prepared.findings if finding.kind == kind]
-        for finding in matches[:MAX_SHOWN]:
-            print(f"WARNING    {finding}")
+        for number, finding in enumerate(matches[:MAX_SHOWN], 1):
+            print(f"WARNING    {finding}" + (f" ({number} of {len(matches)} such)" if len(matches) > 1 else ""))
     if args.balance != "none":
         counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
         print(f"an epoch draws, balanced by {args.balance}: {counts}")

@@ -23,12 +23,12 @@ from .download import fetch_links
 from .duplicates import near_pairs
 from .groups import group_samples, unify_groups
 from .inspection import ImageInfo, inspect_image, perceptual_hash
-from .labels import LabelMap, Reference, build_label_map, merge_spellings, references_of
+from .labels import LabelMap, Reference, build_label_map, merge_spellings, references_of, unknown_labels
 from .metadata import clean_copy
 from .paths import is_link
 from .reading import suggest
 from .records import ATTRIBUTES, READ_KEYS, DataError
-from .sources import Collected, Source, mixing_shares, read_source
+from .sources import Collected, Source, mixing_shares, naming_source, read_source
 from .split import SPLITS, assign_splits, check_fractions, join_groups
 from .unread import meant_key
 
@@ -226,7 +226,8 @@ def _collect(sources: list[Source], options: Options) -> Collected:
     for number, source in enumerate(sources):
         hub_dir = options.hub_dir / f"hub-{number}" if options.hub_dir else None
         folders = {"hub_dir": hub_dir, "links_dir": options.links_dir}
-        collected.add(read_source(source, group_by=options.group_by, follow_links=options.follow_links, **folders))
+        with naming_source(number, sources):
+            collected.add(read_source(source, group_by=options.group_by, follow_links=options.follow_links, **folders))
     if any(sample["group"] for sample in collected.samples):
         _reject(collected, _other_group)
     if options.links_dir is not None:
@@ -387,6 +388,8 @@ def _label_map(samples: list[dict], names: dict | None) -> tuple[LabelMap, list[
     """Return the label map of the samples, empty without labels, and the references that it reads."""
     references = references_of(samples)
     labels = {label for label, _ in references}
+    if names and (unknown := unknown_labels(names, labels)):
+        logger.warning("labels of the label map that no sample has: %s", "; ".join(unknown))
     return build_label_map(labels, names, references) if labels else {}, references
 
 

@@ -10,8 +10,11 @@ from .split import join_groups
 
 
 def group_key(name: str) -> str:
-    """Return what the spellings of one group's name share: `5`, `5.0` and `005` are one, so are `P 1` and `p 1`."""
-    key = _fold(name)
+    """Return what the spellings of one group's name share.
+
+    `5`, `5.0`, `005` and the same in another script's digits are one, so are `P 1` and `p 1`.
+    """
+    key = "".join(str(unicodedata.decimal(sign, sign)) for sign in _fold(name))
     if number := re.fullmatch(r"(-?)0*(\d+)(?:\.0+)?", key):
         return "".join(number.groups())
     return key

@@ -8,6 +8,7 @@ import regex
 from common.unicode_text import normalise, original_span, simplify, word_class
 
 from .inflection import SEPARATOR, Changes, find_changes
+from .reading import describe, suggest
 
 NONE, SEVERAL = "(none)", "(several)"
 PATTERN_PREFIX = "re:"
@@ -37,7 +38,7 @@ def build_label_map(
 
     Args:
         labels: the labels of the data.
-        synonyms: label -> list of names; one that starts with "re:" is a regular expression, matched to the
+        synonyms: label -> name or list of names; one that starts with "re:" is a regular expression, matched to the
             normalised text regardless of case.
         references: label and reference answers of each labelled sample.
 
@@ -65,16 +66,36 @@ def _names_of(labels: list[str], synonyms: dict | None) -> dict[str, list[str]]:
         raise ValueError("labels: no sample has a label")
     if synonyms is None:
         return {label: [label] for label in labels}
-    if not isinstance(synonyms, dict) or not all(isinstance(words, list) for words in synonyms.values()):
-        raise ValueError("labels: expected lines of the form 'label: [name, another name]'")
+    check_names(synonyms)
     spelling = {label_key(label): label for label in labels}
-    keys = Counter(label_key(str(label)) for label in synonyms)
+    keys = {label_key(str(label)): str(label) for label in synonyms}
     if missing := [label for label in labels if label_key(label) not in keys]:
-        raise ValueError(f"labels: the data have the label {missing[0]!r}, and the label map does not")
+        near = suggest(missing[0], keys.values())
+        raise ValueError(f"labels: the data have the label {missing[0]!r}, and the label map does not{near}")
+    names = {spelling.get(label_key(str(label)), str(label)): words for label, words in synonyms.items()}
+    names = {label: words if isinstance(words, list) else [words] for label, words in names.items()}
+    return {label: [label, *map(str, names[label])] for label in sorted(names)}
+
+
+def check_names(synonyms) -> None:
+    """Raise ValueError unless a label map is a list of texts, or one text, for each label; see `build_label_map`."""
+    if not isinstance(synonyms, dict):
+        rule = "expected lines of the form 'label: [name, another name]'"
+        raise ValueError(f"labels: {rule}, found {describe(synonyms)}")
+    for label, words in synonyms.items():
+        for word in words if isinstance(words, list) else [words]:
+            if not isinstance(word, str | int | float) or isinstance(word, bool):
+                raise ValueError(f"labels: {label!r}: expected a list of names, found {describe(word)}")
+    keys = Counter(label_key(str(label)) for label in synonyms)
     if twice := [key for key, count in keys.items() if count > 1]:
         raise ValueError(f"labels: the label map has {twice[0]!r} more than once")
-    names = {spelling.get(label_key(str(label)), str(label)): words for label, words in synonyms.items()}
-    return {label: [label, *map(str, names[label])] for label in sorted(names)}
+
+
+def unknown_labels(synonyms: dict, labels: Iterable[str]) -> list[str]:
+    """Return the labels of a map that no sample has, each with the nearest label of the data, if one is near."""
+    labels = sorted(labels)
+    known = set(map(label_key, labels))
+    return [f"{label!r}{suggest(str(label), labels)}" for label in synonyms if label_key(str(label)) not in known]
 
 
 def _compile(names: dict[str, list[str]], changes: Changes, exact: LabelMap | None = None) -> LabelMap:

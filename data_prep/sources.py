@@ -4,7 +4,8 @@ import filecmp
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Source:
         mapping: name or path of a mapping for a table, see `mapping.load_mapping`.
         format: of a JSON file, one of `records.FORMATS`; recognised record by record when None.
         weight: share of this source among several; by its size when None.
+        name: of the source; that of the mapping's data set, or of the file without its ending, when None.
     """
 
     data: Path
@@ -46,6 +48,7 @@ class Source:
     mapping: str | None = None
     format: str | None = None
     weight: float | None = None
+    name: str | None = None
 
 
 @dataclass
@@ -77,11 +80,28 @@ class Collected:
         self.unused_keys += other.unused_keys
 
 
+@contextmanager
+def naming_source(number: int, sources: list[Source]) -> Iterator[None]:
+    """Put the number of a source before the errors of the block, if there are several."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if len(sources) == 1:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"source {number} ({sources[number].data}): {error}") from error
+
+
 def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
     """Return the weight of each source by its name, None when none has one."""
-    names = [_name(source, load_mapping(source.mapping) if source.mapping else None) for source in sources]
+    names = []
+    for number, source in enumerate(sources):
+        with naming_source(number, sources):
+            names.append(_name(source, load_mapping(source.mapping) if source.mapping else None))
     if len(set(names)) < len(names):
-        raise ValueError(f"sources: two have the name {Counter(names).most_common(1)[0][0]!r}")
+        twice = Counter(names).most_common(1)[0][0]
+        places = [f"source {n} ({source.data})" for n, source in enumerate(sources) if names[n] == twice]
+        raise ValueError(f"sources: {' and '.join(places)} have the name {twice!r}; give each a `name` of its own")
     weights = [source.weight for source in sources]
     if all(weight is None for weight in weights):
         return None
@@ -91,7 +111,7 @@ def mixing_shares(sources: list[Source]) -> dict[str, float] | None:
 
 
 def _name(source: Source, mapping: Mapping | None) -> str:
-    return (mapping and mapping.source) or source.data.stem
+    return source.name or (mapping and mapping.source) or source.data.stem
 
 
 def read_source(
@@ -126,7 +146,7 @@ def read_source(
                 finder.check_others(raw, sample, read)
             collected.samples.append(sample)
         except DataError as error:
-            error.source = source.data.name
+            error.source = source.name or source.data.name
             (collected.skipped if isinstance(error, SkippedRowError) else collected.errors).append(error)
         collected.num_records += 1
     finder.check_folder()
@@ -165,7 +185,7 @@ def _make_sample(raw, number: int, source: Source, mapping: Mapping | None, grou
     sample["unread_group"] = find_group_key(row, {*others, group_by})
     # A mapping's wordings all ask for the row's label.
     asks = None if mapping else question_key(sample["messages"])
-    names = {"source": _name(source, mapping), "origin": source.data.name}
+    names = {"source": _name(source, mapping), "origin": source.name or source.data.name}
     return {**sample, **names, "files": sample["images"], "asks": asks}
 
 

@@ -125,12 +125,40 @@ def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
     lines = io.StringIO(_read_text(path), newline="")
     first = next((line for line in lines if line.strip()), "")
     lines.seek(0)
-    reader = csv.reader(lines, delimiter=_separator(path, first), skipinitialspace=True, strict=True)
+    separator, width, start = _separator(path, first), 0, 1
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    single = separator if f"{separator} " in first else f"{separator}(?! )"  # in sentences a space follows
     try:
-        yield from ((f"line {reader.line_num}", row) for row in reader if row[:1] != ["sep="])
+        for row in reader:
+            end, width = reader.line_num, width or len(row)
+            if end > start and _has_swallowed_rows(row, single, width):
+                rule = "a cell has rows of the table in it, most likely between two stray quotation marks"
+                raise ValueError(f"{path}, lines {start} to {end}: {rule} in lines {start} and {end}")
+            if row[:1] != ["sep="]:
+                yield f"line {end}" if start == end else f"lines {start} to {end}", row
+            start = end + 1
     except csv.Error as error:
         rule = "a quotation mark lacks its partner, or stands inside a quoted cell without being doubled"
         raise ValueError(f"{path}, line {reader.line_num}: not a table: {error}; {rule}") from error
+
+
+def _has_swallowed_rows(row: list[str], separator: str, width: int) -> bool:
+    """Whether a cell's lines have the separators of the rest of one row, of whole rows, and of the start of another.
+
+    Two lines of a table of two columns may look like that by chance.
+
+    Args:
+        row: cells.
+        separator: regular expression of one.
+        width: cells of the header.
+    """
+    for column, cell in enumerate(row):
+        counts = [len(re.findall(separator, line)) for line in cell.splitlines()]
+        if len(counts) > 1 and len(counts) + width > 4:
+            first, *whole, last = counts
+            if [first, *set(whole), last] == [width - 1 - column, *({width - 1} if whole else ()), column]:
+                return True
+    return False
 
 
 def _read_text(path: Path) -> str:

@@ -14,6 +14,7 @@ from data_prep.check import (
     ERRORS,
     WARNINGS,
     Finding,
+    check_answers,
     check_copies,
     check_labels,
     check_leaks,
@@ -210,3 +211,39 @@ def test_shallow_and_dark_images_are_found(tmp_path):
         ("dark", "black.png", "brightest value 8 of 255"),
         ("dark", "colour.png", "brightest value 15 of 255"),
     }
+
+
+@pytest.mark.parametrize(
+    ("answers", "detail"),
+    [
+        (["This is melanoma."], "label 'nevus', and the answer is 'This is melanoma.'"),
+        (["It is round.", "Most likely MELANOMA"], "label 'nevus', and the answer is 'Most likely MELANOMA'"),
+        (["This is nevus."], None),
+        (["Not melanoma but nevus."], None),
+        (["It is melanoma.", "No, it is nevus."], None),
+        (["Melanoma or acne."], None),
+        (["It is round."], None),
+    ],
+)
+def test_an_answer_that_names_another_label_than_the_samples_is_reported(answers, detail):
+    sample = {"record": 4, "id": "x", "origin": "a.json", "label": "nevus"}
+    label_map = build_label_map(["nevus", "melanoma", "acne"])
+    found = check_answers([sample], [("nevus", tuple(answers))], label_map)
+    assert [(one.kind, one.sample_id, one.detail) for one in found] == (
+        [("other label", "x", detail)] if detail else []
+    )
+
+
+def test_contradicted_labels_are_counted_and_the_first_are_shown(tmp_path, capsys):
+    rows = [{"id": f"r{n}", "question": f"{n}?", "answer": "It is melanoma.", "label": "melanoma"} for n in range(20)]
+    for row in rows[:5]:
+        row["label"] = "nevus"
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    data_prep(["convert", "--annotations", str(tmp_path / "a.json"), "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "found            5 samples whose answers name another label and not their own" in shown
+    lines = [line for line in shown.splitlines() if "label 'nevus', and the answer is" in line]
+    assert lines[0] == (
+        "WARNING    a.json, record 0 (id 'r0'): label 'nevus', and the answer is 'It is melanoma.' (1 of 5 such)"
+    )
+    assert len(lines) == 3

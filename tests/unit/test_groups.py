@@ -18,6 +18,10 @@ from data_prep.sources import Source
         ("P 1", "p  1 ", True),
         ("Pe\u0301rez", "P\u00e9rez", True),
         ("\uff15", "5", True),
+        ("12", "\u0661\u0662", True),  # Arabic
+        ("P012", "p\u0966\u0967\u0968", True),  # Devanagari
+        ("\u0661\u0662", "\u0661\u0663", False),
+        ("x\u00b2", "x2", True),
         ("5", "5.1", False),
         ("5", "-5", False),
         ("0", "00", True),

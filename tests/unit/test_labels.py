@@ -11,6 +11,7 @@ from data_prep.labels import (
     named_labels,
     read_label,
     references_of,
+    unknown_labels,
 )
 from evaluation.label_matching import answer_templates, asks_for_label, label_forms
 
@@ -51,7 +52,6 @@ def test_synonyms_and_regular_expressions_name_their_label():
         (["nevus"], {"nevus": ["re:("]}, r"'nevus': 're:\(' is not a regular expression"),
         (["nevus"], {"nevus": [" "]}, "an empty name"),
         (["nevus"], ["nevus"], "expected lines of the form"),
-        (["nevus"], {"nevus": "mole"}, "expected lines of the form"),
     ],
 )
 def test_an_invalid_label_map_is_refused(labels, synonyms, message):
@@ -242,3 +242,31 @@ def test_candidates_name_each_label_in_the_form_of_its_answers():
     yes = build_label_map(["melanoma", "nevus"], {"melanoma": ["yes"], "nevus": ["no"]})
     samples = [{"question": "Malignant?", "reference": "Yes.", "label": "melanoma"}]
     assert label_forms(samples, yes) == {("Malignant?", "melanoma"): "Yes", (None, "melanoma"): "Yes"}
+
+
+def test_a_label_map_takes_one_name_without_brackets():
+    label_map = build_label_map(["nevus", "acne"], {"nevus": "mole", "acne": ["re:spots?", 5]})
+    assert [read_label(text, label_map) for text in ("a mole", "spots", "a 5", "nevus")] == [
+        *("nevus", "acne", "acne", "nevus")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("synonyms", "reason"),
+    [
+        (["nevus"], "expected lines of the form 'label: [name, another name]', found a list"),
+        ({"nevus": {"a": "b"}}, "'nevus': expected a list of names, found an object with the keys ['a']"),
+        ({"nevus": ["a", None]}, "'nevus': expected a list of names, found null"),
+        ({"nevus": True}, "'nevus': expected a list of names, found a truth value True"),
+        ({"nevsu": ["a"]}, "the data have the label 'nevus', and the label map does not; did you mean 'nevsu'?"),
+    ],
+)
+def test_a_wrong_label_map_is_refused_with_its_label(synonyms, reason):
+    with pytest.raises(ValueError) as error:
+        build_label_map(["nevus"], synonyms)
+    assert str(error.value) == f"labels: {reason}"
+
+
+def test_labels_of_a_map_that_no_sample_has_are_listed():
+    found = unknown_labels({"Nevus": [], "melonoma": [], "zzz": []}, ["nevus", "melanoma"])
+    assert found == ["'melonoma'; did you mean 'melanoma'?", "'zzz'"]

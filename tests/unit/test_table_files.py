@@ -78,6 +78,35 @@ def test_rows_with_other_numbers_of_cells_are_flaws_with_their_lines(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('i,dx,site\n1.jpg,"nv,arm\n2.jpg,mel,leg\n3.jpg,bcc",arm\n', "2 to 4"),
+        ('i,dx,site\n1.jpg,"nv,arm\n2.jpg,mel",leg\n3.jpg,bcc,arm\n', "2 to 3"),
+        ('i;dx\n0.jpg;nv\n1.jpg;"nv\n2.jpg;mel\n3.jpg;bcc"\n4.jpg;nv\n', "3 to 5"),
+        ('i, dx, site\n1.jpg, "nv, arm\n2.jpg, mel", leg\n', "2 to 3"),
+        ('i\tdx\tsite\n"1.jpg\tnv\tarm\n2.jpg"\tmel\tleg\n', "2 to 3"),
+        ('i,dx,site\r\n1.jpg,nv,"arm\r\n2.jpg,mel,leg\r\n3.jpg,bcc,arm"\r\n', "2 to 4"),
+    ],
+)
+def test_stray_quotes_that_swallow_rows_are_reported_with_their_lines(tmp_path, content, lines):
+    path = written(tmp_path, "t.csv", content)
+    with pytest.raises(ValueError, match=f"t.csv, lines {lines}: a cell has rows of the table in it, most likely"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["Brown, 3 mm,\nstable, round", "One.\nTwo.\nThree.", "a,b\nc", "1. Nevus\n2. Melanoma, in situ\n3. None", "\n"],
+)
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_texts_of_several_lines_are_kept(tmp_path, cell, column):
+    row = ["x", "y", "z"]
+    row[column] = f'"{cell}"'
+    (found,) = read_table(written(tmp_path, "t.csv", "a,b,c\n" + ",".join(row) + "\n"))
+    assert found == {name: text.strip('"').strip() for name, text in zip("abc", row, strict=True)}
+
+
 def test_commas_quotes_and_line_separators_inside_cells_are_kept(tmp_path):
     path = written(tmp_path, "t.csv", 'a,b\n"x, ""y""",5" long\n"two\u2028parts",z\n')
     assert read_table(path) == [{"a": 'x, "y"', "b": '5" long'}, {"a": "two\u2028parts", "b": "z"}]

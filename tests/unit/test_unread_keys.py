@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_prep import load_splits
 from data_prep.__main__ import main as data_prep
 from data_prep.convert import InvalidRecordsError, prepare
 from data_prep.sources import Source
@@ -140,3 +141,43 @@ def test_every_unknown_split_is_reported_before_images_are_decoded(write_records
 def test_usual_names_of_splits_are_known(tmp_path, written, split):
     rows = [*text_rows(3, split="training"), *text_rows(1, start=3, split=written)]
     assert prepare([write(tmp_path, rows)], show_progress=False).splits[split]["id"] == ["r3"]
+
+
+def test_the_sources_of_one_name_are_named_with_the_remedy(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    sources = [write(tmp_path / "one", text_rows(9)), write(tmp_path, [{}], "b.json")]
+    sources += [write(tmp_path / "two", text_rows(9, start=9))]
+    places = f"source 0 ({sources[0].data}) and source 2 ({sources[2].data})"
+    with pytest.raises(ValueError) as error:
+        prepare(sources, show_progress=False)
+    assert str(error.value) == f"sources: {places} have the name 'a'; give each a `name` of its own"
+    (tmp_path / "s.yaml").write_text("- {data: one/a.json, name: first}\n- {data: two/a.json, name: second}\n")
+    data_prep(["convert", "--sources", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")])
+    names = [name for split in load_splits(str(tmp_path / "out")).values() for name in split["source"]]
+    assert sorted(names) == ["first"] * 9 + ["second"] * 9
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"data": "gone.json"}, "annotations: no file"),
+        ({"data": "a.json", "mapping": "hamm"}, "mapping: no file hamm"),
+    ],
+)
+def test_an_error_of_one_of_several_sources_has_its_number(tmp_path, second, reason):
+    sources = [write(tmp_path, text_rows(3), "b.json"), Source(tmp_path / second.pop("data"), **second)]
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"^source 1 \({sources[1].data}\): {reason}"):
+        prepare(sources, show_progress=False)
+
+
+def test_a_label_file_is_named_when_it_is_wrong_and_typing_errors_in_it_are_shown(tmp_path, caplog):
+    rows = [{**row, "label": "nevus", "answer": "A mole."} for row in text_rows(9)]
+    source, labels = write(tmp_path, rows), tmp_path / "labels.yaml"
+    words = ["check", "--annotations", str(source.data), "--labels", str(labels)]
+    labels.write_text("nevus: mole\nnevuss: mole 2\n")
+    assert data_prep(words) == 0
+    assert "labels of the label map that no sample has: 'nevuss'; did you mean 'nevus'?" in caplog.text
+    labels.write_text("nevus: {a: mole}\n")
+    with pytest.raises(ValueError, match=rf"^--labels: {labels}: 'nevus': expected a list of names, found an object"):
+        data_prep(words)
