@@ -2,35 +2,28 @@
 
 import logging
 import os
-import signal
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from PIL import Image as PILImage
-from tqdm import tqdm
 
 from . import check
 from .balance import effective_counts, sampling_weights
 from .boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS, scale_coordinates
 from .download import fetch_links
-from .duplicates import near_pairs
+from .duplicates import find_copies
 from .groups import group_samples, unify_groups
-from .inspection import ImageInfo, inspect_image, perceptual_hash
+from .inspection import ImageInfo, inspect_all
 from .labels import LabelMap, Reference, build_label_map, merge_spellings, references_of, unknown_labels
 from .metadata import clean_copy
+from .notices import log_empty_splits, log_skipped, log_ungrouped
 from .paths import is_link
-from .reading import suggest
-from .records import ATTRIBUTES, READ_KEYS, DataError
+from .records import ATTRIBUTES, DataError
 from .sources import Collected, Source, mixing_shares, naming_source, read_source
-from .split import SPLITS, assign_splits, check_fractions, join_groups
-from .unread import meant_key
+from .split import SPLITS, assign_all, check_fractions
 
 FEATURES = Features(
     {
@@ -44,7 +37,6 @@ FEATURES = Features(
 )
 STRATA = (*(name for name in ATTRIBUTES if name not in ("group", "split")), "source")
 MAX_LISTED = 20  # errors
-MAX_KEYS = 5  # that are not read
 
 logger = logging.getLogger(__name__)
 
@@ -183,14 +175,16 @@ def prepare(sources: list[Source], **options) -> Prepared:
     reasons = check.flawed_samples(findings)
     _reject(collected, lambda sample: reasons.get(sample["id"]))
     _require_usable(collected, options.on_error)
-    _log_skipped(collected)
-    _log_ungrouped(collected.samples)
+    log_skipped(collected)
+    log_ungrouped(collected.samples)
     samples = collected.samples
     groups = group_samples(samples, picture_of)
-    splits = _assign_all(samples, groups, options)
+    strata = [sample[options.stratify_by] for sample in samples]
+    splits = assign_all(samples, groups, strata, fractions=options.split, seed=options.seed, folds=options.folds)
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)
-    _log_empty_splits(splits, len(set(groups)), options)
+    wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
+    log_empty_splits(splits, wanted, len(set(groups)))
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     if options.clean_dir is not None:
@@ -257,7 +251,7 @@ def inspect_images(collected: Collected, *, num_workers: int | None, show_progre
     Adds `image_sizes`, upright `[width, height]` in px, to each sample; returns the infos by path.
     """
     paths = sorted({path for sample in collected.samples for path in sample["images"]})
-    results = dict(zip(paths, _inspect(paths, num_workers, show_progress), strict=True))
+    results = dict(zip(paths, inspect_all(paths, num_workers, show_progress), strict=True))
     _reject_images(collected, {path: result for path, result in results.items() if isinstance(result, str)})
     for sample in collected.samples:
         sample["image_sizes"] = [list(results[path].size) for path in sample["images"]]
@@ -297,34 +291,6 @@ def _download_links(collected: Collected, show_progress: bool) -> None:
     _reject_images(collected, fetch_links(links, show_progress=show_progress))
 
 
-def _inspect(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageInfo | str]:
-    if not paths:
-        return []
-    perceptual_hash(PILImage.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
-    try:
-        with ProcessPoolExecutor(num_workers or usable_cores(), initializer=_ignore_interrupts) as pool:
-            try:
-                results = pool.map(inspect_image, paths, chunksize=16)
-                return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
-            finally:
-                pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest first
-    except BrokenProcessPool as error:
-        reason = "a decoding process was killed, most likely out of memory; use fewer workers"
-        raise ValueError(f"images: {reason}") from error
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the main process, which then ends its workers; SIGTERM ends each at once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, on systems that tell it."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else min(os.cpu_count() or 1, 61)  # the most workers of a pool on Windows
-
-
 def _make_ids_unique(samples: list[dict]) -> int:
     """Number the second and later samples of one id (`x`, `x#2`); return how many were renamed."""
     taken = {sample["id"] for sample in samples}
@@ -340,37 +306,6 @@ def _make_ids_unique(samples: list[dict]) -> int:
         sample["id"] = name
         renamed += 1
     return renamed
-
-
-def _log_skipped(collected: Collected) -> None:
-    """Warn about records that are skipped or renamed, and keys that are not read."""
-    if collected.errors:
-        logger.warning("%d of %d records rejected", len(collected.errors), collected.num_records)
-    for reason, count in Counter(error.reason for error in collected.skipped).most_common(5):
-        logger.warning("%d rows skipped by the mapping: %s", count, reason)
-    if collected.num_renamed:
-        logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", collected.num_renamed)
-    keys = sorted(collected.unused_keys.items(), key=lambda item: (meant_key(item[0]) is None, -item[1]))
-    for key, count in keys[:MAX_KEYS]:
-        near = f"; use {meant!r}" if (meant := meant_key(key)) else suggest(key.lower(), READ_KEYS)
-        logger.warning("the key %.80r of %d records is not read%s", key, count, near)
-
-
-def _log_empty_splits(splits: list[str], num_groups: int, options: Options) -> None:
-    """Warn about requested splits that no sample is in: too few groups, or too large ones."""
-    wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
-    if empty := [name for name in wanted if name not in splits]:
-        reason = f"the samples are of {num_groups} independent group(s), which are never divided"
-        logger.warning("no sample is in %s: %s", " and ".join(empty), reason)
-
-
-def _log_ungrouped(samples: list[dict]) -> None:
-    """Warn when nothing says which samples are of one patient or lesion."""
-    if not any(sample["group"] for sample in samples):
-        meaning = (
-            "one patient may be in training and test, which makes results too good and their intervals too narrow"
-        )
-        logger.warning("no sample names a patient or lesion (key 'group', or --group-by): %s", meaning)
 
 
 def merge_label_spellings(samples: list[dict]) -> dict[str, Counter]:
@@ -391,57 +326,6 @@ def _label_map(samples: list[dict], names: dict | None) -> tuple[LabelMap, list[
     if names and (unknown := unknown_labels(names, labels)):
         logger.warning("labels of the label map that no sample has: %s", "; ".join(unknown))
     return build_label_map(labels, names, references) if labels else {}, references
-
-
-def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
-    """Return one path for each path's picture, and the sets of paths that are exact and near copies."""
-    by_digest = defaultdict(list)
-    for path in sorted(infos):
-        by_digest[infos[path].digest].append(path)
-    firsts = [paths[0] for paths in by_digest.values()]
-    hashes = np.array([infos[path].hashes for path in firsts], dtype=np.uint64).reshape(-1, 2)
-    thumbnails = np.frombuffer(b"".join(infos[path].thumbnail for path in firsts), np.uint8).reshape(-1, 8, 8, 3)
-    pairs = near_pairs(hashes[:, 0], hashes[:, 1], thumbnails)
-    roots = join_groups(len(firsts), [list(pair) for pair in pairs])
-    alike = defaultdict(list)
-    for path, root in zip(firsts, roots, strict=True):
-        alike[root].append(path)
-    picture_of = {path: firsts[roots[n]] for n, paths in enumerate(by_digest.values()) for path in paths}
-    exact = [paths for paths in by_digest.values() if len(paths) > 1]
-    return picture_of, (exact, [paths for paths in alike.values() if len(paths) > 1])
-
-
-def _assign_all(samples: list[dict], groups: list[int], options: Options) -> list[str]:
-    """Return each sample's split: the given one, else that of its group, else by group and stratum; then the folds.
-
-    Given train and test splits are kept; a validation split that is not given is taken from train.
-    """
-    strata = [sample[options.stratify_by] for sample in samples]
-    assign = partial(_assign, samples, groups, strata, options.seed)
-    splits = [sample["split"] for sample in samples]
-    given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
-    splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
-    train, validation, _ = options.split
-    if None in splits:
-        splits = assign(splits, {None}, dict(zip(SPLITS, options.split, strict=True)))
-    elif "validation" not in splits and validation > 0 and "train" in splits:
-        share = validation / (train + validation)
-        splits = assign(splits, {"train"}, {"train": 1 - share, "validation": share})
-    folds = {f"fold_{number}": 1 / options.folds for number in range(options.folds)}
-    return assign(splits, {"train", "validation"}, folds) if folds else splits
-
-
-def _assign(
-    samples: list[dict], groups: list[int], strata: list, seed: int, splits: list, replaced: set, shares: dict
-) -> list[str]:
-    """Return the splits with those in `replaced` assigned again, by group and stratum, to the names in `shares`."""
-    indices = [index for index, split in enumerate(splits) if split in replaced]
-    assigned = assign_splits(
-        [samples[index]["id"] for index in indices], tuple(shares.values()), seed=seed, names=tuple(shares),
-        groups=[groups[index] for index in indices], labels=[strata[index] for index in indices],
-    )  # fmt: skip
-    new = dict(zip(indices, assigned, strict=True))
-    return [new.get(index, split) for index, split in enumerate(splits)]
 
 
 def _set_weights(samples: list[dict], splits: list[str], balance: str, shares) -> dict[str | None, float]:

@@ -1,6 +1,11 @@
 """Images that are the same picture: copied, re-encoded, resized, mirrored."""
 
+from collections import defaultdict
+
 import numpy as np
+
+from .inspection import ImageInfo
+from .split import join_groups
 
 MAX_DISTANCE = 7  # differing bits of 64 between perceptual hashes
 MAX_COLOUR_DIFFERENCE = 8.0  # mean difference of 8 x 8 RGB thumbnails, of 255
@@ -54,3 +59,21 @@ def _close_in_bucket(hashes: np.ndarray, bucket: np.ndarray, block: int = 2048) 
             if column > row:
                 pairs.add((min(i, j), max(i, j)))
     return pairs
+
+
+def find_copies(infos: dict[str, ImageInfo]) -> tuple[dict[str, str], tuple[list[list[str]], list[list[str]]]]:
+    """Return one path for each path's picture, and the sets of paths that are exact and near copies."""
+    by_digest = defaultdict(list)
+    for path in sorted(infos):
+        by_digest[infos[path].digest].append(path)
+    firsts = [paths[0] for paths in by_digest.values()]
+    hashes = np.array([infos[path].hashes for path in firsts], dtype=np.uint64).reshape(-1, 2)
+    thumbnails = np.frombuffer(b"".join(infos[path].thumbnail for path in firsts), np.uint8).reshape(-1, 8, 8, 3)
+    pairs = near_pairs(hashes[:, 0], hashes[:, 1], thumbnails)
+    roots = join_groups(len(firsts), [list(pair) for pair in pairs])
+    alike = defaultdict(list)
+    for path, root in zip(firsts, roots, strict=True):
+        alike[root].append(path)
+    picture_of = {path: firsts[roots[n]] for n, paths in enumerate(by_digest.values()) for path in paths}
+    exact = [paths for paths in by_digest.values() if len(paths) > 1]
+    return picture_of, (exact, [paths for paths in alike.values() if len(paths) > 1])

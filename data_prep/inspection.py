@@ -1,6 +1,10 @@
 """What the checks need to know of an image file, found by decoding it once."""
 
 import io
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +12,14 @@ import imagehash
 import numpy as np
 import xxhash
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
 from .images import check_file, decode, open_image
 from .metadata import private_metadata
 from .sizes import check_size
+
+TURNED = range(2, 9)  # orientations; all others than these and 1 are invalid, and viewers ignore them
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ def inspect_image(path: str) -> ImageInfo | str:
         data = Path(path).read_bytes()
         with open_image(io.BytesIO(data)) as stored:
             check_size(stored.width, stored.height)  # first: to look for its EXIF data, Pillow decodes a PNG
-            mode, turned = stored.mode, stored.getexif().get(ORIENTATION, 1) != 1
+            mode, turned = stored.mode, stored.getexif().get(ORIENTATION) in TURNED
             private, profile = private_metadata(stored, data), profile_name(stored)
             upright = decode(stored)
             bits = used_bits(stored) if mode in SIXTEEN_BIT_MODES else None
@@ -76,3 +83,32 @@ def inspect_image(path: str) -> ImageInfo | str:
 def perceptual_hash(grey: Image.Image) -> int:
     """Return the 64-bit hash of a grey picture by its lowest 8 x 8 frequencies."""
     return int(np.packbits(imagehash.phash(grey).hash).view(">u8")[0])
+
+
+def inspect_all(paths: list[str], num_workers: int | None, show_progress: bool) -> list[ImageInfo | str]:
+    """Return what `inspect_image` does for each path, from a pool of processes, one for each core when None."""
+    if not paths:
+        return []
+    perceptual_hash(Image.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
+    try:
+        with ProcessPoolExecutor(num_workers or usable_cores(), initializer=_ignore_interrupts) as pool:
+            try:
+                results = pool.map(inspect_image, paths, chunksize=16)
+                return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
+            finally:
+                pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest first
+    except BrokenProcessPool as error:
+        reason = "a decoding process was killed, most likely out of memory; use fewer workers"
+        raise ValueError(f"images: {reason}") from error
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the main process, which then ends its workers; SIGTERM ends each at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, on systems that tell it."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else min(os.cpu_count() or 1, 61)  # the most workers of a pool on Windows

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
+from functools import partial
 
 SPLITS = ("train", "validation", "test")
 # Names of given splits, in lower case
@@ -113,3 +114,51 @@ def _neediest(counts: Counter, missing: list[dict], fractions: tuple[float, ...]
     open_splits = [split for split, share in enumerate(fractions) if share > 0]
     fitting = [s for s in open_splits if all(count <= 2 * missing[s][label] for label, count in counts.items())]
     return max(fitting, key=need) if fitting else min(open_splits, key=excess)
+
+
+def assign_all(
+    samples: list[dict],
+    groups: list[int],
+    strata: list,
+    *,
+    fractions: tuple[float, float, float],
+    seed: int,
+    folds: int,
+) -> list[str]:
+    """Return each sample's split: the given one, else that of its group, else by group and stratum; then the folds.
+
+    Given train and test splits are kept; a validation split that is not given is taken from train.
+
+    Args:
+        samples: with `id` and the given `split`, or None.
+        groups: of each sample.
+        strata: of each sample; each keeps its share in every split.
+        fractions: shares of train, validation and test; they add up to 1.
+        seed: another seed gives another split.
+        folds: number of parts in place of train and validation, 0 for none.
+    """
+    assign = partial(_assign, samples, groups, strata, seed)
+    splits = [sample["split"] for sample in samples]
+    given = {group: split for group, split in zip(groups, splits, strict=True) if split is not None}
+    splits = [split or given.get(group) for group, split in zip(groups, splits, strict=True)]
+    train, validation, _ = fractions
+    if None in splits:
+        splits = assign(splits, {None}, dict(zip(SPLITS, fractions, strict=True)))
+    elif "validation" not in splits and validation > 0 and "train" in splits:
+        share = validation / (train + validation)
+        splits = assign(splits, {"train"}, {"train": 1 - share, "validation": share})
+    parts = {f"fold_{number}": 1 / folds for number in range(folds)}
+    return assign(splits, {"train", "validation"}, parts) if parts else splits
+
+
+def _assign(
+    samples: list[dict], groups: list[int], strata: list, seed: int, splits: list, replaced: set, shares: dict
+) -> list[str]:
+    """Return the splits with those in `replaced` assigned again, by group and stratum, to the names in `shares`."""
+    indices = [index for index, split in enumerate(splits) if split in replaced]
+    assigned = assign_splits(
+        [samples[index]["id"] for index in indices], tuple(shares.values()), seed=seed, names=tuple(shares),
+        groups=[groups[index] for index in indices], labels=[strata[index] for index in indices],
+    )  # fmt: skip
+    new = dict(zip(indices, assigned, strict=True))
+    return [new.get(index, split) for index, split in enumerate(splits)]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from common.files import suggest_file
@@ -111,7 +112,16 @@ def _read_parquet(path: Path) -> list[dict]:
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
     table.columns = [str(column).strip() for column in table.columns]
+    for column in table.select_dtypes("object"):
+        if any(_has_bytes(value) for value in table[column]):
+            rule = "has bytes, as of images; write them into files, and the files' names into the column"
+            raise ValueError(f"{path}: the column {column!r} {rule}")
     return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def _has_bytes(value) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | np.ndarray) else [value]
+    return any(isinstance(part, bytes) or (isinstance(part, dict) and _has_bytes(part)) for part in inner)
 
 
 def _read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:

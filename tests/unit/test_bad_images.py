@@ -406,3 +406,8 @@ def test_no_image_name_leads_out_of_the_folder(tmp_path, no_requests, name, reas
         prepare([Source(tmp_path / "a.json", root)], show_progress=False, num_workers=1)
     assert str(error.value).startswith("a.json: record 0 (id 'x'), image ") and reason in str(error.value)
     assert len(str(error.value)) < 5200 and no_requests == []
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (2, True), (8, True), (9, False)])
+def test_only_valid_orientations_turn_an_image(tmp_path, orientation, turned):
+    assert inspect_image(str(marked(orientation)(tmp_path))).turned == turned

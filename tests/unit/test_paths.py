@@ -11,7 +11,8 @@ from common.files import suggest_file
 from common.yaml_files import read_yaml
 from data_prep import convert
 from data_prep.__main__ import main as data_prep
-from data_prep.convert import prepare, usable_cores
+from data_prep.convert import prepare
+from data_prep.inspection import usable_cores
 from data_prep.load import load_splits
 from data_prep.paths import resolve_image
 from data_prep.sources import Source

@@ -274,3 +274,17 @@ def test_a_wrong_join_is_refused(tmp_path, content, reason):
     with pytest.raises(ValueError) as error:
         join_tables([{"id": "1"}, {"id": "2"}], path, "id")
     assert "more.csv" in str(error.value) and reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [[{"bytes": b"x" * 9000, "path": None}] * 2, [b"x" * 9000, None], [[{"bytes": b"x", "path": "a"}]] * 2],
+    ids=["as the Hub embeds them", "bytes", "lists"],
+)
+def test_images_inside_a_parquet_file_are_refused_in_one_line(tmp_path, images):
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"dx": ["nv", "mel"], "picture": images}).to_parquet(path)
+    with pytest.raises(ValueError) as error:
+        read_table(path)
+    rule = "has bytes, as of images; write them into files, and the files' names into the column"
+    assert str(error.value) == f"{path}: the column 'picture' {rule}"
