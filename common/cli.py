@@ -1,6 +1,7 @@
 """Command lines: argument parsing, errors in one line, exit codes."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -61,6 +62,9 @@ def run(main: Callable[[], int | None]) -> int:
     """
     # Versions are pinned: users of a command need no warnings about future versions.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console's code page must not end a run whose work is done
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main() or 0
     except (ValueError, OSError) as error:

@@ -34,7 +34,7 @@ def read_folders(root: Path) -> list[dict[str, str]]:
     Hidden and system files are passed over. So are files that are no images by their ending, with a warning.
 
     Raises:
-        ValueError: no images, images at another depth, or a link to a folder.
+        ValueError: no images, images at another depth, a name that is not UTF-8, or a link to a folder.
     """
     images, others, empty = [], [], []
     for folder, files, is_leaf in _walk(root):
@@ -46,8 +46,18 @@ def read_folders(root: Path) -> list[dict[str, str]]:
     _warn("%d folders have no images: %s", empty)
     if not images:
         raise ValueError(f"{root}: expected a folder for each class, with images in it")
+    for path in images:
+        _check_encodable(path)
     depth = _depth(root, images)
     return [_row(path, depth) for path in sorted(images)]
+
+
+def _check_encodable(path: Path) -> None:
+    """Raise ValueError for bytes in a name that are no UTF-8, as older systems and archives leave them."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path.as_posix()!a}: the name is not UTF-8; rename the file or folder") from error
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:

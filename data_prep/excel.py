@@ -1,5 +1,6 @@
 """Excel sheets become rows of cells: merged blocks filled, formulas without a value refused."""
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from openpyxl.worksheet.worksheet import Worksheet
 from .reading import MAX_BYTES_IN_MEMORY
 
 MAX_CELLS = 10_000_000  # between a sheet's first and last one, with the empty ones
+
+logger = logging.getLogger(__name__)
 
 
 def read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -33,6 +36,8 @@ def read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
     _check_formulas(path, workbook)
     for sheet in filled:
         _fill_merged(path, sheet)
+        if hidden := [number for number, row in sheet.row_dimensions.items() if row.hidden]:
+            logger.warning("%s: %d rows are hidden, and are read too", path.name, len(hidden))
         for number, row in enumerate(sheet.rows, 1):
             yield f"row {number}", ["" if _is_empty(cell) else str(cell.value) for cell in row]
 

@@ -8,6 +8,13 @@ from .check import Finding, about
 from .records import IMAGE_MARKER
 from .split import join_groups
 
+# Texts that stand for a patient or lesion that is not known, and would make one group of all of these
+NO_GROUP = {"unknown", "n/a", "na", "nan", "none", "null", "missing", "not available", "not known", "?", "-", "--"}
+
+
+def is_no_group(name: str | None) -> bool:
+    return name is None or _fold(name) in NO_GROUP
+
 
 def group_key(name: str) -> str:
     """Return what the spellings of one group's name share.

@@ -89,6 +89,16 @@ def check_names(synonyms) -> None:
     keys = Counter(label_key(str(label)) for label in synonyms)
     if twice := [key for key, count in keys.items() if count > 1]:
         raise ValueError(f"labels: the label map has {twice[0]!r} more than once")
+    _check_owners(synonyms)
+
+
+def _check_owners(synonyms: dict) -> None:
+    """Raise ValueError for a name of two labels: an answer with it would name both, and so neither."""
+    owners = {}
+    for label, words in synonyms.items():
+        for word in map(str, [label, *(words if isinstance(words, list) else [words])]):
+            if not word.startswith(PATTERN_PREFIX) and (owner := owners.setdefault(label_key(word), label)) != label:
+                raise ValueError(f"labels: {word!r} is a name of {owner!r} and of {label!r}")
 
 
 def unknown_labels(synonyms: dict, labels: Iterable[str]) -> list[str]:

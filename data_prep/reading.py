@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 MAX_BYTES_IN_MEMORY = 500_000_000  # of a file that is not read line by line
+PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")  # first bytes
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -34,6 +35,7 @@ def iter_json(path: Path) -> Iterator:
             file of over `MAX_BYTES_IN_MEMORY` that is not JSON Lines under a name in .jsonl.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as file:
+        check_not_packed(path, file.buffer.peek(4))
         if b"\0" in file.buffer.peek(2)[:2]:
             raise ValueError(f"{path}: not UTF-8, most likely UTF-16; save the file as UTF-8")
         try:
@@ -41,6 +43,12 @@ def iter_json(path: Path) -> Iterator:
         except UnicodeDecodeError as error:
             place = file.buffer.tell() - len(error.object) + error.start
             raise ValueError(f"{path}: not UTF-8 at byte {place}; save the file as UTF-8") from error
+
+
+def check_not_packed(path: Path, start: bytes) -> None:
+    """Raise ValueError for a file whose first bytes are those of an archive or of a compressed file."""
+    if start.startswith(PACKED):
+        raise ValueError(f"{path}: is compressed, or an archive; unpack it first")
 
 
 def _read(file: TextIO, path: Path) -> Iterator:

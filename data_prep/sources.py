@@ -13,7 +13,7 @@ from common.files import suggest_file
 
 from .class_folders import is_system_name, read_folders
 from .download import HUB_ID, link_path, read_hub
-from .groups import question_key
+from .groups import is_no_group, question_key
 from .mapping import Mapping, load_mapping
 from .paths import check_exists, composed, folders_below, is_link, resolve_image
 from .reading import Flaw, suggest
@@ -21,7 +21,7 @@ from .records import READ_KEYS, DataError, iter_annotations, parse_record
 from .rows import make_record, read_rows, rows_of
 from .split import GIVEN_SPLITS
 from .tables import TABLE_ENDINGS, text_rows
-from .unread import find_group_key, iter_texts, named_in
+from .unread import find_group_key, inner_keys, iter_texts, named_in
 
 MAX_NAMED = 12  # keys in an error message
 
@@ -138,7 +138,7 @@ def read_source(
     finder = _make_finder(source, mapping, hub_dir, links_dir, follow_links)
     collected, keys, read = Collected(), Counter(), {*READ_KEYS, group_by}
     for number, raw in enumerate(raw_records):
-        keys.update(raw.keys() if isinstance(raw, dict) else ())
+        keys.update([*raw, *inner_keys(raw)] if isinstance(raw, dict) else ())
         try:
             sample = _make_sample(raw, number, source, mapping, group_by)
             sample["images"] = [finder(sample, file) for file in sample["files"]]
@@ -181,6 +181,7 @@ def _make_sample(raw, number: int, source: Source, mapping: Mapping | None, grou
         raw = {**raw, "group": row.get(group_by)}
     sample = parse_record(raw, number, format="flat" if mapping else source.format)
     sample["split"] = _given_split(sample)
+    sample["group"] = None if is_no_group(sample["group"]) else sample["group"]
     others = mapping.columns() if mapping else READ_KEYS - ({"group"} if group_by is not None else set())
     sample["unread_group"] = find_group_key(row, {*others, group_by})
     # A mapping's wordings all ask for the row's label.
@@ -275,6 +276,8 @@ def _make_finder(
 ) -> "FileFinder":
     default = hub_dir if is_hub(source) else source.data if source.data.is_dir() else None
     root = source.images or default
+    if root is not None and Path(root).is_file():
+        raise ValueError(f"image_dir: {root} is a file, expected a folder; unpack an archive first")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"image_dir: no folder {root}{suggest_file(Path(root))}")
     options = {"search": mapping is not None, "links_dir": links_dir, "follow_links": follow_links}

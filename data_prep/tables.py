@@ -13,7 +13,7 @@ import pandas as pd
 
 from common.files import suggest_file
 
-from .reading import Flaw, describe, iter_json, suggest
+from .reading import Flaw, check_not_packed, describe, iter_json, suggest
 
 EXCEL_ENDINGS = (".xlsx", ".xlsm")
 OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
@@ -173,6 +173,7 @@ def _has_swallowed_rows(row: list[str], separator: str, width: int) -> bool:
 
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
+    check_not_packed(path, data)
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if not marked and b"\0" in data[:1000]:
         raise ValueError(f"{path}: not text, or UTF-16 without its mark; save the table as .csv in UTF-8, or as .xlsx")

@@ -29,15 +29,29 @@ def fold_key(key: str) -> str:
 
 
 def meant_key(key: str) -> str | None:
-    """Return the key that is read in place of another: "group" for `patient_id`, "label" for `dx`; None if unknown."""
-    folded = fold_key(key)
+    """Return the key that is read in place of another; None if unknown.
+
+    "group" for `patient_id` and `metadata.patient_id`, "label" for `dx`.
+    """
+    folded = fold_key(key.rpartition(".")[2])
     return "group" if GROUP_KEY.fullmatch(folded) else MEANT.get(folded)
 
 
 def find_group_key(values: dict, read: Iterable[str]) -> str | None:
-    """Return the first key that has a value, looks like a patient's or a lesion's, and is not among those `read`."""
-    filled = (key for key, value in values.items() if value not in (None, "") and key not in read)
-    return next((key for key in filled if meant_key(key) == "group"), None)
+    """Return the first key that has a value, looks like a patient's or a lesion's, and is not among those `read`.
+
+    Keys of objects inside the record count too, as `metadata.patient_id`.
+    """
+    unread = {key: value for key, value in values.items() if key not in read}
+    objects = {key: value for key, value in unread.items() if isinstance(value, dict)}
+    unread |= {f"{key}.{name}": inner for key, value in objects.items() for name, inner in value.items()}
+    return next((key for key, value in unread.items() if value not in (None, "") and meant_key(key) == "group"), None)
+
+
+def inner_keys(values: dict) -> list[str]:
+    """Return the keys of objects inside a record that mean something that is read, as `metadata.patient_id`."""
+    inner = (f"{key}.{name}" for key, value in values.items() if isinstance(value, dict) for name in value)
+    return [key for key in inner if meant_key(key)]
 
 
 def find_image_key(values: dict, read: Iterable[str], images: list[str]) -> str | None:

@@ -1,5 +1,6 @@
 """Every kind of odd or bad annotation file, conversation and text, and what becomes of it."""
 
+import gzip
 import json
 import os
 import re
@@ -49,6 +50,7 @@ UNREADABLE = [
     ("an object", "a.json", '{"data": []}', ": expected a list of records, found an object with the keys ['data']"),
     ("prose", "a.json", "Dear reader,", ", line 1, column 1: not JSON: Expecting value"),
     ("UTF-16", "a.json", LIST.encode("utf-16"), ": not UTF-8 at byte 0; save the file as UTF-8"),
+    ("gzip", "a.jsonl.gz", gzip.compress(LINES.encode()), ": is compressed, or an archive; unpack it first"),
     ("UTF-16, no mark", "a.json", LIST.encode("utf-16-le"), ": not UTF-8, most likely UTF-16; save the file as UTF-8"),
     ("UTF-16, lines", "a.jsonl", LINES.encode("utf-16-be"), ": not UTF-8, most likely UTF-16; save the file as UTF-8"),
     ("Latin-1", "a.json", LIST.encode("latin-1"), ": not UTF-8 at byte 49; save the file as UTF-8"),

@@ -1,5 +1,8 @@
 """Class folders: the label is the folder's name, and nothing else in them becomes one."""
 
+import os
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -132,3 +135,18 @@ def test_a_mapping_for_other_columns_is_refused(tmp_path):
     touch(tmp_path, "nevus/1.jpg")
     with pytest.raises(ValueError, match=r"no column 'image_id'; there are 'path', 'folder', 'split'"):
         prepare([Source(tmp_path, mapping="ham10000")], show_progress=False)
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_words(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/mela\xffnoma"
+    Path(os.fsdecode(folder)).mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "1.png")
+    (tmp_path / "1.png").rename(os.fsdecode(folder + b"/1.png"))
+    with pytest.raises(ValueError, match=r"'mela\\udcffnoma/1\.png': the name is not UTF-8; rename the file"):
+        read_folders(tmp_path)
+
+
+def test_an_archive_is_no_image_folder(write_records, tmp_path):
+    path, _ = write_records([{"image": "red.jpg", "question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match=r"image_dir: .*a\.json is a file, expected a folder; unpack an"):
+        prepare([Source(path, path)], show_progress=False)

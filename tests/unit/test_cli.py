@@ -1,5 +1,7 @@
 """Errors of a command are one line; which errors of the Hub are worth a second try."""
 
+import io
+
 from common.cli import run
 
 import pytest
@@ -60,3 +62,10 @@ def test_a_lost_connection_is_transient(error):
 )  # fmt: skip
 def test_a_mistake_is_not_tried_again(error):
     assert not is_transient(error)
+
+
+def test_what_a_console_cannot_show_does_not_end_a_command(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="cp1252", write_through=True))
+    assert run(lambda: print("melanoma \u9ed1 \u00fc")) == 0
+    assert shown.getvalue() == b"melanoma \\u9ed1 \xfc\n"

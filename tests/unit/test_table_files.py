@@ -1,5 +1,6 @@
 """Every kind of table file, as Excel, pandas and people write them, reads alike; a broken one is refused in words."""
 
+import gzip
 import zipfile
 
 import pandas as pd
@@ -139,7 +140,8 @@ UNREADABLE = {
     ),
     "a Russian code page": ("t.csv", b"a,b\n\xed\xe5\xe2\xf3\xf1,3\n", "save the file as UTF-8"),
     "UTF-16 without its mark": ("t.csv", "a,b\n1,2\n".encode("utf-16-le"), ": not text, or UTF-16 without its mark"),
-    "Excel under .csv": ("t.csv", b"PK\x03\x04\x14\x00\x06\x00", ": not text"),
+    "Excel under .csv": ("t.csv", b"PK\x03\x04\x14\x00\x06\x00", ": is compressed, or an archive; unpack it first"),
+    "gzip": ("t.csv.gz", gzip.compress(b"a,b\n1,2\n"), "t.csv.gz: is compressed, or an archive; unpack it first"),
     "CSV under .xlsx": ("t.xlsx", "a,b\n1,2\n", ": not an Excel file"),
     "old Excel": ("t.XLS", b"\xd0\xcf\x11\xe0", ": .xls is not read; save the table as .xlsx, or as .csv in UTF-8"),
     "not Parquet": ("t.parquet", "a,b\n", ": not a table"),
@@ -288,3 +290,12 @@ def test_images_inside_a_parquet_file_are_refused_in_one_line(tmp_path, images):
         read_table(path)
     rule = "has bytes, as of images; write them into files, and the files' names into the column"
     assert str(error.value) == f"{path}: the column 'picture' {rule}"
+
+
+def test_hidden_rows_of_a_sheet_are_read_and_counted(tmp_path, caplog):
+    path = write_sheet(tmp_path / "t.xlsx", [["patient", "image"], ["p1", "1.jpg"], ["p2", "2.jpg"]])
+    book = load_workbook(path)
+    book.active.row_dimensions[3].hidden = True
+    book.save(path)
+    assert len(read_table(path)) == 2
+    assert "t.xlsx: 1 rows are hidden, and are read too" in caplog.text

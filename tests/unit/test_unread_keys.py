@@ -181,3 +181,20 @@ def test_a_label_file_is_named_when_it_is_wrong_and_typing_errors_in_it_are_show
     labels.write_text("nevus: {a: mole}\n")
     with pytest.raises(ValueError, match=rf"^--labels: {labels}: 'nevus': expected a list of names, found an object"):
         data_prep(words)
+
+
+def test_groups_of_unknown_patients_are_none(tmp_path):
+    rows = [*text_rows(30, group="p"), *text_rows(9, start=30, group="Unknown"), *text_rows(1, start=39, group="N/A")]
+    found = prepare([write(tmp_path, rows)], show_progress=False).findings
+    (one,) = [one for one in found if one.kind == "ungrouped"]
+    assert one.detail.startswith("10 of 40 samples have no group")
+
+
+def test_a_patient_inside_another_object_is_found(tmp_path, caplog):
+    hidden = text_rows(3, start=3, metadata={"patient_id": "p1", "note": "x", "gender": ""})
+    prepare([write(tmp_path, hidden)], show_progress=False)
+    assert "the key 'metadata.patient_id' of 3 records is not read; use 'group'" in caplog.text
+    found = reasons(write(tmp_path, [*text_rows(3, group="p1"), *hidden]))
+    assert [(record, reason[:32]) for record, reason in found] == [
+        (n, "field 'metadata.patient_id': nam") for n in (3, 4, 5)
+    ]
