@@ -30,6 +30,7 @@ WARNINGS = {
     "other label": "samples whose answers name another label and not their own",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
+    "repeated": "samples that others repeat: the same pictures, questions and answers",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
     "private": "images with GPS, dates, names, comments or previews (not copied into the data set)",
     "coordinates": "records whose coordinates are not those of the image that the model gets; see --scale-boxes",
@@ -238,6 +239,19 @@ def check_labels(samples: list[dict], picture_of: dict[str, str]) -> list[Findin
             ids = [sample["id"] for sample in others]
             findings.append(about(first, "contradiction", " and ".join(labels), ", ".join(first["files"]), ids))
     return findings
+
+
+def check_repeats(samples: list[dict], picture_of: dict[str, str]) -> list[Finding]:
+    """Report samples that have the same pictures and messages as others, which then count several times."""
+    same = defaultdict(list)
+    for sample in samples:
+        pictures = tuple(picture_of[path] for path in sample["images"])
+        same[pictures, tuple((turn["role"], turn["content"]) for turn in sample["messages"])].append(sample)
+    return [
+        about(first, "repeated", f"{len(others) + 1} times", others=[sample["id"] for sample in others])
+        for first, *others in same.values()
+        if others
+    ]
 
 
 def check_leaks(samples: list[dict], groups: list[int], given: list[str | None]) -> list[Finding]:

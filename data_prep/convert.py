@@ -16,7 +16,7 @@ from .boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS, scale_coordinates
 from .download import fetch_links
 from .duplicates import find_copies
 from .groups import group_samples, unify_groups
-from .inspection import ImageInfo, inspect_all
+from .inspection import ImageInfo, inspect_all, usable_cores
 from .labels import LabelMap, Reference, build_label_map, merge_spellings, references_of, unknown_labels
 from .metadata import clean_copy
 from .notices import log_empty_splits, log_skipped, log_ungrouped
@@ -37,6 +37,7 @@ FEATURES = Features(
 )
 STRATA = (*(name for name in ATTRIBUTES if name not in ("group", "split")), "source")
 MAX_LISTED = 20  # errors
+MAX_WORKERS_PER_CORE = 8  # each takes 100 MB
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Options:
         max_pixels: largest area of an image in training, px^2.
 
     Raises:
-        ValueError: an unknown value, one fold, or shares that do not add up to 1.
+        ValueError: an unknown value, one fold, too many workers, or shares that do not add up to 1.
     """
 
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
@@ -112,6 +113,8 @@ class Options:
             raise ValueError(f"min_pixels: {self.min_pixels} is above max_pixels, {self.max_pixels}")
         if self.folds and self.folds < 2:
             raise ValueError(f"folds: expected at least 2, found {self.folds}")
+        if (self.num_workers or 0) > (most := MAX_WORKERS_PER_CORE * usable_cores()):
+            raise ValueError(f"num_workers: {self.num_workers} processes, at most {most} on this computer")
         check_fractions(self.split)
 
 
@@ -184,7 +187,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)
     wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
-    log_empty_splits(splits, wanted, len(set(groups)))
+    log_empty_splits(splits, wanted, samples, len(set(groups)))
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     if options.clean_dir is not None:
@@ -208,6 +211,7 @@ def _check_samples(
         *check.check_readable(references, label_map),
         *check.check_images(samples, infos),
         *check.check_copies(samples, *copies),
+        *check.check_repeats(samples, picture_of),
         *check.check_labels(samples, picture_of),
         *check.check_leaks(samples, group_samples(samples, picture_of), [sample["split"] for sample in samples]),
         *shared,

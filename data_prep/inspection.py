@@ -19,6 +19,7 @@ from .images import check_file, decode, open_image
 from .metadata import private_metadata
 from .sizes import check_size
 
+CHUNK = 16  # images that a process gets at a time
 TURNED = range(2, 9)  # orientations; all others than these and 1 are invalid, and viewers ignore them
 
 
@@ -91,9 +92,11 @@ def inspect_all(paths: list[str], num_workers: int | None, show_progress: bool) 
         return []
     perceptual_hash(Image.new("L", (32, 32)))  # loads what it needs once, here, and not in each worker
     try:
-        with ProcessPoolExecutor(num_workers or usable_cores(), initializer=_ignore_interrupts) as pool:
+        # the pool starts all of its processes at once, needed or not
+        workers = min(num_workers or usable_cores(), -(-len(paths) // CHUNK))
+        with ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
             try:
-                results = pool.map(inspect_image, paths, chunksize=16)
+                results = pool.map(inspect_image, paths, chunksize=CHUNK)
                 return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
             finally:
                 pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest first

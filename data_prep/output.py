@@ -105,4 +105,4 @@ def _write_json_lines(path: Path, rows: list[dict]) -> None:
 def _check_space(splits: DatasetDict, folder: Path) -> None:
     """Raise if the disk is too full."""
     if (needed := bytes_needed(splits)) > (free := shutil.disk_usage(folder).free):
-        raise ValueError(f"--out: the images take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left")
+        raise ValueError(f"--out: the images take {needed:,} bytes, and {folder} has {free:,} left")

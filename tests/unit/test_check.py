@@ -247,3 +247,20 @@ def test_contradicted_labels_are_counted_and_the_first_are_shown(tmp_path, capsy
         "WARNING    a.json, record 0 (id 'r0'): label 'nevus', and the answer is 'It is melanoma.' (1 of 5 such)"
     )
     assert len(lines) == 3
+
+
+def test_samples_that_repeat_others_are_reported_once(tmp_path):
+    rows = [{"id": f"r{n}", "question": f"{n % 3}?", "answer": f"It is {n % 6}."} for n in range(15)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = prepare([Source(tmp_path / "a.json")], show_progress=False, split=(1, 0, 0)).findings
+    repeats = [(one.sample_id, one.detail, one.others) for one in found if one.kind == "repeated"]
+    assert repeats[0] == ("r0", "3 times", ("r6", "r12")) and len(repeats) == 6
+
+
+def test_given_splits_are_the_reason_when_another_is_empty(tmp_path, caplog):
+    rows = [{"id": f"r{n}", "question": f"{n}?", "answer": "It is.", "split": "test"} for n in range(9)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    prepare([Source(tmp_path / "a.json")], show_progress=False)
+    assert (
+        "no sample is in train and validation: every record names its split, and such splits are kept" in caplog.text
+    )

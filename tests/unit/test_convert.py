@@ -290,7 +290,7 @@ def test_any_fact_can_keep_its_share(write_records):
 def test_convert_finds_out_before_it_writes_that_the_disk_is_too_small(write_records, tmp_path, monkeypatch):
     path, images = write_records([flat("red.jpg")])
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
-    with pytest.raises(ValueError, match=r"--out: the images take 0\.0 GB, and .* has 0\.0 GB left"):
+    with pytest.raises(ValueError, match=r"--out: the images take [\d,]+ bytes, and .* has 100 left"):
         convert(path, images, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "images"}
 
@@ -315,3 +315,9 @@ def test_images_embedded_in_a_data_set_carry_no_private_metadata(write_records, 
     assert b"Secret" not in samples["b"]
     assert load_image({"bytes": samples["b"]}).tobytes() == load_image(images / "gps.jpg").tobytes()
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "images", "out"}
+
+
+def test_more_workers_than_a_computer_can_start_are_refused(write_records):
+    path, images = write_records([flat("red.jpg")])
+    with pytest.raises(ValueError, match=r"num_workers: 100000 processes, at most \d+ on this computer"):
+        prepare([Source(path, images)], num_workers=100_000)
