@@ -30,6 +30,7 @@ WARNINGS = {
     "other label": "samples whose answers name another label and not their own",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
+    "damaged": "JPEG files with errors inside, of which parts may be grey or shifted",
     "repeated": "samples that others repeat: the same pictures, questions and answers",
     "long answer": f"answers over {LONG_ANSWER:,} characters",
     "private": "images with GPS, dates, names, comments or previews (not copied into the data set)",
@@ -188,6 +189,7 @@ def check_images(samples: list[dict], infos: dict[str, ImageInfo]) -> list[Findi
             "converted": (info.mode != "RGB" or info.profile) and f"mode {info.mode}{profile}",
             "bit depth": info.bits is not None and info.bits < 16 and f"values of {info.bits} bits",
             "dark": info.brightest < BLACK and f"brightest value {info.brightest} of 255",
+            "damaged": info.damage,
             "private": ", ".join(info.private),
         }
         name = sample["files"][position]

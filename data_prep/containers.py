@@ -53,6 +53,20 @@ def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
     return [*segments, (END_OF_IMAGE, position, position + 2)]
 
 
+def find_damage(data: bytes) -> str | None:
+    """Return what is wrong with the segments of a JPEG that decoders may still show, with parts of it grey or shifted.
+
+    Damaged bytes between valid segments are not found: that would take a decoder that reports it.
+    """
+    if not data.startswith(JPEG):
+        return None
+    try:
+        jpeg_segments(data)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def end_of_image(data: bytes) -> int:
     """Return where the image of a JPEG, PNG or WebP ends; the length of other and of damaged files."""
     if data.startswith(JPEG):

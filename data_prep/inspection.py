@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
+from .containers import find_damage
 from .images import check_file, decode, open_image
 from .metadata import private_metadata
 from .sizes import check_size
@@ -37,6 +38,7 @@ class ImageInfo:
         private: kinds of private metadata, see `metadata.private_metadata`.
         profile: name of the ICC profile that was converted to sRGB, if any.
         bits: how many bits the values of a 16-bit image need; None for other images.
+        damage: what is wrong with a file that can be decoded all the same; None if nothing is found.
         brightest: largest value of any colour, of 255, in a thumbnail.
     """
 
@@ -49,6 +51,7 @@ class ImageInfo:
     private: tuple[str, ...]
     profile: str | None
     bits: int | None
+    damage: str | None
     brightest: int
 
 
@@ -77,6 +80,7 @@ def inspect_image(path: str) -> ImageInfo | str:
         private=private,
         profile=profile,
         bits=bits,
+        damage=find_damage(data),
         brightest=max(high for _, high in small.getextrema()),
     )
 

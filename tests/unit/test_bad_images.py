@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from collator import VisionSFTCollator, collate_prompts, load_pixels
+from data_prep.check import check_images
 from data_prep.convert import prepare
 from data_prep.images import load_image
 from data_prep.inspection import ImageInfo, inspect_image
@@ -411,3 +412,21 @@ def test_no_image_name_leads_out_of_the_folder(tmp_path, no_requests, name, reas
 @pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (2, True), (8, True), (9, False)])
 def test_only_valid_orientations_turn_an_image(tmp_path, orientation, turned):
     assert inspect_image(str(marked(orientation)(tmp_path))).turned == turned
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data, None),
+        (lambda data: data + b"more", None),
+        (lambda data: data[:-300] + b"\xff\x01\xff\x01" + data[-296:], "expected a marker of a JPEG segment"),
+    ],
+)
+def test_a_jpeg_that_decoders_show_in_spite_of_damage_is_reported(tmp_path, damage, reason):
+    picture = Image.effect_noise((160, 160), 90).convert("RGB")
+    (tmp_path / "x.jpg").write_bytes(damage(coded(picture, "JPEG", restart_marker_rows=1)))
+    found = inspect_image(str(tmp_path / "x.jpg"))
+    assert isinstance(found, ImageInfo) and found.damage == reason
+    sample = {"record": 0, "id": "x", "origin": "a.json", "images": ["x.jpg"], "files": ["x.jpg"]}
+    kinds = [finding.kind for finding in check_images([sample], {"x.jpg": found})]
+    assert ("damaged" in kinds) == (reason is not None)
