@@ -26,7 +26,7 @@ ERRORS = {
 }
 WARNINGS = {
     "giveaway": "questions that contain the answer's label (not counted in an evaluation)",
-    "ungrouped": "samples without a patient or lesion, beside others that have one",
+    "ungrouped": "sets of samples without a patient or lesion, beside others that have one",
     "other label": "samples whose answers name another label and not their own",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",

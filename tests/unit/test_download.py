@@ -161,7 +161,7 @@ def test_downloads_into_the_data_sets_own_folder_stay(write_records, tmp_path, s
     out = tmp_path / "out"
     command = ["convert", "--annotations", str(path), "--fetch-links", str(out / "links"), "--out", str(out)]
     with monkeypatch.context() as patch:  # a first try that ends after the download
-        patch.setattr("data_prep.__main__.save_splits", lambda *args, **options: 1 / 0)
+        patch.setattr("data_prep.output.save_splits", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             data_prep(command)
     data_prep(command)
