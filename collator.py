@@ -97,9 +97,14 @@ def find_family(processor: ProcessorMixin) -> Family:
 def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     """Return a sample's images, upright, in RGB, resized as the model needs them.
 
+    Images of an example with `fitted` have that size already. A second fit could give another one: a size that
+    `fit_size` rounds up to whole cells can lie above max_pixels, and would be made smaller.
+
     Raises:
         ValueError: an image cannot be used; the message names the sample.
     """
+    if example.get("fitted"):
+        return example["images"]
     images, fit = [], partial(fit_size, **fit_options(processor.image_processor))
     for number, source in enumerate(example.get("images") or []):
         try:

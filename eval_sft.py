@@ -25,7 +25,7 @@ from evaluation.questions import load_runs
 from evaluation.report import format_verdict, write_report
 from evaluation.runner import answer_questions, choose_runs, collect_rows, open_journal
 from evaluation.summary import SUBGROUP_COLUMNS, summarise
-from models.adapters import read_adapter_config
+from models.adapters import is_adapter, read_adapter_config
 from models.loading import load_config
 from publishing.hub import push_adapter
 from publishing.model_card import write_card
@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     answer_questions(args, runs, journal, state)
     if state.is_main_process:
         rows = collect_rows(runs, journal)
-        keys, image_rows = image_keys(runs["adapter"].images), runs["adapter"].image_rows
-        clusters = cluster_samples(rows["adapter"], [keys[row] for row in image_rows])
+        questions = runs["adapter"]
+        keys = image_keys(questions.images)
+        clusters = cluster_samples(rows["adapter"], [keys[row] for row in questions.image_rows], questions.messages)
         options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
         summary = {
             "split": args.split,
@@ -111,6 +112,8 @@ def check_model_options(args: argparse.Namespace) -> None:
     if args.model:
         if unfit := [f"--{name}" for name in ("base", "push") if getattr(args, name)]:
             raise ValueError(f"{unfit[0]}: goes with --adapter, not with --model")
+        if is_adapter(args.model):
+            raise ValueError(f"--model: {args.model} is an adapter; write --adapter {args.model}")
         load_config(args.model)
         return
     read_adapter_config(args.adapter)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, run
+from common.cli import OneLineParser, positive_number, run
 
 from datasets import disable_progress_bars
 
@@ -21,7 +21,7 @@ from training.config import parse_config
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="plan_run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gpu", type=float, help="memory of the GPU, GB")
+    parser.add_argument("--gpu", type=positive_number, help="memory of the GPU, GB")
     args, recipe = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     # A plan needs no GPU, so the recipe is read for a CPU, which accepts bf16 but not fp16.
     settings = parse_config([*recipe, "--use_cpu", "true", "--fp16", "false"], prog=parser.prog)

@@ -18,7 +18,7 @@ from datasets import disable_progress_bars
 from evaluation.examples import load_examples
 from evaluation.label_matching import LABEL_PLACEHOLDER
 from evaluation.prediction import answer_examples, check_out, write_answers
-from models.adapters import load_adapters, read_adapter_config
+from models.adapters import is_adapter, load_adapters, read_adapter_config
 from models.loading import load_processor
 
 EXIT_SKIPPED = 3  # some questions were not answered
@@ -84,6 +84,9 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together."""
     if not args.adapter and args.base is None:
         raise ValueError("name an adapter (--adapter), or a base model to use alone (--base)")
+    if args.base and is_adapter(args.base):
+        rule = "name its base model" if args.adapter else f"write --adapter {args.base}"
+        raise ValueError(f"--base: {args.base} is an adapter; {rule}")
     sources = [f"--{name}" for name in ("image", "questions", "dataset") if getattr(args, name)]
     if len(sources) != 1:
         given = " and ".join(sources) or "none of them"

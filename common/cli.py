@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import math
 import os
 import sys
 import warnings
@@ -52,6 +53,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
     return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Read a finite number above 0 (the `type` of an option)."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:  # nan is not above 0
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return number
 
 
 def run(main: Callable[[], int | None]) -> int:

@@ -62,27 +62,42 @@ def atomic_write(path: Path, content: str | bytes, *, durable: bool = False) -> 
         durable: wait until the content and the name are on the disk, so that they also survive a power failure.
     """
     unfinished = unfinished_path(path)
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    if durable:
-        fsync(unfinished)
-    unfinished.replace(path)
-    if durable:
-        fsync(path.parent)
+    with error_names(path):
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            fsync(unfinished)
+        unfinished.replace(path)
+        if durable:
+            fsync(path.parent)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the path of a file or folder to write, which is renamed to `path` when the block ends without an error.
 
-    After an error a folder is deleted; a file keeps what was written, under its temporary name.
+    A link stays, and what it leads to is written. After an error a folder is deleted; a file keeps what was written,
+    under its temporary name.
     """
+    path = path.resolve()
     unfinished = unfinished_path(path)
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     try:
-        yield unfinished
-        unfinished.replace(path)
+        with error_names(path):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def error_names(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name the file that is written; that of a failed write ("No space left") does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def unfinished_path(path: Path) -> Path:

@@ -97,7 +97,8 @@ def _check_owners(synonyms: dict) -> None:
     owners = {}
     for label, words in synonyms.items():
         for word in map(str, [label, *(words if isinstance(words, list) else [words])]):
-            if not word.startswith(PATTERN_PREFIX) and (owner := owners.setdefault(label_key(word), label)) != label:
+            key = word if word.startswith(PATTERN_PREFIX) else label_key(word)
+            if (owner := owners.setdefault(key, label)) != label:
                 raise ValueError(f"labels: {word!r} is a name of {owner!r} and of {label!r}")
 
 

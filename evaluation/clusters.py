@@ -4,6 +4,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from data_prep.groups import group_key, question_key
 from data_prep.split import join_groups
 
 
@@ -16,20 +17,30 @@ def _image_key(image: dict) -> str:
     return hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"]
 
 
-def cluster_samples(rows: list[dict], images: Sequence[tuple[str, ...]] | None = None) -> list[int]:
-    """Return the number of each row's cluster. Rows share it with one group of one source, one id or one image.
+def cluster_samples(
+    rows: list[dict],
+    images: Sequence[tuple[str, ...]] | None = None,
+    messages: Sequence[list[dict]] | None = None,
+) -> list[int]:
+    """Return the number of each row's cluster: rows of one sample, group, image or text-only question share it.
+
+    The rules are those by which `data_prep.groups` keeps samples in one split: spellings of a group are one group,
+    in all sources.
 
     Args:
-        rows: `id`, `group` and `source` of each sample.
+        rows: `id` and `group` of each question's sample.
         images: see `image_keys`; not used when None.
+        messages: turns up to each question, the last row of a sample with all of them; not used without `images`.
     """
-    members = defaultdict(list)
+    members, last = defaultdict(list), {row["id"]: index for index, row in enumerate(rows)}
     for index, row in enumerate(rows):
         members["id", row["id"]].append(index)
         if row["group"]:
-            members["group", row["source"], row["group"]].append(index)
+            members["group", group_key(row["group"])].append(index)
         for key in images[index] if images else ():
             members["image", key].append(index)
+        if images and messages and not images[index] and last[row["id"]] == index:
+            members["question", question_key(messages[index])].append(index)
     return join_groups(len(rows), list(members.values()))
 
 

@@ -1,14 +1,21 @@
 """What `predict.py` asks about: images, lines of a questions file, or samples of a data set."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.files import suggest_file
 from data_prep.images import is_image, load_image
 from data_prep.paths import check_exists, resolve_image
-from data_prep.records import FieldError, normalise_messages, parse_record, read_annotations
+from data_prep.reading import suggest
+from data_prep.records import READ_KEYS, FieldError, normalise_messages, parse_record, read_annotations
 from evaluation.questions import labels_of, load_split
+
+IMAGE_KEYS = {"image", "images"}
+ASKED_KEYS = {*IMAGE_KEYS, "question", "system"}  # of a row of `--questions`
+# Those, and what else such rows have where they are records or answers of an earlier call.
+ROW_KEYS = READ_KEYS | {"prediction", "error", "reference", "adapter", "likeliest", "cut"}
 
 
 def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[str]]:
@@ -23,7 +30,9 @@ def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[s
     if args.questions:
         rows = read_annotations(args.questions)
         folder = Path(args.image_dir).resolve() if args.image_dir else args.questions.resolve().parent
-        examples = (example_of_line(row, number, folder, args.system) for number, row in enumerate(rows, 1))
+        numbered = zip(rows, places_of_rows(args.questions), strict=True)
+        check_keys(rows)
+        examples = (example_of_line(row, place, folder, args.system) for row, place in numbered)
         return examples, len(rows), args.labels
     files = find_images(args.image)
     together = [files] if args.together else [[file] for file in files]
@@ -39,19 +48,51 @@ def example_of_sample(sample: dict) -> dict:
     return {**columns, "images": sample["images"], "messages": messages, "reference": reference["content"]}
 
 
-def example_of_line(row, number: int, folder: Path, system: str | None = None) -> dict:
-    """Return the example of a line of a questions file, read like a training record, or one with an `error`."""
-    example = {"id": f"line-{number}"}
+def places_of_rows(path: Path) -> list[str]:
+    """Return where each row of a questions file stands: "line 3" of JSON Lines, "record 2" of an array."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    if next(line for line in lines if line.strip()).lstrip().startswith("["):
+        return [f"record {number}" for number in range(len(read_annotations(path)))]
+    return [f"line {number}" for number, line in enumerate(lines, 1) if line.strip(" \t\r")]
+
+
+def check_keys(rows: list) -> None:
+    """Print the keys of a questions file that are not read, each once."""
+    keys = {key for row in rows if isinstance(row, dict) for key in row}
+    if unread := sorted(keys - ROW_KEYS):
+        print(f"not read in --questions: {', '.join(map(repr, unread[:10]))}", file=sys.stderr)
+
+
+def check_spelling(row: dict) -> None:
+    """Raise ValueError for a key that is near to one of `ASKED_KEYS`, which the row does not have."""
+    absent = ASKED_KEYS - set(row) - (IMAGE_KEYS if IMAGE_KEYS & set(row) else set())
+    for key in row:
+        if key not in ROW_KEYS and (nearest := suggest(key, absent)):
+            raise ValueError(f"unknown key {key!r:.60}{nearest}")
+
+
+def example_of_line(row, place: str, folder: Path, system: str | None = None) -> dict:
+    """Return the example of a row of a questions file, read like a training record, or one with an `error`.
+
+    Args:
+        row: decoded JSON.
+        place: see `places_of_rows`.
+        folder: of the images.
+        system: turn for rows without one.
+    """
+    example = {"id": place.replace(" ", "-")}
     try:
-        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+        keys = row if isinstance(row, dict) else {}
+        check_spelling(keys)
+        if not isinstance(keys.get("question"), str):
             raise ValueError('expected {"image": ..., "question": ...}')
-        sample = parse_record({"system": system, **row, "answer": "?"}, number, format="flat")
+        sample = parse_record({"system": system, **row, "answer": "?"}, 0, format="flat")
         example |= {"id": sample["id"]} if row.get("id") is not None else {}
         example |= _given(sample["images"])
         images = [str(find_image(name, folder)) for name in sample["images"]]
         return {**example, "images": images, "messages": sample["messages"][:-1]}
     except ValueError as error:
-        return {**example, "error": f"--questions, line {number}: {getattr(error, 'reason', error)}"}
+        return {**example, "error": f"--questions, {place}: {getattr(error, 'reason', error)}"}
 
 
 def find_image(name: str, folder: Path) -> Path:
@@ -70,11 +111,17 @@ def make_example(paths: list[Path], question: str, system: str | None = None) ->
         messages = normalise_messages(turns, list(paths), **options)[:-1]
     except FieldError as error:
         raise ValueError(str(error)) from error
-    return {"id": ", ".join(names), **_given(names), "images": names, "messages": messages}
+    return {"id": printable(", ".join(names)), **_given(names), "images": names, "messages": messages}
+
+
+def printable(name: str) -> str:
+    r"""Return a path whose bytes that are not UTF-8 are written `\udcff`; no encoding has characters for them."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _given(names: list[str]) -> dict:
     """Return the key of a row that names its images as they were given, in the form that `--questions` reads."""
+    names = list(map(printable, names))
     return {"image": names[0] if len(names) == 1 else names} if names else {}
 
 
@@ -107,5 +154,5 @@ def decode(example: dict, *, fit: Callable | None = None) -> dict:
             images.append(load_image(source, fit=fit))
         except (ValueError, OSError) as error:
             name = Path(source).name if isinstance(source, str) else f"image {number}"
-            return {**example, "error": f"{name}: {error}"}
-    return {**example, "images": images}
+            return {**example, "error": f"{printable(name)}: {error}"}
+    return {**example, "images": images, "fitted": fit is not None}

@@ -24,18 +24,14 @@ def out_of_memory_advice(batch_size: int) -> str:
     return f"{first}--max-pixels or --max-new-tokens, or load the base in 4 bit (--quantization nf4)"
 
 
-def generate_answers(
-    model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
-) -> list[str]:
-    """Return the greedy answer to each example; a `streamer` prints that of a single example token by token."""
-    return generate(model, processor, examples, max_new_tokens, streamer)[0]
-
-
 @torch.inference_mode()
 def generate(
     model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, streamer: TextStreamer | None = None
 ) -> tuple[list[str], list[bool]]:
-    """Return what `generate_answers` does, and whether each answer was cut: it had not ended at `max_new_tokens`."""
+    """Return the greedy answer to each example, and whether it was cut: it had not ended at `max_new_tokens`.
+
+    A `streamer` prints the answer to a single example token by token.
+    """
     inputs = encode_prompts(model, processor, examples)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
     new_tokens = output[:, inputs["input_ids"].size(1) :]

@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.files import atomic_write
+from common.files import atomic_write, error_names
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
+UNANSWERED = ("validation",)  # runs whose candidates are only scored
+REMEDY = "add --overwrite to answer all questions again"
 
 
 class Journal:
@@ -40,14 +42,17 @@ class Journal:
     def _check_settings(self, settings: dict, *, write: bool) -> None:
         path = self.folder / SETTINGS_FILE
         if path.is_file():
-            previous = json.loads(path.read_text(encoding="utf-8"))
-            if changed := [key for key in settings if settings[key] != previous.get(key)]:
+            previous = _read_settings(path)
+            answered = any(self.folder.glob("predictions*.jsonl"))
+            if not answered and write:  # of a run that ended before its first answer
+                atomic_write(path, json.dumps(settings, indent=1))
+            elif changed := [key for key in settings if settings[key] != previous.get(key)]:
                 old, new = previous.get(changed[0]), settings[changed[0]]
                 problem = f"--out: {self.folder} holds answers made with other settings"
                 rule = "add --overwrite to delete them, or choose another folder"
                 raise ValueError(f"{problem}, {changed[0]} was {old!r} and is {new!r}; {rule}")
         elif write:
-            path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            atomic_write(path, json.dumps(settings, indent=1))
 
     def _read_rows(self) -> None:
         others = sorted(self.folder.glob("predictions.*.jsonl"))
@@ -60,7 +65,7 @@ class Journal:
 
     def add(self, rows: list[dict]) -> None:
         """Append the answers of a batch."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with error_names(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.rows |= {(row["run"], row["index"]): row for row in rows}
 
@@ -93,10 +98,48 @@ def _with_columns(row: dict, columns: dict) -> dict:
     return {**{key: value for key, value in row.items() if key not in dropped}, **columns}
 
 
+def _read_settings(path: Path) -> dict:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: damaged, not the settings of an evaluation; {REMEDY}")
+    return settings
+
+
 def _read_lines(path: Path) -> list[dict]:
-    """Return the rows of a file; an incomplete last line, left by a killed process, is removed."""
+    """Return the rows of a file; an incomplete last line, left by a killed process, is removed.
+
+    Raises:
+        ValueError: another line is damaged; the message names it.
+    """
     text = path.read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]
     if complete != text:
         path.write_text(complete, encoding="utf-8")
-    return [json.loads(line) for line in complete.split("\n") if line]
+    rows = []
+    for number, line in enumerate(complete.split("\n"), start=1):
+        if line:
+            try:
+                rows.append(_checked_row(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: damaged, {error}; {REMEDY}") from error
+    return rows
+
+
+def _checked_row(row) -> dict:
+    """Return a decoded line, or raise ValueError with what is wrong about it."""
+    if not isinstance(row, dict):
+        raise ValueError("expected an object")
+    scores = row.get("scores", {})
+    rules = {
+        "run": isinstance(row.get("run"), str),
+        "index": type(row.get("index")) is int,
+        "prediction": isinstance(row.get("prediction", "" if row.get("run") in UNANSWERED else None), str),
+        "scores": isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values()),
+        "image_of": isinstance(row.get("image_of", ""), str),
+    }
+    if wrong := [name for name, fits in rules.items() if not fits]:
+        raise ValueError(f"{wrong[0]!r} is {row.get(wrong[0])!r:.60}")
+    return row

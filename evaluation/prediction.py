@@ -5,14 +5,16 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import compress, islice
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from common.files import atomic_path
+from common.files import atomic_path, error_names
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
 from evaluation.generation import generate, out_of_memory_advice, score_answers
@@ -48,7 +50,7 @@ def answer_examples(
             answers = iter(_answer_batch(model, processor, usable, args, labels, stream) if usable else [])
             adapter = {"adapter": adapters[name]} if len(adapters) > 1 else {}
             for example in decoded:
-                row = {key: value for key, value in example.items() if key not in ("images", "messages")}
+                row = {key: value for key, value in example.items() if key not in ("images", "messages", "fitted")}
                 yield {**row, **adapter, **({} if "error" in example else next(answers))}
 
 
@@ -74,9 +76,19 @@ def _answer_batch(
 
 
 def check_out(out: Path, inputs: list[Path]) -> None:
-    """Raise ValueError for a folder, an input, and any other file that `predict.py` did not write."""
+    """Raise ValueError for a folder, an input, and any other file that `predict.py` did not write.
+
+    A pipe passes. A file under the name of an open stream (`/dev/stdout` of a command whose output goes to a file)
+    does not: two writers would overwrite each other.
+    """
     if out.is_dir():
         raise ValueError(f"--out: {out} is a folder, expected a file")
+    if out.is_fifo():
+        return
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out: {out} is a device, expected a file or a pipe; without --out answers are printed")
+    if out.absolute().is_relative_to("/dev") or out.absolute().is_relative_to("/proc"):
+        raise ValueError(f"--out: {out} stands for {out.resolve()}, which is open already; name that file")
     if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
         raise ValueError(f"--out: {out} is what the questions are read from; name another file")
     if out.exists() and not _holds_answers(out):
@@ -84,13 +96,11 @@ def check_out(out: Path, inputs: list[Path]) -> None:
 
 
 def _holds_answers(path: Path) -> bool:
-    if not path.is_file():
-        return False  # a device, for example
     with path.open("rb") as file:
         line = file.readline(MAX_LINE)
     try:
         row = json.loads(line) if line else {"prediction": ""}
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     # a row with a "run" is one of eval_sft.py
     return isinstance(row, dict) and "run" not in row and ("prediction" in row or "error" in row)
@@ -104,15 +114,27 @@ def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream:
         for row in rows:
             print_answer(row, stream=stream, single=total == 1)
         return counts
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with _open_out(out) as file:
         for row in tqdm(rows, total=total, unit="answer"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if "error" in row:
                 tqdm.write(f"skipped {row['id']}: {row['error']}", file=sys.stderr)
     skipped = counts["skipped"]
-    print(f"{total - skipped} answers in {out}" + (f", {skipped} skipped" if skipped else ""))
+    line = f"{total - skipped} answers in {out}" + (f", {skipped} skipped" if skipped else "")
+    print(line, file=sys.stderr if out.is_fifo() else sys.stdout)  # the pipe may be stdout
     return counts
+
+
+@contextmanager
+def _open_out(out: Path) -> Iterator[TextIO]:
+    """Open the file of the answers, which appears at its end; a pipe gets each answer at once."""
+    if out.is_fifo():
+        with error_names(out), out.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        yield file
 
 
 def _counted(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:

@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from common.console import print_rank0
 from common.files import ADAPTER_WEIGHTS
+from data_prep.sizes import fit_options, fit_size
 from evaluation.generation import generate, out_of_memory_advice, score_answers
 from evaluation.journal import Journal
 from evaluation.questions import Questions
@@ -81,6 +82,7 @@ def answer_questions(
     if missing:
         limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
         processor = load_processor(args.adapter or args.model, **limits)
+        check_image_sizes(list(runs.values()), processor)
         warn_of_long_references(processor, runs["adapter"], args.max_new_tokens)
         options = {"quantization": args.quantization, "dtype": args.dtype}
         model = load_answering_model(args.adapter, base=args.base or args.model, **options)
@@ -100,10 +102,28 @@ def collect_rows(runs: dict[str, Questions], journal: Journal) -> dict[str, list
 
 def _is_complete(journal: Journal, questions: Questions, name: str, indices: range) -> bool:
     return journal.has(name, indices) and all(
-        journal.rows[name, index].get("candidates") == candidates
+        journal.rows[name, index].get("candidates") == candidates and "scores" in journal.rows[name, index]
         for index in indices
         if (candidates := questions.columns(index).get("candidates"))
     )
+
+
+def check_image_sizes(runs: list[Questions], processor: ProcessorMixin) -> None:
+    """Raise ValueError for samples with an image that the model cannot get; sizes are known without decoding."""
+    options, reasons = fit_options(processor.image_processor), {}
+    for questions in runs:
+        for sample in questions.images.select_columns(["id", "image_sizes"]):
+            try:
+                for width, height in sample["image_sizes"]:
+                    fit_size(width, height, **options)
+            except ValueError as error:
+                reasons.setdefault(sample["id"], str(error))
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        rule = "raise --max-pixels, or leave them out of the data"
+        raise ValueError(
+            f"--dataset: {len(reasons)} samples have an unusable image, the first is {name!r}: {reason}; {rule}"
+        )
 
 
 def warn_of_long_references(processor: ProcessorMixin, questions: Questions, max_new_tokens: int) -> None:

@@ -17,6 +17,7 @@ from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
 from models.families import FAMILIES, family_of
 from models.loading import load_config, load_model, readable_out_of_memory
 
+CONFIG_NAME = "adapter_config.json"
 MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
 
@@ -191,8 +192,10 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     """Return an adapter's configuration.
 
     Raises:
-        ValueError: there is no adapter, or its weights are not in safetensors, a format that can hold no code.
+        ValueError: there is no adapter, its configuration is damaged, or its weights are not in safetensors, a format
+            that can hold no code.
     """
+    check_config_file(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as error:
@@ -202,6 +205,27 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     if find_file(adapter, ADAPTER_WEIGHTS):
         return config
     raise ValueError(f"--adapter: {adapter} has no {ADAPTER_WEIGHTS}; weights of another format are not loaded")
+
+
+def check_config_file(adapter: str) -> None:
+    """Raise ValueError for a configuration that is there and cannot be one of an adapter; PEFT calls it missing."""
+    path = Path(adapter, CONFIG_NAME)
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--adapter: {path} is damaged: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--adapter: {path} is damaged: expected an object, found {config!r:.60}")
+    for key in ("peft_type", "base_model_name_or_path"):
+        if not isinstance(config.get(key), str):
+            raise ValueError(f"--adapter: {path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder has an adapter's configuration."""
+    return Path(name, CONFIG_NAME).is_file()
 
 
 def read_run_facts(adapter: str) -> dict:

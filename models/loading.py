@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import logging
 
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
@@ -146,12 +148,47 @@ def load_model(
 
 
 def _load_weights(name: str, options: dict) -> PreTrainedModel:
+    options = {**options, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        return AutoModelForImageTextToText.from_pretrained(name, **options, use_safetensors=True)
+        with _without_load_report():
+            model, found = AutoModelForImageTextToText.from_pretrained(name, **options)
+    except SafetensorError as error:
+        raise ValueError(f"model {name!r}: unreadable weights: {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", name, error)) from error
     except ImportError as error:
         raise ValueError(f"attn_implementation: {' '.join(str(error).split())}") from error
+    _check_loaded(name, model, found)
+    return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Leave out transformers' table of the weights that do not fit, which has a line for each."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_loaded(name: str, model: PreTrainedModel, found: dict) -> None:
+    """Raise ValueError unless the weights are those of the configuration: transformers makes up what is missing, and
+    passes over what has no place, and over the shape of what it quantises.
+    """
+    reshaped = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
+    for path, layer in model.named_modules():
+        if isinstance(layer, Linear4bit) and layer.weight.quant_state is not None:
+            if tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features):
+                reshaped.add(f"{path}.weight")
+    kinds = {
+        "are missing": found["missing_keys"],
+        "have no place in it": found["unexpected_keys"],
+        "have another shape": reshaped,
+    }
+    if problems := [f"{len(keys)} {kind}, the first is {min(keys)}" for kind, keys in kinds.items() if keys]:
+        raise ValueError(f"model {name!r}: its weights do not fit its config.json: {'; '.join(problems)}")
 
 
 @contextmanager

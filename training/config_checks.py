@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
@@ -83,8 +85,28 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
+    _check_targets(model.lora_target_modules)
+    _check_output(data, training, model)
     _check_packing(data, training, model)
     _check_trackers(training.report_to)
+
+
+def _check_targets(names: list[str] | str | None) -> None:
+    """One text with several names would be looked for as one name; `ModelConfig` unpacks a list of one."""
+    for name in [names] if isinstance(names, str) else names or ():
+        if words := re.findall(r"[^\s,;\[\]\"']+", name) if re.search(r"[\s,;]", name) else None:
+            rule = f"write [{', '.join(words)}], on the command line {' '.join(words)}"
+            raise ValueError(f"lora_target_modules: expected one name an entry, found {name!r}; {rule}")
+
+
+def _check_output(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
+    """An adapter among the files of its data or base model would replace some of them."""
+    if training.output_dir is None:
+        return
+    inputs = {"dataset_path": data.dataset_path, "image_dir": data.image_dir}
+    for name, path in {**inputs, "model_name_or_path": model.model_name_or_path}.items():
+        if path and Path(path).is_dir() and Path(path).resolve() == Path(training.output_dir).resolve():
+            raise ValueError(f"output_dir: {training.output_dir} is the folder of {name}; choose another one")
 
 
 def _check_trackers(names: list[str]) -> None:

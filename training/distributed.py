@@ -4,7 +4,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -90,11 +90,15 @@ def check_sharded(accelerator: Accelerator, requested: str) -> None:
 def own_output(output_dir: Path) -> Iterator[None]:
     """Make the output folder and keep other runs out of it while the block runs; the main process holds the lock.
 
+    A folder that it made and that is empty at the end, as after a refused setting, is removed.
+
     Raises:
         ValueError: in every process, another run is using the folder, or a process cannot write there.
     """
-    prepare_output(output_dir)
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        prepare_output(output_dir)
         refused = problem = None
         if PartialState().is_main_process:
             try:
@@ -108,6 +112,12 @@ def own_output(output_dir: Path) -> Iterator[None]:
             print(f"warning: output_dir: the storage of {output_dir} has no file locks ({problem}), so that a second "
                   "run in it would not be noticed", flush=True)  # fmt: skip
         yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):  # not empty, or removed by another process
+        for folder in folders:
+            folder.rmdir()
 
 
 def prepare_output(output_dir: Path) -> None:

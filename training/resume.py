@@ -135,6 +135,8 @@ def describe_resuming(trainer: SafeSFTTrainer, checkpoint: Path | None) -> list[
     )
     if step > steps:
         rule = "lower gradient_accumulation_steps or raise num_train_epochs"
+        if trainer.args.max_steps > 0:  # steps are then counted, and not made from epochs and batches
+            rule = f"set max_steps to {step} or more"
         raise ValueError(f"checkpoint {checkpoint}: it is at step {step}, and the run has {steps} steps now; {rule}")
     if (steps, batch) == (state["max_steps"], batch_before):
         return []

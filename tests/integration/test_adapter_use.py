@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import merge_adapter
 from collator import collate_prompts
-from evaluation.generation import encode_prompts, generate_answers
+from evaluation.generation import encode_prompts, generate
 from models.loading import load_model
 from models.lora import build_lora_config
 
@@ -164,7 +164,7 @@ def test_transformers_serve_answers_about_an_image_like_the_merged_model(server,
     processor = AutoProcessor.from_pretrained(merged)
     with Image.open(demo_raw / "images" / "0001.jpg") as image:
         reply = chat(server, merged, image, max_tokens=16)
-        [expected] = generate_answers(model, processor, [ask(image)], 16)
+        [expected] = generate(model, processor, [ask(image)], 16)[0]
         prompt = collate_prompts(processor, [ask(image)])["input_ids"]
         large = chat(server, merged, image.resize((448, 448)), max_tokens=1)
     assert expected and reply.choices[0].message.content.strip() == expected

@@ -8,6 +8,7 @@ from common.cli import run
 
 import pytest
 from datasets import load_from_disk
+from PIL import Image
 
 import eval_sft
 import merge_adapter
@@ -129,7 +130,8 @@ def test_two_processes_give_the_same_metrics_as_one(evaluated, adapter, demo_dat
 
 
 def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo_data, tmp_path, capsys):
-    (tmp_path / "settings.json").write_text((evaluated / "settings.json").read_text())
+    for name in ("settings.json", "predictions.jsonl"):
+        shutil.copy(evaluated / name, tmp_path)
     (tmp_path / "kept.txt").write_text("mine")
     changed = options(adapter, demo_data, tmp_path, "--batch-size", 4)
     assert run(lambda: eval_sft.main(changed)) == 1
@@ -139,9 +141,26 @@ def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo
     assert (tmp_path / "kept.txt").read_text() == "mine"
 
 
+def test_a_sample_that_the_pixel_limits_leave_nothing_of_is_named_before_the_model_is_loaded(
+    adapter, write_records, tmp_path, capsys, monkeypatch
+):
+    records = [
+        {"id": name, "image": f"{name}.png", "question": "What?", "answer": "A nevus.", "split": "test"}
+        for name in ("green", "narrow", "thin")
+    ]
+    path, images = write_records(records)
+    Image.new("RGB", (28, 5000)).save(images / "narrow.png")
+    Image.new("RGB", (28, 5500)).save(images / "thin.png")
+    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
+    words = ["--adapter", adapter, "--image-dir", images, "--dataset", path, "--out", tmp_path / "e"]
+    assert run(lambda: eval_sft.main([str(word) for word in words])) == 1
+    error = capsys.readouterr().err
+    assert "--dataset: 2 samples have an unusable image, the first is 'narrow': too narrow: 28 x 5000 px" in error
+
+
 def test_an_incomplete_batch_is_repeated(tmp_path):
     journal = Journal(tmp_path, {"a": 1}, 0)
-    journal.add([{"run": "adapter", "index": n} for n in range(4)])
+    journal.add([{"run": "adapter", "index": n, "prediction": "x"} for n in range(4)])
     again = Journal(tmp_path, {"a": 1}, 0)
     assert again.has("adapter", range(4)) and not again.has("adapter", range(2, 6)) and not again.has("base", range(2))
 

@@ -21,7 +21,7 @@ import predict
 import train_sft
 from collator import VisionSFTCollator, encode, load_pixels, render
 from demo.tiny_model import save_tiny_model
-from evaluation.generation import generate_answers, score_answers
+from evaluation.generation import generate, score_answers
 from helpers.runs import TEXTS, train_args
 from models.adapters import load_answering_model
 from models.attention import use_varlen
@@ -263,9 +263,7 @@ def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
     alone = [score_answers(model, processor, [one], [ANSWERS]) for one in PROMPTS]
     together = score_answers(model, processor, PROMPTS, [ANSWERS] * len(PROMPTS))
     assert torch.allclose(torch.cat(alone), together, atol=1e-4)
-    assert generate_answers(model, processor, PROMPTS, 6) == [
-        generate_answers(model, processor, [one], 6)[0] for one in PROMPTS
-    ]
+    assert generate(model, processor, PROMPTS, 6)[0] == [generate(model, processor, [one], 6)[0][0] for one in PROMPTS]
 
 
 def test_fsdp2_finds_the_layers_that_it_shards(plain, family):

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import merge_adapter
 from demo.tiny_model import save_tiny_model
 from evaluation import merge_checks
-from evaluation.generation import encode_prompts, generate_answers
+from evaluation.generation import encode_prompts, generate
 from helpers.hub_server import HubServer
 from helpers.runs import TEXTS
 from models.loading import load_model, load_processor
@@ -104,11 +104,11 @@ def test_the_merged_model_in_plain_transformers_answers_like_the_adapter(
     theirs = load_processor(str(adapter))
     examples = [e for e in prompts_of(demo_splits, 8) if smallest_lead(adapted, theirs, e) > 0.1]
     assert len(examples) >= 4  # the others are ties, which rounding may break either way
-    answers = generate_answers(adapted, theirs, examples, 16)
-    assert generate_answers(model, processor, examples, 16) == answers
+    answers = generate(adapted, theirs, examples, 16)[0]
+    assert generate(model, processor, examples, 16)[0] == answers
     assert len(set(answers)) > 1
     with adapted.disable_adapter():
-        assert generate_answers(adapted, theirs, examples, 16) != answers
+        assert generate(adapted, theirs, examples, 16)[0] != answers
 
 
 def test_exactly_the_targets_change_and_the_vision_tower_is_bit_identical(tiny_base, merged):

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+import eval_sft
 import merge_adapter
 import predict
 import push_adapter
@@ -115,6 +116,57 @@ def test_another_base_is_refused_by_every_command(trained, tmp_path, demo_raw, c
     with pytest.raises(ValueError, match="does not fit the base model other"):
         check_weights(trained, model)  # as a run does that resumes
     check_weights(None, model)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"peft_type": "LO', "adapter_config.json is damaged: not JSON"),
+        ("[1, 2]", "adapter_config.json is damaged: expected an object, found [1, 2]"),
+        ("[" * 100_000, "adapter_config.json is damaged: not JSON"),
+        ("{}", "adapter_config.json: 'peft_type': expected a text, found None"),
+        ('{"peft_type": "LORA"}', "adapter_config.json: 'base_model_name_or_path': expected a text, found None"),
+    ],
+)
+def test_a_damaged_configuration_is_not_called_missing(trained, tmp_path, capsys, content, message):
+    folder = tmp_path / "damaged"
+    shutil.copytree(trained, folder)
+    (folder / "adapter_config.json").write_text(content)
+    assert run(lambda: merge_adapter.main(["--adapter", str(folder), "--out", str(tmp_path / "merged")])) == 1
+    assert f"--adapter: {folder}" in (error := capsys.readouterr().err) and message in error
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 3}, "12 are missing, the first is model.language_model.layers.2."),
+        ({"num_hidden_layers": 1}, "have no place in it, the first is model.language_model.layers.1."),
+        ({"intermediate_size": 96}, "6 have another shape, the first is model.language_model.layers.0.mlp.down_proj"),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_a_base_whose_weights_do_not_fit_its_configuration_is_refused(
+    tiny_base, tmp_path, entries, message, quantization
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"] |= entries
+    config["text_config"].pop("layer_types", None)
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^model '.*/base': its weights do not fit its config\.json: ") as caught:
+        load_model(str(base), quantization=quantization, dtype="float32")
+    assert message in str(caught.value)
+
+
+def test_an_adapter_as_base_or_model_is_called_one(trained, demo_raw, capsys):
+    assert run(lambda: eval_sft.main(["--model", str(trained), "--dataset", "x"])) == 1
+    assert f"--model: {trained} is an adapter; write --adapter {trained}" in capsys.readouterr().err
+    question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    assert run(lambda: predict.main(["--base", str(trained), *question])) == 1
+    assert f"--base: {trained} is an adapter; write --adapter {trained}" in capsys.readouterr().err
+    assert run(lambda: predict.main(["--base", str(trained), "--adapter", str(trained), *question])) == 1
+    assert f"--base: {trained} is an adapter; name its base model" in capsys.readouterr().err
 
 
 def test_the_second_adapter_is_checked_too(trained, damaged):

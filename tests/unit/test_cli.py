@@ -1,8 +1,10 @@
 """Errors of a command are one line; which errors of the Hub are worth a second try."""
 
+import argparse
 import io
+import sys
 
-from common.cli import run
+from common.cli import positive_number, run
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -32,6 +34,21 @@ def raise_(error):
 def test_an_error_is_one_line(capsys, text, line):
     assert run(lambda: raise_(ValueError(text))) == 1
     assert capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("text", ["nan", "-5", "0", "inf", "-inf", "1e400", "", "24GB", "٫5"])
+def test_a_number_above_0_is_one(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number above 0, found {text!r}"):
+        positive_number(text)
+    assert (positive_number("24"), positive_number("0.5")) == (24, 0.5)
+
+
+def test_a_name_that_the_terminal_has_no_characters_for_is_printed(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run(lambda: print("\udcff 痣")) == 0
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"\\udcff \\u75e3\n"
 
 
 class Broken:

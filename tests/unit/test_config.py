@@ -343,3 +343,21 @@ def test_help_is_short_and_help_all_is_complete(capsys):
 def test_the_switches_name_real_settings(parse):
     values = {name for part in parse() for name in vars(part)}
     assert {switch.name for switch in SWITCHES} | {name for switch in SWITCHES for name in switch.off} <= values
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "q_proj v_proj", "[q_proj, v_proj]", "q_proj; v_proj"])
+def test_several_layers_in_one_text_are_told_apart(parse, text):
+    rule = "write [q_proj, v_proj], on the command line q_proj v_proj"
+    with pytest.raises(ValueError, match=re.escape(f"expected one name an entry, found {text!r}; {rule}")):
+        parse("", "--lora_target_modules", text)
+    assert parse("lora_target_modules: [q_proj, v_proj]").model.lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("name", ["dataset_path", "image_dir", "model_name_or_path"])
+def test_the_adapter_is_not_saved_among_the_files_of_an_input(parse, tmp_path, name):
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    options = [f"--{name}", str(folder), "--output_dir"]
+    with pytest.raises(ValueError, match=f"output_dir: .*inputs/../inputs is the folder of {name}"):
+        parse("", *options, f"{folder}/../inputs")
+    assert parse("", *options, str(folder / "adapter")).output_dir == folder / "adapter"

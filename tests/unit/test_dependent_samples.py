@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Image, List, Value
 
+from data_prep.groups import group_samples
 from data_prep.labels import build_label_map
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters, image_keys
@@ -123,14 +124,14 @@ def test_clusters_are_samples_of_one_group_id_or_image():
     rows = [
         {"id": "a", "group": "p1", "source": "x"},
         {"id": "b", "group": "p1", "source": "x"},
-        {"id": "c", "group": "p1", "source": "y"},  # another clinic's p1
+        {"id": "c", "group": "P1", "source": "y"},  # as `convert` joins the groups of several sources
         {"id": "d", "group": None, "source": "x"},
         {"id": "e", "group": None, "source": "y"},
         {"id": "e", "group": None, "source": "y"},  # another turn of one conversation
     ]
-    assert cluster_samples(rows) == [0, 0, 2, 3, 4, 4]
+    assert cluster_samples(rows) == [0, 0, 0, 3, 4, 4]
     images = [("1",), ("2",), ("3",), ("2", "9"), ("4",), ("4",)]
-    assert cluster_samples(rows, images) == [0, 0, 2, 0, 4, 4]
+    assert cluster_samples(rows, images) == [0, 0, 0, 0, 4, 4]
     assert describe_clusters(rows, [0, 0, 2, 0, 4, 4]) == {
         "clusters": 3,
         "cluster_unit": "independent groups",
@@ -138,6 +139,26 @@ def test_clusters_are_samples_of_one_group_id_or_image():
     }
     assert describe_clusters(rows[:3], [0, 0, 2])["cluster_unit"] == "patients or lesions"
     assert describe_clusters(rows[3:5], [3, 4])["cluster_unit"] == "samples"
+
+
+def test_clusters_are_the_groups_that_convert_keeps_in_one_split():
+    """Each row is one sample, so that both see the same; the texts of the last two differ in case and white space."""
+    groups = ["5", "5.0", "p 1", "P  1", "005", None, None, None, None, None]
+    images = [("a",), ("b",), ("c",), ("d",), ("e",), ("c",), ("f",), (), (), ()]
+    texts = ["What?"] * 7 + ["Is a mole\nround?", "is a  mole round?", "Is it red?"]
+    samples = [
+        {"id": f"s{n}", "group": group, "images": list(names), "messages": [{"role": "user", "content": text}]}
+        for n, (group, names, text) in enumerate(zip(groups, images, texts, strict=True))
+    ]
+    found = cluster_samples(samples, images, [sample["messages"] for sample in samples])
+    assert found == group_samples(samples, {name: name for name in "abcdef"}) == [0, 0, 2, 2, 0, 2, 6, 7, 7, 9]
+
+
+def test_samples_that_only_begin_with_the_same_text_are_two_clusters():
+    turns = [[{"role": "user", "content": text}] for text in ("Hello", "Hello", "Hello", "Hello")]
+    turns[1], turns[3] = turns[1] + turns[1], turns[3] + [{"role": "user", "content": "What is a nevus?"}]
+    rows = [{"id": name, "group": None} for name in ("a", "a", "b", "b")]
+    assert cluster_samples(rows, [()] * 4, turns) == [0, 0, 2, 2]
 
 
 def test_questions_about_one_image_are_one_cluster_without_any_group():

@@ -44,6 +44,30 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     assert (tmp_path / "model" / "weights").is_file() and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
+    link, far = tmp_path / "link", tmp_path / "disk" / "answers"
+    far.parent.mkdir()
+    link.symlink_to(far)
+    for text in ("first", "second"):  # the link leads to nothing at first
+        with atomic_path(link) as unfinished:
+            unfinished.write_text(text)
+        assert link.is_symlink() and far.read_text() == text
+    assert [path.name for path in far.parent.iterdir()] == ["answers"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_failed_write_names_its_file(tmp_path, monkeypatch, number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError) as caught, atomic_path(tmp_path / "a"):
+        fail()
+    assert str(caught.value) == f"[Errno {number}] {os.strerror(number)}: '{tmp_path / 'a'}'"
+    monkeypatch.setattr("pathlib.Path.write_bytes", fail)
+    with pytest.raises(OSError, match=str(tmp_path / "b")):
+        atomic_write(tmp_path / "b", "b")
+
+
 def fail_with(number):
     def fail(*_):
         raise OSError(number, os.strerror(number))

@@ -259,6 +259,7 @@ def test_a_label_map_takes_one_name_without_brackets():
         ({"nevus": ["a", None]}, "'nevus': expected a list of names, found null"),
         ({"nevus": True}, "'nevus': expected a list of names, found a truth value True"),
         ({"nevus": ["mole"], "acne": ["pimple", " Mole"]}, "' Mole' is a name of 'nevus' and of 'acne'"),
+        ({"nevus": ["re:m.+"], "acne": ["re:m.+"]}, "'re:m.+' is a name of 'nevus' and of 'acne'"),
         ({"nevus": ["acne"], "acne": []}, "'acne' is a name of 'nevus' and of 'acne'"),
         ({"nevsu": ["a"]}, "the data have the label 'nevus', and the label map does not; did you mean 'nevsu'?"),
     ],

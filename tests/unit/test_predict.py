@@ -1,7 +1,11 @@
 """predict.py: files, folders, questions files and splits; one adapter, several, or the base model alone."""
 
+import argparse
 import json
+import os
 import shutil
+from functools import partial
+from pathlib import Path
 
 from common.cli import run
 
@@ -14,9 +18,12 @@ from transformers import TextStreamer
 import predict
 from collator import VisionSFTCollator, collate_prompts
 from data_prep import load_splits
+from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode, load_examples
+from evaluation.prediction import check_out
 from evaluation.questions import question_text
 from models.adapters import load_answering_model
+from models.loading import load_processor
 
 
 def ask(capsys, *options):
@@ -117,6 +124,89 @@ def test_questions_come_from_a_file_and_bad_lines_are_skipped(adapter, demo_raw,
     assert errors[2] == f"--questions, line 6: 'gone.jpg': no such file {demo_raw / 'images' / 'gone.jpg'}"
 
 
+def test_mistyped_keys_and_blank_lines_of_a_questions_file(adapter, demo_raw, tmp_path, capsys):
+    path = tmp_path / "q.jsonl"
+    lines = [
+        '\n{"image": "0001.jpg", "question": "What?", "age_years": 50}\n',
+        ' \t\n\n{"imgae": "0001.jpg", "question": "What?"}\n',
+        '{"image": "0001.jpg", "qustion": "What?"}\n',
+        '{"image": "0001.jpg", "question": "What?", "sytem": "Be brief."}',
+    ]
+    path.write_text("".join(lines), encoding="utf-8-sig")
+    command = ["--adapter", adapter, "--questions", path, "--image-dir", demo_raw / "images", "--out", tmp_path / "a"]
+    assert predict.main([str(word) for word in command]) == 3
+    first, *others = rows_of(tmp_path / "a")
+    assert (first["id"], first["image"]) == ("line-2", "0001.jpg") and first["prediction"]
+    assert [row["error"] for row in others] == [
+        "--questions, line 5: unknown key 'imgae'; did you mean 'image'?",
+        "--questions, line 6: unknown key 'qustion'; did you mean 'question'?",
+        "--questions, line 7: unknown key 'sytem'; did you mean 'system'?",
+    ]
+    assert "not read in --questions: 'age_years', 'imgae', 'qustion', 'sytem'" in capsys.readouterr().err
+
+
+def test_rows_of_an_array_are_records(tmp_path):
+    (tmp_path / "q.json").write_text('\n[\n\n{"question": "What?"},\n{"question": 1}]')
+    args = argparse.Namespace(dataset=None, questions=tmp_path / "q.json", image_dir=None, system=None, labels=None)
+    assert [row.get("error", row["id"]) for row in load_examples(args)[0]] == [
+        "record-0",
+        '--questions, record 1: expected {"image": ..., "question": ...}',
+    ]
+
+
+def test_an_image_that_the_pixel_limits_leave_nothing_of_is_skipped(adapter, demo_raw, tmp_path, capsys):
+    shutil.copy(demo_raw / "images" / "0001.jpg", tmp_path / "good.jpg")
+    Image.new("RGB", (5, 900)).save(tmp_path / "narrow.png")
+    command = ["--adapter", adapter, "--image", tmp_path, "--question", "What?", "--out", tmp_path / "a.jsonl"]
+    assert predict.main([str(word) for word in command]) == 3
+    good, narrow = rows_of(tmp_path / "a.jsonl")
+    assert good["prediction"] and "narrow.png: too narrow: 5 x 900 px under max_pixels" in narrow["error"]
+
+
+@pytest.mark.parametrize("size", [(133, 94), (5, 400), (120, 100), (300, 90)])
+def test_the_model_gets_the_pixels_that_it_gets_in_training(adapter, tmp_path, size):
+    """A second fit would make a picture smaller whose size was rounded up over max_pixels."""
+    processor, path = load_processor(str(adapter)), tmp_path / "a.png"
+    Image.effect_noise(size, 90).save(path)
+    example = {"id": "a", "images": [str(path)], "messages": [{"role": "user", "content": "<image>"}]}
+    fitted = decode(example, fit=partial(fit_size, **fit_options(processor.image_processor)))
+    ours, trained = (collate_prompts(processor, [each]) for each in (fitted, example))
+    assert torch.equal(ours["image_grid_thw"], trained["image_grid_thw"])
+    assert torch.equal(ours["pixel_values"], trained["pixel_values"])
+
+
+def test_a_file_name_that_is_not_utf_8_is_answered(adapter, demo_raw, tmp_path, capsys):
+    name = os.fsdecode(b"\xff.jpg")
+    shutil.copy(demo_raw / "images" / "0001.jpg", tmp_path / name)
+    (tmp_path / os.fsdecode(b"\xfe.jpg")).write_text("not an image")
+    command = ["--adapter", adapter, "--image", tmp_path, "--question", "What?", "--out", tmp_path / "a.jsonl"]
+    assert predict.main([str(word) for word in command]) == 3
+    bad, good = rows_of(tmp_path / "a.jsonl")
+    assert good["id"] == good["image"] == f"{tmp_path}/\\udcff.jpg" and good["prediction"]
+    assert bad["error"] == "\\udcfe.jpg: not an image"
+
+
+def test_answers_go_through_a_pipe_and_a_link(adapter, demo_raw, tmp_path, capsys):
+    image = ["--image", demo_raw / "images" / "0001.jpg", "--question", "What?"]
+    command = [str(word) for word in ("--adapter", adapter, *image, "--out")]
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert predict.main([*command, str(tmp_path / "pipe")]) == 0
+    row = json.loads(os.read(reader, 10_000))
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo() and capsys.readouterr().out == ""
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "answers.jsonl")
+    assert predict.main([*command, str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and rows_of(tmp_path / "far" / "answers.jsonl") == [row]
+
+
+def test_the_file_that_standard_output_goes_to_is_not_replaced(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        name = f"/proc/self/fd/{log.fileno()}"
+        with pytest.raises(ValueError, match=f"--out: {name} stands for {tmp_path / 'log'}, which is open already"):
+            check_out(Path(name), [])
+
+
 def test_several_adapters_answer_over_one_base(adapter, demo_data, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(adapter, other)
@@ -210,7 +300,7 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--adapter x --dataset x --system ?", "--system: a data set has its own"),
         (
             "--base x --image Makefile --question ? --out /dev/null",
-            "--out: /dev/null exists and is no file of answers",
+            "--out: /dev/null is a device, expected a file or a pipe",
         ),
         ("--adapter x --dataset x --together", "--together: goes with --image, not with --dataset"),
         ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
