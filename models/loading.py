@@ -179,9 +179,9 @@ def _check_loaded(name: str, model: PreTrainedModel, found: dict) -> None:
     """
     reshaped = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
     for path, layer in model.named_modules():
-        if isinstance(layer, Linear4bit) and layer.weight.quant_state is not None:
-            if tuple(layer.weight.quant_state.shape) != (layer.out_features, layer.in_features):
-                reshaped.add(f"{path}.weight")
+        state = getattr(layer.weight, "quant_state", None) if isinstance(layer, Linear4bit) else None
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            reshaped.add(f"{path}.weight")
     kinds = {
         "are missing": found["missing_keys"],
         "have no place in it": found["unexpected_keys"],
