@@ -15,7 +15,7 @@ from common.cli import OneLineParser, positive_int, run
 
 from datasets import disable_progress_bars
 
-from evaluation.examples import load_examples
+from evaluation.examples import load_examples, printable
 from evaluation.label_matching import LABEL_PLACEHOLDER
 from evaluation.prediction import answer_examples, check_out, write_answers
 from models.adapters import is_adapter, load_adapters, read_adapter_config
@@ -101,8 +101,21 @@ def check_options(args: argparse.Namespace) -> None:
         check_out(args.out, [Path(path) for path in (args.questions, args.dataset) if path])
     if args.top_k and not args.labels and not args.dataset:
         raise ValueError("--top-k: needs --labels or --dataset")
+    if args.labels and (
+        wrong := [label for label in args.labels if not label.strip() or args.labels.count(label) > 1]
+    ):
+        raise ValueError(f"--labels: expected different names, found {wrong[0]!r} {args.labels.count(wrong[0])} times")
+    for name in ("question", "system", "labels", "wording"):
+        check_encodable(f"--{name}", getattr(args, name))
     if LABEL_PLACEHOLDER not in args.wording:
         raise ValueError(f"--wording: expected {LABEL_PLACEHOLDER} in place of the label, found {args.wording!r}")
+
+
+def check_encodable(option: str, value: str | list[str] | None) -> None:
+    """Raise ValueError for a text whose bytes are not UTF-8; the tokenizer takes none."""
+    for text in [value] if isinstance(value, str) else value or []:
+        if text != printable(text):
+            raise ValueError(f"{option}: '{printable(text)}' is not UTF-8; set the terminal's encoding to UTF-8")
 
 
 if __name__ == "__main__":

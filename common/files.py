@@ -78,7 +78,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A link stays, and what it leads to is written. After an error a folder is deleted; a file keeps what was written,
     under its temporary name.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # `resolve` has an error of its own for links in a circle
     unfinished = unfinished_path(path)
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
     try:
@@ -171,6 +171,8 @@ def suggest_file(path: Path) -> str:
     """
     if not path.parent.is_dir():
         return ""
+    if path.exists():
+        return "; it is a folder, a pipe or a device"
     beside = [other.name for other in islice(path.parent.iterdir(), MAX_COMPARED) if not other.name.startswith(".")]
     beside = [name for name in beside if _digits(Path(name).stem) == _digits(path.stem)]
     same = [name for name in beside if Path(name).stem.casefold() == path.stem.casefold()]

@@ -7,7 +7,16 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from evaluation.metrics import MIN_CLUSTERS, bootstrap_weights, count_clusters, interval, rounded
+from evaluation.metrics import (
+    MIN_CLUSTERS,
+    MIN_LABEL_CLUSTERS,
+    bootstrap_weights,
+    clusters_by_label,
+    count_clusters,
+    fewest_clusters,
+    interval,
+    rounded,
+)
 
 BINS = 10  # of confidence, for the calibration error
 MIN_CALIBRATION = 50  # samples, five a bin; with fewer the error says more about chance than about the model
@@ -84,9 +93,17 @@ def _ranking_metrics(scores: LabelScores, probabilities: np.ndarray, weights: np
         }
     if not per_label:
         return {"macro_auroc": interval(np.nan, np.array([]), 0), "per_label": {}}
+    clusters = count_clusters(scores.clusters)
+    if fewest_clusters(scores.true, scores.clusters) < MIN_LABEL_CLUSTERS:
+        clusters = 0
     means = {name: np.mean([row[name] for row in per_label.values()]) for name in ("auroc", "average_precision")}
     return {
-        "macro_auroc": interval(means["auroc"], np.mean(resampled, axis=0), count_clusters(scores.clusters)),
+        "macro_auroc": interval(
+            means["auroc"],
+            np.mean(resampled, axis=0),
+            clusters,
+            spread=clusters_by_label(scores.true, scores.clusters),
+        ),
         "macro_average_precision": rounded(means["average_precision"]),
         "per_label": per_label,
     }

@@ -14,6 +14,7 @@ from evaluation.metrics import (
     count_clusters,
     interval,
     rounded,
+    spread_of,
 )
 
 
@@ -31,7 +32,10 @@ def compare_paired(ours: Diagnoses, theirs: Diagnoses) -> dict:
         "samples": len(correct),
         "clusters": clusters,
         "our_accuracy": rounded(correct.mean()),
-        **{name: {"difference": interval(points[name][0], resampled[name], clusters)} for name in MAIN_METRICS},
+        **{
+            name: {"difference": interval(points[name][0], resampled[name], clusters, spread=spread_of(name, ours))}
+            for name in MAIN_METRICS
+        },
         "permutation_test": {
             "better": int((correct & ~their_correct).sum()),
             "worse": int((~correct & their_correct).sum()),

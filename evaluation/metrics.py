@@ -12,6 +12,7 @@ from evaluation.clusters import cluster_samples
 
 RESAMPLES, SEED = 1000, 0
 CONFIDENCE = 0.95
+MIN_LABEL_CLUSTERS = 5  # of each label; below it an AUROC has no interval, as too few ranks differ
 MIN_CLUSTERS = 10  # below it there are no intervals: so few patients do not show how much patients differ
 AGE_BANDS = ((20, "under 20"), (40, "20 to 39"), (60, "40 to 59"), (80, "60 to 79"), (np.inf, "80 and over"))
 MAIN_METRICS = ("accuracy", "balanced_accuracy", "macro_f1")
@@ -61,22 +62,47 @@ def bootstrap_weights(clusters: np.ndarray, *, resamples: int = RESAMPLES) -> np
     return drawn[:, members].astype(np.float64)
 
 
-def interval(value: float, resampled: np.ndarray, clusters: int) -> dict:
+def fewest_clusters(true: np.ndarray, clusters: np.ndarray) -> int:
+    """Return the number of clusters of the label that has fewest, of those that occur; see `clusters_by_label`."""
+    return min(count_clusters(clusters[true == label]) for label in np.unique(true))
+
+
+def clusters_by_label(true: np.ndarray, clusters: np.ndarray) -> float:
+    """Return the number of clusters that the spread of a mean over the labels corresponds to: the harmonic mean of the
+    labels' numbers, as each label's share varies with one over the number of its own. Two at least.
+
+    Args:
+        true: label of each sample, shape (N,).
+        clusters: number of each sample's cluster, shape (N,).
+    """
+    counts = [count_clusters(clusters[true == label]) for label in np.unique(true)]
+    return max(2.0, len(counts) / sum(1 / count for count in counts))
+
+
+def interval(value: float, resampled: np.ndarray, clusters: int, *, spread: float | None = None) -> dict:
     """Return a value with its 95 % interval: percentiles of the resamples, wider for few clusters.
+
+    Args:
+        value: of all samples.
+        resampled: of each resample; NaN where it is not defined.
+        clusters: number of clusters.
+        spread: number of clusters that the interval's width follows, see `clusters_by_label`; all when None.
 
     `low` and `high` are None with fewer than `MIN_CLUSTERS` clusters, and when all resamples agree, as they do about
     an accuracy of 1: resampling says nothing about errors that did not occur, see `unseen_share`.
 
     Source:
         Hesterberg, What Teachers Should Know About the Bootstrap, 2015: the expanded percentile interval. Plain
-        percentiles of 15 clusters cover the truth in 85 to 90 of 100 (`benchmarks/coverage.py`).
+        percentiles of 15 clusters cover the truth in 85 to 90 of 100. Means over labels that a few clusters each have
+        need the same in proportion to those (`benchmarks/coverage.py`).
     """
     if np.isnan(value):
         return {"value": None, "low": None, "high": None}
     valid = resampled[~np.isnan(resampled)]
     if clusters < MIN_CLUSTERS or len(valid) == 0:
         return {"value": rounded(value), "low": None, "high": None}
-    tail = norm.cdf(-np.sqrt(clusters / (clusters - 1)) * t.ppf((1 + CONFIDENCE) / 2, clusters - 1))
+    spread = spread or clusters
+    tail = norm.cdf(-np.sqrt(spread / (spread - 1)) * t.ppf((1 + CONFIDENCE) / 2, spread - 1))
     low, high = np.quantile(valid, [tail, 1 - tail])
     ends = (None, None) if low == high else (rounded(low), rounded(high))
     return {"value": rounded(value), "low": ends[0], "high": ends[1]}
@@ -131,7 +157,14 @@ def metrics_with_intervals(diagnoses: Diagnoses, names: tuple[str, ...] = DIAGNO
     points = compute_metrics(confusion_counts(diagnoses))
     resampled = compute_metrics(confusion_counts(diagnoses, bootstrap_weights(diagnoses.clusters)))
     clusters = count_clusters(diagnoses.clusters)
-    return {name: interval(points[name][0], resampled[name], clusters) for name in names}
+    return {
+        name: interval(points[name][0], resampled[name], clusters, spread=spread_of(name, diagnoses)) for name in names
+    }
+
+
+def spread_of(name: str, diagnoses: Diagnoses) -> float | None:
+    """Return the `spread` of a metric's interval; macro-F1's covers the truth with that of all clusters."""
+    return clusters_by_label(diagnoses.true, diagnoses.clusters) if name == "balanced_accuracy" else None
 
 
 def diagnosis_metrics(diagnoses: Diagnoses) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,10 @@ def check_out(out: Path, inputs: list[Path]) -> None:
         raise ValueError(f"--out: {out} is a folder, expected a file")
     if out.is_fifo():
         return
+    if os.path.islink(os.path.realpath(out)):
+        raise ValueError(f"--out: {out} leads through links in a circle")
+    if not (parent := next(folder for folder in out.absolute().parents if folder.exists())).is_dir():
+        raise ValueError(f"--out: {parent} is a file, and {out} cannot be in it")
     if out.exists() and not out.is_file():
         raise ValueError(f"--out: {out} is a device, expected a file or a pipe; without --out answers are printed")
     if out.absolute().is_relative_to("/dev") or out.absolute().is_relative_to("/proc"):
@@ -132,14 +137,15 @@ def _open_out(out: Path) -> Iterator[TextIO]:
         with error_names(out), out.open("w", encoding="utf-8") as file:
             yield file
         return
-    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         yield file
 
 
 def _counted(rows: Iterable[dict], counts: Counter) -> Iterator[dict]:
     for row in rows:
-        counts.update({"skipped": "error" in row, "cut": "cut" in row})
+        counts["skipped"] += "error" in row
+        counts["cut"] += "cut" in row
         yield row
 
 

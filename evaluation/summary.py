@@ -44,7 +44,8 @@ def summarise(
         summary["unread"] = unread
     figures_of = asks if asks.any() else np.ones(len(rows), dtype=bool)
     summary |= describe_clusters(_select(rows, figures_of), clusters[figures_of].tolist())
-    summary |= {"clusters_needed": metrics.MIN_CLUSTERS, "unseen_share": metrics.unseen_share(summary["clusters"])}
+    summary |= {"clusters_needed": metrics.MIN_CLUSTERS, "label_clusters_needed": metrics.MIN_LABEL_CLUSTERS}
+    summary |= {"unseen_share": metrics.unseen_share(summary["clusters"])}
     if "base" in kept or "shuffled" in kept:
         summary["shuffled_left_out"] = len(rows) - int(kept.get("shuffled", np.zeros(1)).sum())
     kept = {name: mask for name, mask in kept.items() if mask.any()}

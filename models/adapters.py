@@ -1,6 +1,7 @@
 """A trained adapter on its base model, which is loaded as in training."""
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from models.families import FAMILIES, family_of
 from models.loading import load_config, load_model, readable_out_of_memory
 
 CONFIG_NAME = "adapter_config.json"
+# What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
+CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, re.error)
 MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
 
@@ -76,12 +79,18 @@ def _peft_errors(adapter: str) -> Iterator[None]:
         raise ValueError(
             f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}"
         ) from error
+    except CONFIG_ERRORS as error:
+        raise ValueError(_does_not_work(adapter, error)) from error
+
+
+def _does_not_work(adapter: str, error: Exception) -> str:
+    return f"--adapter: the {CONFIG_NAME} of {adapter} does not work: {type(error).__name__}: {error}"
 
 
 def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:
     """Raise ValueError for a processor of another family beside the adapter: families share names and shapes."""
     path = find_file(adapter, "processor_config.json")
-    processor = json.loads(path.read_text(encoding="utf-8")).get("processor_class") if path else None
+    processor = _read_object(path).get("processor_class") if path else None
     names = [family.name for family in FAMILIES.values() if family.processor.__name__ == processor]
     if names and (name := family_of(model).name) not in names:
         raise ValueError(f"adapter {adapter} does not fit its base model: it is of {' or '.join(names)}, not {name}")
@@ -198,6 +207,8 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     check_config_file(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
+    except CONFIG_ERRORS as error:
+        raise ValueError(_does_not_work(adapter, error)) from error
     except (OSError, ValueError) as error:
         complete = Path(adapter, "config.json").is_file()
         hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
@@ -212,15 +223,10 @@ def check_config_file(adapter: str) -> None:
     path = Path(adapter, CONFIG_NAME)
     if not path.is_file():
         return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--adapter: {path} is damaged: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--adapter: {path} is damaged: expected an object, found {config!r:.60}")
+    config = _read_object(path)
     for key in ("peft_type", "base_model_name_or_path"):
         if not isinstance(config.get(key), str):
-            raise ValueError(f"--adapter: {path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
+            raise ValueError(f"{path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
 
 
 def is_adapter(name: str) -> bool:
@@ -231,10 +237,30 @@ def is_adapter(name: str) -> bool:
 def read_run_facts(adapter: str) -> dict:
     """Return the keywords of `load_model` that `train_sft.py` recorded; none for adapters from elsewhere."""
     path = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
+    facts = _read_object(path) if path else {}
+    rules = {
+        "quantization": (None, "nf4"),
+        "dtype": ("bfloat16", "float16", "float32"),
+        "double_quant": (True, False),
+        "attn_implementation": None,
+        "revision": None,
+    }
+    for name, value in facts.items():
+        if name not in rules:
+            raise ValueError(f"{path}: unknown entry {name!r:.60}")
+        if ((choices := rules[name]) and value not in choices) or (not choices and not isinstance(value, str | None)):
+            raise ValueError(f"{path}: {name!r}: expected {choices or 'a text'}, found {value!r:.60}")
+    return facts
+
+
+def _read_object(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found {content!r:.60}")
+    return content
 
 
 def find_file(adapter: str, *names: str) -> Path | None:

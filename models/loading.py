@@ -8,6 +8,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,6 +26,9 @@ from transformers.utils import logging
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
+
+# What transformers raises, besides ValueError, for values of a kind that an entry of a configuration cannot have.
+CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
 
 
 def load_processor(
@@ -48,12 +53,15 @@ def load_processor(
     """
     try:
         processor = AutoProcessor.from_pretrained(
-            model_name_or_path, revision=revision, local_files_only=local_files_only
+            model_name_or_path, revision=revision, local_files_only=local_files_only, trust_remote_code=False
         )
+    except CONFIG_ERRORS as error:
+        raise ValueError(_does_not_work("processor", model_name_or_path, error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("processor", model_name_or_path, error)) from error
     if not families_of(processor):
         raise ValueError(_unknown_family(model_name_or_path, f"its processor is a {type(processor).__name__}"))
+    _check_processor(model_name_or_path, processor)
     _set_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
     processor.tokenizer.padding_side = "right"
     return processor
@@ -62,6 +70,23 @@ def load_processor(
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().split("\n")[0]
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
+
+
+def _does_not_work(what: str, name: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"the configuration of the {what} in {name!r} does not work: {type(error).__name__}: {text:.300}"
+
+
+def _check_processor(name: str, processor: ProcessorMixin) -> None:
+    """Raise ValueError for sizes and a chat template that would fail at each sample."""
+    for key in ("patch_size", "merge_size", "temporal_patch_size"):
+        if type(size := getattr(processor.image_processor, key, None)) is not int or size < 1:
+            raise ValueError(f"processor of {name!r}: {key}: expected a whole number above 0, found {size!r}")
+    if processor.chat_template:
+        try:
+            processor.apply_chat_template([{"role": "user", "content": "?"}])
+        except (TemplateError, *CONFIG_ERRORS) as error:
+            raise ValueError(f"processor of {name!r}: the chat template does not work: {error}") from error
 
 
 def _unknown_family(name: str, reason: str) -> str:
@@ -93,6 +118,8 @@ def load_config(
     options = {"revision": revision, "local_files_only": local_files_only, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model_name_or_path, **options)
+    except CONFIG_ERRORS as error:
+        raise ValueError(_does_not_work("model", model_name_or_path, error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
     if config.model_type not in FAMILIES:
@@ -152,6 +179,8 @@ def _load_weights(name: str, options: dict) -> PreTrainedModel:
     try:
         with _without_load_report():
             model, found = AutoModelForImageTextToText.from_pretrained(name, **options)
+    except CONFIG_ERRORS as error:
+        raise ValueError(_does_not_work("model", name, error)) from error
     except SafetensorError as error:
         raise ValueError(f"model {name!r}: unreadable weights: {error}") from error
     except (OSError, ValueError) as error:

@@ -28,12 +28,22 @@ def interval_notes(metrics: dict) -> list[str]:
                 "An accuracy of 0 or 1 has no range, as no resample differs. That is not certainty: what happens in "
                 f"{metrics['unseen_share']:.1%} of all {unit} is missed by {clusters} one time in twenty."
             )
+        notes += _auroc_notes(metrics["runs"].get("adapter", {}), metrics.get("label_clusters_needed", 0), unit)
     if not metrics["samples_with_group"]:
         notes.append(
             "No sample names a patient or lesion ('group'): if some are of one patient, intervals and p-values are "
             "too small, and training may have seen the patients of the test."
         )
     return notes
+
+
+def _auroc_notes(run: dict, needed: int, unit: str) -> list[str]:
+    """Return why macro-AUROC has no range where a label has too few patients or lesions."""
+    counts = {label: row["clusters"] for label, row in run["diagnosis"]["per_label"].items() if row.get("clusters")}
+    few = min(counts, key=counts.get)
+    if "probabilities" not in run or counts[few] >= needed:
+        return []
+    return [f"Macro-AUROC has no range: it needs at least {needed} {unit} of each label, and {few} has {counts[few]}."]
 
 
 def base_notes(metrics: dict) -> list[str]:

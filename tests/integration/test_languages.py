@@ -10,6 +10,7 @@ import pytest
 from common.files import read_json_lines
 from demo.languages import LANGUAGES
 
+TOLERANCE = 3.001 / 60  # three of the sixty images
 pytestmark = pytest.mark.slow  # a run of the demo for each language, minutes
 
 
@@ -45,8 +46,8 @@ def test_every_labelled_sample_is_read_and_the_accuracy_is_that_of_english(langu
     labelled = {row["id"] for row in rows if row["run"] == "adapter"}
     assert "unread" not in summary and summary["diagnosed"] == len(labelled)
     diagnosis, probabilities = (summary["runs"]["adapter"][key] for key in ("diagnosis", "probabilities"))
-    assert probabilities["choice_accuracy"]["value"] == pytest.approx(english, abs=0.05)
-    assert diagnosis["accuracy"]["value"] == pytest.approx(english, abs=0.05)
+    assert abs(probabilities["choice_accuracy"]["value"] - english) <= TOLERANCE
+    assert abs(diagnosis["accuracy"]["value"] - english) <= TOLERANCE
     assert (diagnosis["no_label"]["value"], diagnosis["several_labels"]["value"]) == (0, 0)
     page = (tmp_path / "adapter" / "eval" / "report.html").read_text(encoding="utf-8")
     assert all(label in page for label in LANGUAGES[language].names)

@@ -133,7 +133,88 @@ def test_a_damaged_configuration_is_not_called_missing(trained, tmp_path, capsys
     shutil.copytree(trained, folder)
     (folder / "adapter_config.json").write_text(content)
     assert run(lambda: merge_adapter.main(["--adapter", str(folder), "--out", str(tmp_path / "merged")])) == 1
-    assert f"--adapter: {folder}" in (error := capsys.readouterr().err) and message in error
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder}/") and message in error
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"r": "16"}, "does not work: TypeError"),
+        ({"lora_alpha": None}, "does not work: TypeError"),
+        ({"target_modules": "("}, "does not work: error: missing )"),
+        ({"peft_type": "NOPE"}, "does not work: KeyError: 'NOPE'"),
+        ({"rank_pattern": 5}, "does not work: AttributeError"),
+        ({"modules_to_save": ["lm_head"]}, "does not work: KeyError: 'base_model.model.lm_head.weight'"),
+    ],
+)
+def test_an_entry_that_cannot_work_is_said_in_a_line(damaged, demo_raw, capsys, entries, message):
+    question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    folder = damaged(**entries)
+    assert run(lambda: predict.main(["--adapter", str(folder), *question])) == 1
+    assert f"error: --adapter: the adapter_config.json of {folder} {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "run.json is damaged: expected an object, found [1]"),
+        ("{", "run.json is damaged: not JSON"),
+        ('{"quantization": "int3"}', "run.json: 'quantization': expected (None, 'nf4'), found 'int3'"),
+        ('{"dtype": "bfloat17"}', "run.json: 'dtype': expected ('bfloat16', 'float16', 'float32'), found 'bfloat17'"),
+        ('{"dtype": ["x"]}', "run.json: 'dtype': expected"),
+        ('{"revision": 5}', "run.json: 'revision': expected a text, found 5"),
+        ('{"nope": 1}', "run.json: unknown entry 'nope'"),
+    ],
+)
+def test_a_damaged_run_record_is_named(damaged, content, message):
+    folder = damaged()
+    (folder / "run.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_answering_model(str(folder))
+    assert message in str(caught.value)
+
+
+def edit_json(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda base: edit_json(base / "config.json", vision_config=[]), "the configuration of the model in "),
+        (lambda base: edit_json(base / "config.json", image_token_id="x"), "the configuration of the model in "),
+        (lambda base: edit_json(base / "config.json", dtype="float99"), "does not work: AttributeError"),
+        (lambda base: (base / "chat_template.jinja").write_text("{% if %}"), "the chat template does not work"),
+        (lambda base: (base / "chat_template.jinja").write_text('{{ raise_exception("no") }}'), "does not work: no"),
+        (lambda base: (base / "chat_template.jinja").write_text("{{ messages.x.y }}"), "the chat template does not"),
+        (lambda base: _set_patch(base, 0), "patch_size: expected a whole number above 0, found 0"),
+        (lambda base: _set_patch(base, "14"), "patch_size: expected a whole number above 0, found '14'"),
+    ],
+)
+def test_a_damaged_base_or_processor_is_said_in_a_line(tiny_base, tmp_path, demo_raw, capsys, change, message):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    change(base)
+    question = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    assert run(lambda: predict.main(["--base", str(base), *question])) == 1
+    assert message in capsys.readouterr().err
+
+
+def _set_patch(base, size):
+    path = base / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"]["patch_size"] = size
+    path.write_text(json.dumps(content))
+
+
+def test_no_code_of_a_processor_is_offered_to_be_run(tiny_base, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    code = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    edit_json(base / "tokenizer_config.json", **code)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    assert type(load_processor(str(base)).tokenizer).__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize(

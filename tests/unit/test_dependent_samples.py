@@ -13,7 +13,7 @@ from data_prep.labels import build_label_map
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters, image_keys
 from evaluation.comparison import permutation_test
-from evaluation.metrics import interval
+from evaluation.metrics import clusters_by_label, fewest_clusters, interval
 from evaluation.questions import Questions, shuffle_images
 from evaluation.report import format_verdict, write_report
 from evaluation.summary import summarise
@@ -65,6 +65,31 @@ def test_there_are_intervals_from_ten_clusters_on_and_wider_ones_for_few():
     ]
     assert widths == sorted(widths, reverse=True)
     assert interval(0.5, resampled, 10**6)["low"] == pytest.approx(0.025, abs=1e-4)
+
+
+def test_the_interval_of_a_mean_over_labels_follows_the_clusters_of_each_label():
+    true, clusters = np.array([0] * 20 + [1] * 5 + [2] * 5), np.array([*range(20), *range(20, 25), *[25] * 5])
+    assert clusters_by_label(true[:25], clusters[:25]) == 2 / (1 / 20 + 1 / 5)
+    assert clusters_by_label(true, clusters) == 3 / (1 / 20 + 1 / 5 + 1)
+    assert clusters_by_label(true[20:], np.zeros(10)) == 2.0
+    assert fewest_clusters(true, clusters) == 1
+    resampled = np.linspace(0, 1, 1001)
+    narrow, wide = interval(0.5, resampled, 25), interval(0.5, resampled, 25, spread=8)
+    assert interval(0.5, resampled, 25, spread=25) == narrow
+    assert wide["low"] < narrow["low"] and wide["high"] > narrow["high"]
+
+
+@pytest.mark.parametrize(("count", "shown"), [(4, False), (5, True)])
+def test_macro_auroc_has_a_range_from_five_patients_of_each_label_on(count, shown):
+    runs = {"adapter": [], "base": []}
+    for n in range(20):
+        label, group = ("melanoma" if n < count else "nevus"), f"p{n}"
+        runs["adapter"].append(make_row(n, label, f"A {label}.", group=group, likeliest=LABELS[n % 2]))
+    summary = summarise_runs({"adapter": runs["adapter"]})
+    found = summary["runs"]["adapter"]["probabilities"]["macro_auroc"]
+    assert found["value"] is not None and (found["low"] is not None) == shown
+    note = "Macro-AUROC has no range: it needs at least 5 patients or lesions of each label, and melanoma has 4."
+    assert (note in interval_notes(summary)) != shown
 
 
 def test_dependent_samples_widen_the_interval_and_raise_the_p_value():

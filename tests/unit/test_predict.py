@@ -74,6 +74,47 @@ def test_a_folder_is_answered_image_by_image(adapter, tmp_path, capsys):
     assert [line.split(":")[0] for line in lines] == [str(tmp_path / "a.JPG"), str(tmp_path / "b.png")]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--question", "\udcff?"], "--question: '\\udcff?' is not UTF-8"),
+        (["--question", "?", "--system", "\udcff"], "--system: '\\udcff' is not UTF-8"),
+        (["--question", "?", "--top-k", "1", "--labels", "a", "\udcff"], "--labels: '\\udcff' is not UTF-8"),
+        (
+            ["--question", "?", "--top-k", "1", "--labels", "a", "b", "a"],
+            "--labels: expected different names, found 'a'",
+        ),
+        (["--question", "?", "--top-k", "1", "--labels", "a", " "], "--labels: expected different names, found ' '"),
+        (["--question", "?", "--out", "Makefile/x/y"], "--out: Makefile is a file, and Makefile/x/y cannot be in it"),
+    ],
+)
+def test_options_that_the_model_could_not_take_are_refused_at_once(capsys, options, message):
+    assert run(lambda: predict.main(["--adapter", "x", "--image", "Makefile", *options])) == 1
+    assert message in capsys.readouterr().err.replace(f"{Path.cwd()}/", "")
+
+
+def test_cut_answers_are_counted(adapter, demo_raw, capsys):
+    image = [str(demo_raw / "images" / name) for name in ("0001.jpg", "0002.jpg")]
+    for count in (1, 2):
+        options = ["--adapter", str(adapter), "--question", "What?", "--max-new-tokens", "1"]
+        predict.main([*options, "--image", *image[:count]])
+        assert f"\n{count} of {count} answers cut" in "\n" + capsys.readouterr().err
+
+
+def test_links_in_a_circle_are_one_line(adapter, demo_raw, tmp_path, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    image = ["--image", str(demo_raw / "images" / "0001.jpg"), "--question", "What?"]
+    assert run(lambda: predict.main(["--adapter", str(adapter), *image, "--out", str(tmp_path / "a")])) == 1
+    assert f"--out: {tmp_path / 'a'} leads through links in a circle" in capsys.readouterr().err
+
+
+def test_a_pipe_of_questions_is_called_none(tmp_path, capsys):
+    os.mkfifo(tmp_path / "q.jsonl")
+    assert run(lambda: predict.main(["--adapter", "x", "--questions", str(tmp_path / "q.jsonl")])) == 1
+    assert f"no file {tmp_path / 'q.jsonl'}; it is a folder, a pipe or a device" in capsys.readouterr().err
+
+
 def test_several_images_share_one_question(adapter, demo_raw, capsys):
     images = ["--together", "--image", *(demo_raw / "images" / f"000{n}.jpg" for n in (1, 2))]
     assert "\n" not in ask(capsys, "--adapter", adapter, *images, "--question", "First <image>, then <image>?")
