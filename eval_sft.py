@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import disable_progress_bars
 
 from common.console import print_rank0
-from common.files import TRAINING_FACTS
+from common.files import TRAINING_FACTS, check_parent
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
 from evaluation.clusters import cluster_samples, image_keys
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()  # those of datasets
     check_model_options(args)
     out = args.out or (Path(args.adapter) / "eval" if args.adapter and Path(args.adapter).is_dir() else Path("eval"))
+    check_parent("--out", out / "metrics.json")
     state = PartialState()
     runs, label_map, counts = load_runs(args)
     print_rank0(describe_counts(counts, args.split))

@@ -13,9 +13,10 @@ from pathlib import Path
 from common.cli import OneLineParser, run
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from common.files import atomic_path
+from common.files import atomic_path, check_parent
 from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import choose_base, merge, read_target_weights
@@ -78,11 +79,15 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--public has no effect without --push")
     if args.out.exists():
         raise ValueError(f"--out: {args.out} exists; name a folder that does not")
+    check_parent("--out", args.out)
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
     decode_greedily(model)  # the saved generation settings hold for other programs too
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    try:
+        model.save_pretrained(folder, max_shard_size=shard_size)
+    except SafetensorError as error:  # "No space left", in the words of another library
+        raise ValueError(f"--out: the weights could not be written to {folder.parent}: {error}") from error
     processor.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

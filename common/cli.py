@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 # TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -78,15 +79,30 @@ def run(main: Callable[[], int | None]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a console's code page must not end a run whose work is done
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main() or 0
+        code = main() or 0
+        _flush_stdout()
+        return code
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
+        with suppress(OSError):
+            _flush_stdout()
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _flush_stdout() -> None:
+    """Write what was printed, so that a full disk or a closed pipe is an error, and no remark at Python's end."""
+    try:
+        if sys.stdout is not None:  # as it is when the caller closed it
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        error.filename = "standard output"
+        raise
 
 
 def _one_line(error: Exception) -> str:

@@ -89,6 +89,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def check_parent(option: str, path: Path) -> None:
+    """Raise ValueError if a file or folder cannot be made because one of the folders above it is a file."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{option}: {parent} is a file, and {path} cannot be in it")
+
+
 @contextmanager
 def error_names(path: Path) -> Iterator[None]:
     """Let an OSError of the block name the file that is written; that of a failed write ("No space left") does not."""

@@ -84,7 +84,7 @@ def check_names(synonyms) -> None:
         raise ValueError(f"labels: {rule}, found {describe(synonyms)}")
     for label, words in synonyms.items():
         for word in words if isinstance(words, list) else [words]:
-            if not isinstance(word, str | int | float) or isinstance(word, bool):
+            if not isinstance(word, str | int | float) or isinstance(word, bool) or word == PATTERN_PREFIX:
                 raise ValueError(f"labels: {label!r}: expected a list of names, found {describe(word)}")
     keys = Counter(label_key(str(label)) for label in synonyms)
     if twice := [key for key, count in keys.items() if count > 1]:

@@ -1,6 +1,7 @@
 """The answers of an evaluation, written batch by batch, so that a killed evaluation resumes."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -128,6 +129,10 @@ def _read_lines(path: Path) -> list[dict]:
     return rows
 
 
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _checked_row(row) -> dict:
     """Return a decoded line, or raise ValueError with what is wrong about it."""
     if not isinstance(row, dict):
@@ -137,7 +142,7 @@ def _checked_row(row) -> dict:
         "run": isinstance(row.get("run"), str),
         "index": type(row.get("index")) is int,
         "prediction": isinstance(row.get("prediction", "" if row.get("run") in UNANSWERED else None), str),
-        "scores": isinstance(scores, dict) and all(isinstance(value, int | float) for value in scores.values()),
+        "scores": isinstance(scores, dict) and all(map(_is_finite, scores.values())),
         "image_of": isinstance(row.get("image_of", ""), str),
     }
     if wrong := [name for name, fits in rules.items() if not fits]:

@@ -15,7 +15,7 @@ from typing import TextIO
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from common.files import atomic_path, error_names
+from common.files import atomic_path, check_parent, error_names
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
 from evaluation.generation import generate, out_of_memory_advice, score_answers
@@ -86,10 +86,9 @@ def check_out(out: Path, inputs: list[Path]) -> None:
         raise ValueError(f"--out: {out} is a folder, expected a file")
     if out.is_fifo():
         return
-    if os.path.islink(os.path.realpath(out)):
+    if Path(os.path.realpath(out)).is_symlink():
         raise ValueError(f"--out: {out} leads through links in a circle")
-    if not (parent := next(folder for folder in out.absolute().parents if folder.exists())).is_dir():
-        raise ValueError(f"--out: {parent} is a file, and {out} cannot be in it")
+    check_parent("--out", out)
     if out.exists() and not out.is_file():
         raise ValueError(f"--out: {out} is a device, expected a file or a pipe; without --out answers are printed")
     if out.absolute().is_relative_to("/dev") or out.absolute().is_relative_to("/proc"):

@@ -169,5 +169,9 @@ def _add_scores(model, processor, examples: list[dict], candidates: list[dict[st
     if scored := [n for n, answers in enumerate(candidates) if len(answers) > 1]:
         answers = [list(candidates[n].values()) for n in scored]
         scores = score_answers(model, processor, [examples[n] for n in scored], answers)
+        for n, values in zip(scored, scores, strict=True):
+            if not values.isfinite().all():
+                problem = f"sample {examples[n]['id']!r}: the likelihoods of the labels are not finite"
+                raise ValueError(f"{problem}; compute in another dtype (--dtype bfloat16 or float32)")
         for n, values in zip(scored, scores.tolist(), strict=True):
             rows[n]["scores"] = dict(zip(candidates[n], values, strict=True))

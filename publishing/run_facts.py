@@ -24,6 +24,7 @@ from data_prep import fingerprint
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 NO_LABEL, UNKNOWN = "(no label)", "unknown"
+SECTIONS = ("base", "data", "settings", "parameters", "versions", "training")  # of the facts, each an object
 
 
 def describe_data(splits: Mapping, dataset_path: str) -> dict:
@@ -121,6 +122,8 @@ def add_facts(output_dir: Path, **facts) -> None:
 def read_facts(output_dir: Path, adapter_dir: Path | None = None) -> dict:
     """Return the run's facts; for a checkpoint (`adapter_dir`), with the progress when it was saved."""
     facts = read_json(output_dir / TRAINING_FACTS) or {}
+    if wrong := [name for name in SECTIONS if not isinstance(facts.get(name, {}), dict | None)]:
+        raise ValueError(f"{output_dir / TRAINING_FACTS} is damaged: {wrong[0]!r} is no object")
     path = (adapter_dir or output_dir) / "trainer_state.json"
     if adapter_dir is not None and (state := read_json(path)):
         facts["training"] = training_progress(state, datetime.fromtimestamp(path.stat().st_mtime, UTC))
@@ -142,9 +145,12 @@ def read_base(output_dir: Path, adapter_dir: Path | None = None) -> dict:
 def read_metrics(output_dir: Path) -> dict | None:
     """Return the evaluation of the adapter in a folder; None without one, or if it is of an earlier adapter."""
     settings = read_json(output_dir / EVALUATION_SETTINGS)
-    if settings is not None and settings["adapter"] != adapter_digest(output_dir):
+    if settings is not None and settings.get("adapter") != adapter_digest(output_dir):
         return None
-    return read_json(output_dir / EVALUATION_METRICS)
+    metrics, path = read_json(output_dir / EVALUATION_METRICS), output_dir / EVALUATION_METRICS
+    if metrics is not None and "adapter" not in (metrics.get("runs") or ()):
+        raise ValueError(f"{path} is damaged: it has no figures of the adapter; evaluate it again")
+    return metrics
 
 
 def adapter_digest(folder: Path) -> str:
@@ -155,6 +161,9 @@ def adapter_digest(folder: Path) -> str:
 def read_json(path: Path) -> dict | None:
     """Return the JSON object in a file; None when there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} is damaged: expected an object, found {content!r:.60}")
+    return content

@@ -123,7 +123,7 @@ def _remove_empty(folders: list[Path]) -> None:
 def prepare_output(output_dir: Path) -> None:
     """Make the output folder and check that all processes can write to it, before anything slow starts."""
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(output_dir)).mkdir(parents=True, exist_ok=True)  # what a link leads to
         probe = output_dir / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()

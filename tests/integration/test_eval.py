@@ -223,6 +223,7 @@ def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, t
         (["--labels", "Makefile"], "Makefile, line 11, column 1: not YAML"),
         (["--labels", "gone.yaml"], "--labels: no file gone.yaml"),
         (["--config", "gone.yaml"], "--config: no file gone.yaml"),
+        (["--out", "Makefile/x"], "Makefile is a file"),
     ],
 )
 def test_a_user_error_is_one_line(adapter, demo_data, tmp_path, capsys, more, message):

@@ -2,6 +2,8 @@
 
 import argparse
 import io
+import os
+import subprocess
 import sys
 
 from common.cli import positive_number, run
@@ -49,6 +51,18 @@ def test_a_name_that_the_terminal_has_no_characters_for_is_printed(monkeypatch):
     assert run(lambda: print("\udcff 痣")) == 0
     stdout.flush()
     assert stdout.buffer.getvalue() == b"\\udcff \\u75e3\n"
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "a pipe that nobody reads"])
+def test_output_that_could_not_be_written_is_an_error(tmp_path, target):
+    code = "from common.cli import run; import sys; sys.exit(run(lambda: print('x')))"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    out = os.open(target, os.O_WRONLY) if target.startswith("/") else write
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: [Errno ") and done.stderr.endswith(": 'standard output'\n")
 
 
 class Broken:

@@ -371,6 +371,7 @@ def test_the_page_shows_patients_beside_every_figure(tmp_path):
         "permutation test over 5 patients or lesions, p = 0.062",
         "No calibration error: it needs at least 50 samples, of at least 10 patients or lesions.",
         "<td>nevus</td><td>20</td><td>5</td>",
+        '<b>question</b><div dir="auto">What is it?</div>',  # Arabic runs from right to left
         "<th>sex</th><th>samples</th><th>patients or lesions</th>",
         "the threshold is from the evaluated samples themselves, which makes the sensitivity too high",
     ):

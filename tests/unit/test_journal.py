@@ -24,6 +24,7 @@ def write_lines(folder, *lines):
         ({**GOOD, "index": True}, "'index' is True"),
         ({**GOOD, "run": 1}, "'run' is 1"),
         ({**GOOD, "scores": {"nevus": None}}, "'scores' is {'nevus': None}"),
+        ({**GOOD, "scores": {"nevus": float("nan")}}, "'scores' is {'nevus': nan}"),
         ({**GOOD, "image_of": 3}, "'image_of' is 3"),
         ('{"run": "adapter", "ind', "Unterminated string"),
         ("[1]", "expected an object"),
