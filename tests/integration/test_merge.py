@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -149,6 +150,18 @@ def test_the_results_of_the_checks_are_printed(adapter, tmp_path, capsys):
     assert done == f"merged     {tmp_path / 'model'}"
     assert not (tmp_path / "model" / "half.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_said_in_a_line_and_leaves_no_folder(adapter, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = run(lambda: merge_adapter.main(["--adapter", str(adapter), "--out", str(tmp_path / "merged")]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and error.startswith(f"error: --out: the weights could not be written to {tmp_path}: ")
+    assert "File too large" in error and not list(tmp_path.iterdir())
 
 
 def test_shards_have_at_most_the_requested_size(adapter, merged, tmp_path):
