@@ -245,19 +245,18 @@ def test_a_cpu_run_of_a_gpu_recipe_says_and_records_float32(tiny_base, demo_data
 def test_a_refused_run_leaves_no_folder_that_it_made(tiny_base, demo_data, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     for out in (tmp_path / "a" / "b", tmp_path / "mine"):
-        assert run(lambda out=out: train(tiny_base, demo_data, out, lora_target_modules="nope")) == 1
+        assert train(tiny_base, demo_data, out, lora_target_modules="nope") == 1
     assert "lora_target_modules: nope not among" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not list((tmp_path / "mine").iterdir())
 
 
 def test_a_link_to_a_folder_that_is_not_there_yet_is_followed(tiny_base, demo_data, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
-    assert run(lambda: train(tiny_base, demo_data, tmp_path / "link", max_steps=1, eval_strategy="no")) == 0
+    assert train(tiny_base, demo_data, tmp_path / "link", max_steps=1) == 0
     assert (tmp_path / "disk" / "out" / "adapter_model.safetensors").is_file() and (tmp_path / "link").is_symlink()
 
 
 def test_a_resumed_run_with_fewer_steps_than_it_has_done_is_told_how_many(tiny_base, demo_data, tmp_path, capsys):
-    settings = {"eval_strategy": "no", "allow_config_change": "true"}
-    assert run(lambda: train(tiny_base, demo_data, tmp_path / "out", **settings)) == 0
-    assert run(lambda: train(tiny_base, demo_data, tmp_path / "out", **settings, max_steps=2)) == 1
+    assert train(tiny_base, demo_data, tmp_path / "out") == 0
+    assert train(tiny_base, demo_data, tmp_path / "out", max_steps=2, allow_config_change="true") == 1
     assert "it is at step 4, and the run has 2 steps now; set max_steps to 4 or more" in capsys.readouterr().err

@@ -34,7 +34,8 @@ def asked(monkeypatch):
         return torch.tensor([[-float(len(text)) for text in texts] for texts in candidates])
 
     monkeypatch.setattr("evaluation.runner.load_processor", lambda *args, **options: None)
-    monkeypatch.setattr("evaluation.runner.warn_of_long_references", lambda *args: None)
+    for check in ("check_image_sizes", "warn_of_long_references"):  # these need the processor
+        monkeypatch.setattr(f"evaluation.runner.{check}", lambda *args: None)
     model = SimpleNamespace(disable_adapter=nullcontext)
     monkeypatch.setattr("evaluation.runner.load_answering_model", lambda *args, **options: model)
     monkeypatch.setattr("evaluation.runner.generate", generate)
