@@ -257,7 +257,7 @@ def test_a_label_map_takes_one_name_without_brackets():
         (["nevus"], "expected lines of the form 'label: [name, another name]', found a list"),
         ({"nevus": {"a": "b"}}, "'nevus': expected a list of names, found an object with the keys ['a']"),
         ({"nevus": ["a", None]}, "'nevus': expected a list of names, found null"),
-        ({"nevus": ["re:"]}, "'nevus': expected a list of names, found the text 're:'"),
+        ({"nevus": ["re:"]}, "'nevus': expected a list of names, found a text 're:'"),
         ({"nevus": True}, "'nevus': expected a list of names, found a truth value True"),
         ({"nevus": ["mole"], "acne": ["pimple", " Mole"]}, "' Mole' is a name of 'nevus' and of 'acne'"),
         ({"nevus": ["re:m.+"], "acne": ["re:m.+"]}, "'re:m.+' is a name of 'nevus' and of 'acne'"),

@@ -48,7 +48,7 @@ def test_a_name_finds_its_file_in_either_form_of_unicode(tmp_path, run, name, st
     save(tmp_path / "images" / unicodedata.normalize(stored, name))
     assert run(unicodedata.normalize(other, name)) is None
     row = {"image": unicodedata.normalize(other, name), "question": "q"}
-    example = example_of_line(row, 1, tmp_path / "images")
+    example = example_of_line(row, "line 1", tmp_path / "images")
     assert example["images"] == [str(tmp_path / "images" / unicodedata.normalize(stored, name))]
 
 
@@ -94,7 +94,7 @@ def test_a_missing_image_is_named_with_its_path_and_the_nearest(tmp_path, run, n
     hint = f"; did you mean {nearest!r}?" if nearest else ""
     path = tmp_path / "images" / name
     assert error == f"a.json: record 1 (id 'r1'), image {name!r}: no such file {path}{hint}"
-    with_row = example_of_line({"image": name, "question": "q"}, 3, tmp_path / "images")
+    with_row = example_of_line({"image": name, "question": "q"}, "line 3", tmp_path / "images")
     assert with_row["error"] == f"--questions, line 3: {name!r}: no such file {path}{hint}"
 
 
