@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin, Qwen2Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Qwen2Tokenizer,
+)
 from trl import chat_template_utils
 
 from models.families import FAMILIES
@@ -21,10 +28,13 @@ SPECIAL_TOKENS = (
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 )
+THINK_TOKENS = ("<think>", "</think>")  # in the families that think; as there, decoded answers keep them
 ROLES = ("system", "user", "assistant", "You are a helpful assistant.")
 
 
-def build_tokenizer(texts: list[str], *, vocab_size: int = 512) -> Qwen2Tokenizer:
+def build_tokenizer(
+    texts: list[str], *, vocab_size: int = 512, kind: type[PreTrainedTokenizerBase] = Qwen2Tokenizer
+) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE of `vocab_size` tokens on `texts` and add the special tokens after it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -35,37 +45,40 @@ def build_tokenizer(texts: list[str], *, vocab_size: int = 512) -> Qwen2Tokenize
     )
     bpe.train_from_iterator([*texts, *ROLES], trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    return kind(
         vocab=model["vocab"],
         merges=[tuple(pair) for pair in model["merges"]],
         eos_token="<|im_end|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
         model_max_length=4096,
     )
-    return tokenizer
 
 
 def build_processor(texts: list[str], *, family: str = DEFAULT) -> ProcessorMixin:
     """Return the family's processor (image sizes, chat template) with a small tokenizer."""
     kind = FAMILIES[family]
     size = dict(zip(("shortest_edge", "longest_edge"), kind.pixel_limits, strict=True))
+    tokenizer = build_tokenizer(texts, kind=kind.tokenizer)
+    if kind.thinks:
+        tokenizer.add_tokens(list(THINK_TOKENS))
     return kind.processor(
         image_processor=kind.image_processor(patch_size=kind.token_side // 2, size=size),
         video_processor=kind.video_processor(),
-        tokenizer=build_tokenizer(texts),
+        tokenizer=tokenizer,
         chat_template=getattr(chat_template_utils, f"{kind.chat_template}_chat_template"),
     )
 
 
 def build_config(
-    tokenizer: Qwen2Tokenizer, *, hidden_size: int, num_layers: int, family: str = DEFAULT, tied: bool = False
+    tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, num_layers: int, family: str = DEFAULT, tied: bool = False
 ) -> PreTrainedConfig:
     """Return the family's structure (M-RoPE, window attention or deepstack) with few and narrow layers.
 
     Args:
         tokenizer: gives the vocabulary and the ids of its tokens.
         hidden_size: of language model and vision tower; a multiple of 64.
-        num_layers: of the language model; at least 3 for Qwen3-VL, whose tower adds to the first two.
+        num_layers: of the language model; at least 3 for Qwen3-VL, whose tower adds to the first two, and 2 for the
+            hybrid Qwen3.5, in which every second one has full attention.
         family: a key of `FAMILIES`.
         tied: let the LM head share the embeddings' weights, as in small published models.
     """

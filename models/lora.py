@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 from models.families import family_of
 from models.loading import linear_names
 
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def build_lora_config(
     model: PreTrainedModel,
@@ -25,13 +23,13 @@ def build_lora_config(
 
     Args:
         model: the base model.
-        target_modules: names of linear layers of the language model; `DEFAULT_TARGETS` when None.
+        target_modules: names of linear layers of the language model; the family's `lora_targets` when None.
         train_vision: also adapt the vision tower's blocks.
         train_merger: also adapt the projections from the tower to the language model.
         settings: other fields of `LoraConfig`: r, lora_alpha, lora_dropout, use_rslora, use_dora.
     """
     family = family_of(model)
-    names = "|".join(target_modules or DEFAULT_TARGETS)
+    names = "|".join(target_modules or family.lora_targets)
     patterns = [rf"{re.escape(family.language_layers)}\d+\.\w+\.({names})"]
     if train_vision:
         patterns += layer_patterns(linear_names(model, family.vision_blocks))
@@ -64,8 +62,9 @@ def count_trainable(model: torch.nn.Module) -> dict[str, int]:
 
 def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> None:
     """Raise ValueError for a name in `lora_target_modules` that no linear layer of the language model has."""
-    known = {name.rsplit(".", 1)[1] for name in linear_names(model, family_of(model).language_layers)}
-    if unknown := set(target_modules or DEFAULT_TARGETS) - known:
+    family = family_of(model)
+    known = {name.rsplit(".", 1)[1] for name in linear_names(model, family.language_layers)}
+    if unknown := set(target_modules or family.lora_targets) - known:
         raise ValueError(f"lora_target_modules: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
 
 

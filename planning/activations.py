@@ -1,5 +1,6 @@
 """Memory of the activations of a training step, measured by running it on tensors without content."""
 
+import math
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,7 @@ class Activations:
 
 
 def trace_model(config: PreTrainedConfig, lora: dict, *, dtype: torch.dtype, **step) -> Activations:
-    """Trace a few language layers and extrapolate to all: later layers are equal, and so is the memory of each.
+    """Trace a few language layers and extrapolate to all: later ones repeat them, and so does their memory.
 
     Args:
         config: of the model.
@@ -45,13 +46,14 @@ def trace_model(config: PreTrainedConfig, lora: dict, *, dtype: torch.dtype, **s
         dtype: that the layers compute in.
         step: the other arguments of `trace_step`.
     """
-    layers = config.text_config.num_hidden_layers
-    few = 2 + family_of(config).special_layers
+    layers, family = config.text_config.num_hidden_layers, family_of(config)
+    period = family.layer_period
+    few = period * (2 + math.ceil(family.special_layers / period))
     if layers <= few:
         return trace_step(add_lora(build_without_weights(config, dtype), lora), dtype=dtype, **step)
-    short = [add_lora(build_without_weights(with_layers(config, n), dtype), lora) for n in (few - 1, few)]
+    short = [add_lora(build_without_weights(with_layers(config, n), dtype), lora) for n in (few - period, few)]
     less, more = (trace_step(model, dtype=dtype, **step) for model in short)
-    rest = (layers - few) * (more.saved - less.saved)
+    rest = (layers - few) * (more.saved - less.saved) // period
     return replace(more, saved=more.saved + rest, peak=max(more.peak + rest, more.tower_peak))
 
 

@@ -29,9 +29,11 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     family, settings = family_of(config), copy.deepcopy(config.to_dict())
     text = settings["text_config"]
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    text |= {"hidden_size": head, "intermediate_size": head, "num_attention_heads": 1, "num_key_value_heads": 1}
-    text |= {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}
-    vision = {"depth": LAYERS, "num_heads": 1, family.output_key: head, **family.tiny_vision(VISION_WIDTH)}
+    width = 64 if text.get("head_dim") else head
+    text |= {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 1, "num_key_value_heads": 1}
+    kinds = text.get("layer_types") or ["full_attention"]
+    text |= {"num_hidden_layers": LAYERS, "layer_types": [kinds[0], kinds[-1]]}  # in hybrid models one of each kind
+    vision = {"depth": LAYERS, "num_heads": 1, family.output_key: width, **family.tiny_vision(VISION_WIDTH)}
     settings["vision_config"] |= vision
     return type(config)(**settings)
 

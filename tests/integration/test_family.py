@@ -27,7 +27,7 @@ from models.adapters import load_answering_model
 from models.attention import use_varlen
 from models.families import FAMILIES, NAMES
 from models.loading import load_config, load_model, load_processor
-from models.lora import DEFAULT_TARGETS, build_lora_config, check_trainable, count_trainable
+from models.lora import build_lora_config, check_trainable, count_trainable
 from training.lengths import measure_lengths
 
 LAYERS = 3  # one after the two that Qwen3-VL's tower adds to
@@ -196,9 +196,11 @@ def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, tied
 
 
 @pytest.mark.parametrize("flags", [{}, {"train_vision": True}, {"train_merger": True}], ids=str)
-def test_lora_reaches_exactly_the_requested_parts(base, flags):
+def test_lora_reaches_exactly_the_requested_parts(base, family, flags):
     model = load_model(str(base), quantization="nf4", dtype="float32")
-    language = {name for name in linear_layers(model, "language_model.layers") if name.endswith(DEFAULT_TARGETS)}
+    language = {
+        name for name in linear_layers(model, "language_model.layers") if name.endswith(FAMILIES[family].lora_targets)
+    }
     adapted = {"train_vision": linear_layers(model, "visual.blocks."), "train_merger": linear_layers(model, "merger")}
     assert len(language) >= 3 * LAYERS and [len(part) >= 2 for part in adapted.values()] == [True, True]
     model = get_peft_model(model, build_lora_config(model, r=4, lora_alpha=8, lora_dropout=0.0, **flags))

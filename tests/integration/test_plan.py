@@ -20,7 +20,7 @@ import plan_run
 import train_sft
 from benchmarks.gpu_7b import quantise
 from helpers.runs import train_args
-from models.families import FAMILIES, published_config
+from models.families import FAMILIES, family_of, published_config
 from models.loading import load_model
 from models.lora import build_lora_config, detach_vision_inputs
 from planning import page
@@ -37,7 +37,8 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 BILLIONS = {  # parameters, as the models' pages on the Hub give them
     "Qwen2-VL-2B": 2.21, "Qwen2-VL-7B": 8.29, "Qwen2-VL-72B": 73.4, "Qwen2.5-VL-3B": 3.75, "Qwen2.5-VL-7B": 8.29,
     "Qwen2.5-VL-32B": 33.5, "Qwen2.5-VL-72B": 73.4, "Qwen3-VL-2B": 2.13, "Qwen3-VL-4B": 4.44, "Qwen3-VL-8B": 8.77,
-    "Qwen3-VL-32B": 33.4,
+    "Qwen3-VL-32B": 33.4, "Qwen3.5-0.8B": 0.873, "Qwen3.5-2B": 2.274, "Qwen3.5-4B": 4.66, "Qwen3.5-9B": 9.653,
+    "Qwen3.5-27B": 27.781, "Qwen3.6-27B": 27.781, "Qwen3.8-27B": 27.781,
 }  # fmt: skip
 
 
@@ -66,10 +67,19 @@ def test_planned_weights_are_those_of_the_loaded_model(tiny_base, quantization, 
     assert without.get_nb_trainable_parameters()[0] == adapted.get_nb_trainable_parameters()[0]
 
 
+def draft_layer(model):
+    """Return the weights of Qwen3.5's layer for speculative decoding, which is published and not loaded."""
+    if not family_of(model).linear_attention:
+        return 0
+    language, hidden = model.model.language_model, model.config.text_config.hidden_size
+    return sum(p.numel() for p in language.layers[-1].parameters()) + 2 * hidden**2
+
+
 def test_published_shapes_have_as_many_weights_as_the_models():
     for name, expected in BILLIONS.items():
         model = build_without_weights(published_config(f"Qwen/{name}-Instruct"), torch.bfloat16)
-        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(expected, rel=0.003)
+        count = sum(p.numel() for p in model.parameters()) + draft_layer(model)
+        assert count / 1e9 == pytest.approx(expected, rel=0.003)
     assert BILLIONS.keys() == {name for family in FAMILIES.values() for name in family.shapes}
 
 

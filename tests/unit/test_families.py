@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("models", "training", "planning", "evaluation", "publishing", "common", "data_prep", "demo")
 FILES = [*ROOT.glob("*.py"), *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))]
 FILES += (ROOT / "configs" / "accelerate").iterdir()
-NAMES = re.compile(r"Qwen\d(_\d)?_?VL|model\.visual|visual\.(blocks|merger)|language_model\.layers")
+NAMES = re.compile(r"Qwen\d(_\d)?_?VL|Qwen3_5|model\.visual|visual\.(blocks|merger)|language_model\.layers")
 
 
 def test_no_other_product_file_names_a_class_or_a_module_path():
