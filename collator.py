@@ -13,6 +13,7 @@ from data_prep.images import load_image
 from data_prep.records import IMAGE_MARKER, to_chat
 from data_prep.sizes import fit_options, fit_size
 from models.families import Family, families_of
+from models.thinking import CLOSING, OPENING, has_thoughts, split_thought
 
 IGNORED = -100  # PyTorch's ignore_index
 # Without an answer it has no labels, so its gradients are zeros.
@@ -76,22 +77,39 @@ def mrope_positions(input_ids: torch.Tensor, grids: torch.Tensor, *, image_id: i
 
 def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
     """Return the sample's text in the processor's chat template, one image token for each image."""
-    return processor.apply_chat_template(to_chat(messages), add_generation_prompt=add_generation_prompt)
+    return processor.apply_chat_template(chat_of(processor, messages), add_generation_prompt=add_generation_prompt)
 
 
-def find_family(processor: ProcessorMixin) -> Family:
-    """Return the family whose answer header is the generation prompt of the chat template.
+def chat_of(processor: ProcessorMixin, messages: list[dict]) -> list[dict]:
+    """Return messages as the processor's chat template expects them: typed blocks, and thoughts apart from answers."""
+    if not has_thoughts(processor):
+        return to_chat(messages)
+    split = [split_thought(m["content"]) if m["role"] == "assistant" else (None, m["content"]) for m in messages]
+    chat = to_chat([{**m, "content": content} for m, (_, content) in zip(messages, split, strict=True)])
+    thoughts = [{} if thought is None else {"reasoning_content": thought} for thought, _ in split]
+    return [{**message, **thought} for message, thought in zip(chat, thoughts, strict=True)]
+
+
+def find_header(processor: ProcessorMixin) -> tuple[Family, str]:
+    """Return the family whose generation prompt the chat template has, and the text after which an answer is learnt.
+
+    With thoughts the prompt ends by opening one. It is learnt from its opening on, as TRL's training templates do.
+    Without, the prompt ends with an empty one, which is not learnt.
 
     Raises:
-        ValueError: the prompt is another one, as in models that think first: `build_labels` would supervise its end.
+        ValueError: the prompt is another one: `build_labels` would supervise its end.
     """
     turn = [{"role": "user", "content": "?"}]
     prompt = render(processor, turn, add_generation_prompt=True).removeprefix(render(processor, turn))
-    families = {family.answer_header: family for family in families_of(processor)}
-    if prompt not in families:
-        expected = " or ".join(map(repr, families))
+    prompts = {
+        f"{family.answer_header}{thought}": family
+        for family in families_of(processor)
+        for thought in ((OPENING, OPENING + CLOSING) if family.thinks else ("",))
+    }
+    if prompt not in prompts:
+        expected = " or ".join(map(repr, prompts))
         raise ValueError(f"chat template: expected the generation prompt {expected}, found {prompt!r}")
-    return families[prompt]
+    return prompts[prompt], prompt.removesuffix(OPENING)
 
 
 def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
@@ -196,9 +214,9 @@ class VisionSFTCollator:
         packed: bool = False,
         dummy_image: bool = False,
     ):
-        family, tokenizer = find_family(processor), processor.tokenizer
+        (family, header), tokenizer = find_header(processor), processor.tokenizer
         self.processor, self.max_length, self.packed, self.dummy_image = processor, max_length, packed, dummy_image
-        self.header_ids = tokenizer.encode(family.answer_header, add_special_tokens=False)
+        self.header_ids = tokenizer.encode(header, add_special_tokens=False)
         self.end_id = tokenizer.convert_tokens_to_ids(family.end_token)
         self.image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
 
@@ -266,7 +284,21 @@ class VisionSFTCollator:
                 raise ValueError(f"sample {example.get('id')!r}: {count} answers to learn from, expected {expected}")
 
 
-def collate_prompts(processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Return a left-padded batch for `generate`; each example's messages end with the user's turn."""
-    texts = [render(processor, example["messages"], add_generation_prompt=True) for example in examples]
+def render_prompt(processor: ProcessorMixin, messages: list[dict], *, skip_thought: bool = False) -> str:
+    """Return the prompt of messages that end with the user's turn; `skip_thought` closes a thought that it opens."""
+    prompt = render(processor, messages, add_generation_prompt=True)
+    return prompt + CLOSING if skip_thought and prompt.endswith(OPENING) else prompt
+
+
+def opens_thought(processor: ProcessorMixin) -> str:
+    """Return the start of a thought if the processor's prompts end with it, else nothing."""
+    prompt = render(processor, [{"role": "user", "content": "?"}], add_generation_prompt=True)
+    return OPENING if prompt.endswith(OPENING) else ""
+
+
+def collate_prompts(
+    processor: ProcessorMixin, examples: list[dict], *, skip_thought: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return a left-padded batch of prompts, see `render_prompt`."""
+    texts = [render_prompt(processor, example["messages"], skip_thought=skip_thought) for example in examples]
     return encode(processor, examples, texts, padding_side="left")

@@ -4,15 +4,18 @@ import copy
 
 import torch
 from peft import PeftModel
-from transformers import ProcessorMixin, TextStreamer
+from transformers import Cache, ProcessorMixin, TextStreamer
 
-from collator import collate_prompts
+from collator import collate_prompts, opens_thought
 from models.families import family_of
 
 
-def encode_prompts(model, processor: ProcessorMixin, examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Return a left-padded batch of prompts, on the model's device and in its dtype."""
-    inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(processor, examples).items()}
+def encode_prompts(
+    model, processor: ProcessorMixin, examples: list[dict], *, skip_thought: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return a left-padded batch of prompts, see `collate_prompts`, on the model's device and in its dtype."""
+    inputs = collate_prompts(processor, examples, skip_thought=skip_thought)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs
@@ -37,7 +40,8 @@ def generate(
     new_tokens = output[:, inputs["input_ids"].size(1) :]
     ends = torch.tensor(model.generation_config.eos_token_id or [], device=output.device)
     ended = torch.isin(new_tokens, ends).any(dim=1)
-    texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    opening = opens_thought(processor)  # is in the prompt; with it, a thought that was cut is known as one
+    texts = [(opening + text).strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
     return texts, (~ended).tolist()
 
 
@@ -47,7 +51,8 @@ def score_answers(
 ) -> torch.Tensor:
     """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
 
-    The prompt is encoded once; the answers, each with the family's end token, continue from its key-value cache.
+    The prompt is encoded once; the answers, each with the family's end token, continue from its cache. A model that
+    thinks is asked for them behind an empty thought.
 
     Args:
         model: base model, with or without an adapter.
@@ -56,7 +61,7 @@ def score_answers(
         answers: K answers for each example.
         rows: largest number of answers in one forward pass; bounds the memory for copies of the cache.
     """
-    inputs = encode_prompts(model, processor, examples)
+    inputs = encode_prompts(model, processor, examples, skip_thought=True)
     positions = prompt_positions(model, inputs)
     prefix = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
     width = max(1, rows // len(examples))
@@ -72,13 +77,19 @@ def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return base.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
 
 
+def repeat_cache(cache: Cache, size: int, count: int) -> Cache:
+    """Return a copy of the cache of `size` prompts with each `count` times; linear attention has states, no keys."""
+    copied = copy.deepcopy(cache)
+    copied.reorder_cache(torch.arange(size).repeat_interleave(count))
+    return copied
+
+
 def _score_chunk(model, tokenizer, inputs: dict, positions: torch.Tensor, prefix, answers: list[list[str]]):
     """Return the log-likelihoods of K answers to each of B prompts, shape (B, K); `prefix` is the prompts' output."""
     count, size = len(answers[0]), len(answers)
     texts = [text + family_of(model).end_token for row in answers for text in row]
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(inputs["input_ids"].device)
-    cache = copy.deepcopy(prefix.past_key_values)
-    cache.batch_repeat_interleave(count)
+    cache = repeat_cache(prefix.cache, size, count)
     prompt_mask = inputs["attention_mask"].repeat_interleave(count, dim=0)
     start = positions.amax(dim=(0, 2)).repeat_interleave(count) + 1  # (B K)
     steps = start[:, None] + torch.arange(encoded["input_ids"].size(1), device=start.device)
@@ -86,7 +97,7 @@ def _score_chunk(model, tokenizer, inputs: dict, positions: torch.Tensor, prefix
         input_ids=encoded["input_ids"],
         attention_mask=torch.cat([prompt_mask, encoded["attention_mask"]], dim=1),
         position_ids=steps.expand(3, -1, -1),
-        past_key_values=cache,
+        cache=cache,
     )
     first = prefix.logits[:, -1:].repeat_interleave(count, dim=0)
     logs = torch.cat([first, output.logits[:, :-1]], dim=1).float().log_softmax(-1)

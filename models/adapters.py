@@ -185,6 +185,7 @@ def _base_settings(adapter: str, *, base: str | None, quantization: str, dtype: 
 def loading_settings(adapter: str | None, *, base: str | None, quantization: str, dtype: str | None) -> dict:
     """Return the keywords of `load_model`: those that the adapter's run recorded, changed by the options."""
     settings = read_run_facts(adapter) if adapter else {}
+    settings.pop("thinking", None)  # in the processor's chat template
     if adapter and not settings and quantization == "auto":
         print(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)", file=sys.stderr)
     settings = {"quantization": None, "dtype": "bfloat16", **settings}
@@ -235,7 +236,7 @@ def is_adapter(name: str) -> bool:
 
 
 def read_run_facts(adapter: str) -> dict:
-    """Return the keywords of `load_model` that `train_sft.py` recorded; none for adapters from elsewhere."""
+    """Return what `train_sft.py` recorded: the keywords of `load_model`, and `thinking`; nothing from elsewhere."""
     path = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
     facts = _read_object(path) if path else {}
     rules = {

@@ -173,7 +173,7 @@ FAMILIES = {
         layer_period=4,
         linear_attention="linear_attn",
         # Left out: in_proj_a and in_proj_b, which give one number a head (how fast it forgets, how much it writes) and
-        # are hardly wider than LoRA's own matrices; conv1d, which is no linear layer and mixes four neighbouring tokens.
+        # are hardly wider than LoRA's own matrices; conv1d, which is no linear layer and mixes four neighbours only.
         lora_targets=(*ATTENTION_AND_MLP, "in_proj_qkv", "in_proj_z", "out_proj"),
         thinks=True,
         tiny_vision=lambda width: {

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
+from models.thinking import set_thinking
 
 # What transformers raises, besides ValueError, for values of a kind that an entry of a configuration cannot have.
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
@@ -36,20 +37,23 @@ def load_processor(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    thinking: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> ProcessorMixin:
-    """Load the processor and set the pixel limits that collating, saving and inference will all use.
+    """Load the processor and set the pixel limits and prompts that collating, saving and inference will all use.
 
     Args:
         model_name_or_path: Hub id or local folder of a model or an adapter.
         min_pixels: smallest image area after resizing, px^2; the model's default when None.
         max_pixels: largest image area after resizing, px^2; the model's default when None.
+        thinking: "on" or "off", for models that can think; None for what an adapter was trained with, else "off".
         revision: Hub branch, tag or commit.
         local_files_only: download nothing.
 
     Raises:
-        ValueError: no processor there or one of an unknown family, or the limits are too small or contradictory.
+        ValueError: no processor there or one of an unknown family, the limits are too small or contradictory, or see
+            `set_thinking`.
     """
     try:
         processor = AutoProcessor.from_pretrained(
@@ -63,6 +67,7 @@ def load_processor(
         raise ValueError(_unknown_family(model_name_or_path, f"its processor is a {type(processor).__name__}"))
     _check_processor(model_name_or_path, processor)
     _set_limits(processor.image_processor, min_pixels=min_pixels, max_pixels=max_pixels)
+    set_thinking(processor, thinking)
     processor.tokenizer.padding_side = "right"
     return processor
 

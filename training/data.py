@@ -14,6 +14,7 @@ from data_prep import join_folds, load_splits
 from data_prep.balance import draw
 from data_prep.sizes import fit_options
 from models.loading import load_processor
+from models.thinking import check_thought, has_thoughts
 from publishing.run_facts import describe_data
 from training.lengths import (
     SampleLengths,
@@ -47,7 +48,7 @@ class TrainingData:
 def open_processor(settings: Settings, *, local_files_only: bool = False) -> ProcessorMixin:
     options = {"revision": settings.model.model_revision, "local_files_only": local_files_only}
     limits = {"min_pixels": settings.data.min_pixels, "max_pixels": settings.data.max_pixels}
-    return load_processor(settings.model.model_name_or_path, **limits, **options)
+    return load_processor(settings.model.model_name_or_path, **limits, thinking=settings.data.thinking, **options)
 
 
 def load_data(settings: Settings, processor: ProcessorMixin, *, list_in: Path | None = None) -> TrainingData:
@@ -59,9 +60,12 @@ def load_data(settings: Settings, processor: ProcessorMixin, *, list_in: Path | 
         list_in: folder for `too_long.jsonl`, the samples over `max_length`; without it none is written.
 
     Raises:
-        ValueError, FileNotFoundError: no such data, a split is missing, or a sample is over `max_length`.
+        ValueError, FileNotFoundError: no such data, a split is missing, a sample is over `max_length`, or an answer's
+            thought does not fit `thinking`.
     """
     splits = open_splits(settings)
+    if has_thoughts(processor):
+        check_thoughts(splits, settings.data.thinking)
     lengths = check_data(splits, processor, settings, list_in)
     facts = describe_data(splits, settings.data.dataset_path)
     drawn = sample_by_weight(splits["train"], settings.training.seed)
@@ -81,6 +85,19 @@ def open_splits(settings: Settings) -> DatasetDict:
         rule = "set eval_strategy: no, or prepare the data with one"
         raise ValueError(f"dataset_path: {path} has no validation split; {rule}")
     return splits
+
+
+def check_thoughts(splits: DatasetDict, thinking: str) -> None:
+    """Raise ValueError for answers with a thought that the recipe's `thinking` does not allow, or a broken one."""
+    wrong = [
+        f"sample {sample_id!r}: {problem}"
+        for split in splits.values()
+        for sample_id, messages in zip(split["id"], split["messages"], strict=True)
+        for message in messages
+        if message["role"] == "assistant" and (problem := check_thought(message["content"], thinking))
+    ]
+    if wrong:
+        raise ValueError(f"thinking: {len(wrong):,} answers have a wrong thought; the first is of {wrong[0]}")
 
 
 def sample_by_weight(train: Dataset, seed: int) -> Dataset:

@@ -10,11 +10,11 @@ from datasets import Dataset, config
 from datasets.fingerprint import Hasher
 from transformers import ProcessorMixin
 
+from collator import chat_of
 from data_prep import fingerprint
-from data_prep.records import to_chat
 from data_prep.sizes import count_image_tokens, fit_options
 
-RULES = 2  # of `to_chat`; a higher number counts again what an earlier version has counted
+RULES = 2  # of `chat_of`; a higher number counts again what an earlier version has counted
 
 
 @dataclass
@@ -50,7 +50,7 @@ def measure_lengths(dataset: Dataset, processor: ProcessorMixin) -> SampleLength
 
 def _count_tokens(batch: dict, processor: ProcessorMixin) -> dict[str, list[int]]:
     image = [_image_tokens(*row, processor) for row in zip(batch["id"], batch["image_sizes"], strict=True)]
-    texts = processor.apply_chat_template([to_chat(messages) for messages in batch["messages"]])
+    texts = processor.apply_chat_template([chat_of(processor, messages) for messages in batch["messages"]])
     ids = processor.tokenizer(texts)["input_ids"]
     # the text holds one token for each image already
     text = [len(row) - len(sizes) for row, sizes in zip(ids, batch["image_sizes"], strict=True)]

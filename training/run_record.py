@@ -23,7 +23,7 @@ from training.trainer import TRAINING_ARGS, SafeSFTTrainer
 
 # What the model card and the trackers report of a recipe: no path, no name of a machine or a person.
 REPORTED_MODEL_ARGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
-REPORTED_DATA_ARGS = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "fold")
+REPORTED_DATA_ARGS = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "thinking", "fold")
 REPORTED_TRAINING_ARGS = (
     "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -49,7 +49,8 @@ def write_run_record(settings: Settings, model: PeftModel, base: dict, data_fact
     options = settings.loading_options()
     dtype = resolve_dtype(options["dtype"], settings.training.device)  # a CPU computes in float32
     options["dtype"] = str(dtype).removeprefix("torch.")
-    text = json.dumps({**options, "revision": base["commit"] or options["revision"]}, indent=2)
+    options |= {"revision": base["commit"] or options["revision"], "thinking": settings.data.thinking}
+    text = json.dumps(options, indent=2)
     (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
     trainable, total = model.get_nb_trainable_parameters()
     parts = {part: count for part, count in count_trainable(model).items() if count}

@@ -8,6 +8,8 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
 
+from models.thinking import CHOICES
+
 FLOAT16 = "set fp16: true, bf16: false, dtype: float16"
 NO_GPU = (
     "no GPU is visible (nvidia-smi lists them, CUDA_VISIBLE_DEVICES may hide them): train on a machine with one, plan "
@@ -34,6 +36,10 @@ class DataArguments:
     too_long: str = field(
         default="error",
         metadata={"help": "samples over max_length: error, or drop to leave them out", "choices": ["error", "drop"]},
+    )
+    thinking: str = field(
+        default="off",
+        metadata={"help": "models that think: on also learns the answers' <think>...</think>", "choices": CHOICES},
     )
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
