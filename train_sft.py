@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from common.console import print_rank0
 from models.families import family_of
+from models.linear_attention import check_packing
 from models.loading import load_config
 from planning.smoke_test import dry_run
 from publishing.run_facts import describe_base
@@ -42,6 +43,8 @@ def train(settings: Settings) -> int | None:
     # Checkpoint and repository: what can be refused within a second
     checkpoint = choose_start(settings)
     family = family_of(load_config(settings.model.model_name_or_path, revision=settings.model.model_revision))
+    if settings.training.packing:
+        check_packing(family)
     shard_layers(family.decoder_layer)
     repo_id = claim_repository(settings)
 

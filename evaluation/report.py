@@ -11,7 +11,7 @@ from common.files import EVALUATION_PLOTS
 from common.html import TEMPLATES, encode_figure, encode_image, shorten
 from common.plots import BLUE, GREEN, GREY, ORANGE
 from data_prep.images import load_image
-from data_prep.labels import read_label
+from data_prep.labels import read_label, strip_thinking
 from evaluation.calibration import MIN_CALIBRATION
 from evaluation.label_matching import asks_for_label
 from evaluation.metrics import MAIN_METRICS
@@ -235,7 +235,8 @@ def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Seque
     def correct(row: dict) -> bool | None:
         if asks_for_label(row, label_map):
             return read_label(row["prediction"], label_map) == row["label"]
-        return row["prediction"].strip() == row["reference"].strip() or None
+        answer, reference = (strip_thinking(row[side]).strip() for side in ("prediction", "reference"))
+        return answer == reference or None
 
     kinds = {
         "Wrong": [row for row in rows if correct(row) is False],

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_prep.labels import label_key, read_label
+from data_prep.labels import label_key, read_label, strip_thinking
 from evaluation import metrics
 from evaluation.calibration import LabelScores, probability_metrics
 from evaluation.clusters import cluster_samples, describe_clusters
@@ -112,7 +112,7 @@ def _share_of_same_label(shuffled: list[dict], rows: list[dict]) -> float:
 
 def _text_metrics(run: list[dict], mask: np.ndarray, clusters: np.ndarray) -> dict:
     rows = _select(run, mask)
-    text = text_metrics([row["reference"] for row in rows], [row["prediction"] for row in rows])
+    text = text_metrics(*([strip_thinking(row[side]) for row in rows] for side in ("reference", "prediction")))
     counts = {"samples": len(rows), "clusters": metrics.count_clusters(clusters[mask])}
     return {**counts, "cut": sum("cut" in row for row in rows), "text": text}
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from models.compat import get_attention, set_attention
+from models.linear_attention import keep_samples_apart
 
 VARLEN = "varlen"  # in recipes
 # transformers passes all windows of the tower in one call only to implementations with "flash" in their name.
@@ -22,6 +23,7 @@ GQA_OPTION = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_at
 def use_varlen(model: PreTrainedModel) -> None:
     """Let the complete model attend by `varlen_attention`; padded batches and generation still use SDPA with masks."""
     set_attention(model, REGISTERED, varlen_attention)
+    keep_samples_apart(model)
 
 
 def uses_varlen(model: PreTrainedModel) -> bool:

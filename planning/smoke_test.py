@@ -12,6 +12,7 @@ from collator import IGNORED, VisionSFTCollator
 from common.console import print_rank0
 from models.attention import use_varlen
 from models.families import family_of
+from models.linear_attention import check_packing
 from models.lora import build_lora_config
 from planning.page import print_plan
 from planning.shapes import read_config
@@ -76,6 +77,9 @@ def _loss(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 
 def dry_run(settings: Settings) -> None:
     """Print the plan, collate three batches, and run one of them through a tiny model; write nothing."""
+    config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
+    if settings.training.packing:
+        check_packing(family_of(config))
     processor = open_processor(settings)
     data = load_data(settings, processor)
     print_plan(settings, data.splits, processor)
@@ -83,7 +87,6 @@ def dry_run(settings: Settings) -> None:
     collate = VisionSFTCollator(processor, max_length=args.max_length, packed=packed)
     order = itertools.islice(train_sampler(data.lengths["train"], args, settings.pack_tokens), BATCHES)
     batches = [collate([data.splits["train"][n] for n in indices]) for indices in order]
-    config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
     lora = settings.lora_options()
     loss = run_tiny_model(config, batches[0], lora, varlen=packed, device=args.device)
     print_rank0(

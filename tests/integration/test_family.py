@@ -15,29 +15,34 @@ from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.utils import is_flash_linear_attention_available
 
 import merge_adapter
 import predict
 import train_sft
-from collator import VisionSFTCollator, encode, load_pixels, render
+from collator import VisionSFTCollator, encode, load_pixels, render, render_prompt
 from demo.tiny_model import save_tiny_model
 from evaluation.generation import generate, score_answers
 from helpers.runs import TEXTS, train_args
+from helpers.weights import bytes_of
 from models.adapters import load_answering_model
 from models.attention import use_varlen
 from models.families import FAMILIES, NAMES
 from models.loading import load_config, load_model, load_processor
 from models.lora import build_lora_config, check_trainable, count_trainable
+from planning.shapes import weight_bytes
 from training.lengths import measure_lengths
 
+WITHOUT_BORDERS = modeling_qwen3_5.torch_chunk_gated_delta_rule
 LAYERS = 3  # one after the two that Qwen3-VL's tower adds to
+THINKING = [name for name, family in FAMILIES.items() if family.thinks]
+PACKED = {"packing": "true", "pack_tokens": 256, "per_device_train_batch_size": 1}
+BY_LENGTH = {"packing": "false", "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
 SETTINGS = {
     "max_pixels": 12544,
-    "packing": "true",
-    "pack_tokens": 256,
     "max_length": 256,
     "attn_implementation": "varlen",
-    "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "freeze_vision_encoder": "false",
     "train_merger": "true",
@@ -46,9 +51,27 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
+@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{name}-thinking" for name in THINKING)])
+def variant(request):
+    """A family, and one that thinks a second time with `thinking: on`."""
+    if FAMILIES[request.param.removesuffix("-thinking")].linear_attention and is_flash_linear_attention_available():
+        pytest.skip("transformers takes the kernels of flash-linear-attention where they are installed, on a CPU too")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def family(variant):
+    return variant.removesuffix("-thinking")
+
+
+@pytest.fixture(scope="module")
+def thinking(variant, family):
+    return "on" if variant != family else "off"
+
+
+@pytest.fixture(scope="module")
+def settings(family, thinking):
+    return {**SETTINGS, **(BY_LENGTH if FAMILIES[family].linear_attention else PACKED), "thinking": thinking}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +83,9 @@ def base(family, tmp_path_factory):
 
 
 @pytest.fixture
-def processor(base, family):
-    return load_processor(str(base), min_pixels=FAMILIES[family].token_side ** 2, max_pixels=112 * 112)
+def processor(base, family, thinking):
+    limits = {"min_pixels": FAMILIES[family].token_side ** 2, "max_pixels": 112 * 112}
+    return load_processor(str(base), **limits, thinking=thinking)
 
 
 @pytest.fixture
@@ -70,10 +94,25 @@ def plain(base):
 
 
 @pytest.fixture(params=["sdpa", "varlen"])
-def model(request, plain):
+def model(request, plain, family, monkeypatch):
+    """A model that packs keep their samples apart in."""
+    if FAMILIES[family].linear_attention:
+        if request.param == "sdpa":
+            pytest.skip("linear attention takes borders by `use_varlen` only")
+        monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule_with_borders)
     if request.param == "varlen":
         use_varlen(plain)
     return plain
+
+
+def rule_with_borders(query, key, value, *, g, beta, cu_seqlens=None, **options):
+    """What flash-linear-attention's kernel does, by transformers' own recurrence for each sample."""
+    rule = WITHOUT_BORDERS
+    if cu_seqlens is None:
+        return rule(query, key, value, g=g, beta=beta, **options)
+    sides = [x.split(cu_seqlens.diff().tolist(), dim=1) for x in (query, key, value, g, beta)]
+    outputs = [rule(q, k, v, g=g, beta=b, **options)[0] for q, k, v, g, b in zip(*sides, strict=True)]
+    return torch.cat(outputs, dim=1), None
 
 
 def linear_layers(model, path):
@@ -100,12 +139,14 @@ PROMPTS = [{**one, "messages": one["messages"][:-1]} for one in SAMPLES]
 ANSWERS = ["melanoma", "It is psoriasis, vitiligo, urticaria."]
 
 
-def test_exactly_the_answers_and_their_ends_are_supervised(processor):
+def test_exactly_the_answers_and_their_ends_are_supervised(processor, thinking):
+    """With thoughts, an empty one is learnt where an answer has none; without, it belongs to the prompt."""
     encode_text = processor.tokenizer.encode
+    start = "<think>\n\n</think>\n\n" if thinking == "on" else ""
     for one in SAMPLES:
         labels = VisionSFTCollator(processor)([one])["labels"][0]
         answers = [m["content"] for m in one["messages"] if m["role"] == "assistant"]
-        expected = [token for text in answers for token in encode_text(f"{text}<|im_end|>")]
+        expected = [token for text in answers for token in encode_text(f"{start}{text}<|im_end|>")]
         assert labels[labels != -100].tolist() == expected
 
 
@@ -195,6 +236,13 @@ def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, tied
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
 
 
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_planned_weights_are_those_of_the_loaded_model(base, quantization):
+    model = load_model(str(base), quantization=quantization, dtype="float32")
+    options = {"quantized": quantization is not None, "double_quant": True, "dtype": torch.float32}
+    assert sum(weight_bytes(load_config(str(base)), **options).values()) == pytest.approx(bytes_of(model), rel=0.01)
+
+
 @pytest.mark.parametrize("flags", [{}, {"train_vision": True}, {"train_merger": True}], ids=str)
 def test_lora_reaches_exactly_the_requested_parts(base, family, flags):
     model = load_model(str(base), quantization="nf4", dtype="float32")
@@ -211,16 +259,16 @@ def test_lora_reaches_exactly_the_requested_parts(base, family, flags):
 
 
 @pytest.fixture(scope="module")
-def adapter(base, demo_data, tmp_path_factory):
-    """Four packed NF4 steps that adapt language model, tower and merger."""
+def adapter(base, demo_data, settings, tmp_path_factory):
+    """Four NF4 steps, packed where the family can, that adapt language model, tower and merger."""
     out = tmp_path_factory.mktemp("run") / "adapter"
-    train_sft.main(train_args(base, demo_data, out, **SETTINGS))
+    train_sft.main(train_args(base, demo_data, out, **settings))
     return out
 
 
-def test_a_resumed_run_leaves_the_same_adapter_file(base, demo_data, adapter, tmp_path):
+def test_a_resumed_run_leaves_the_same_adapter_file(base, demo_data, settings, adapter, tmp_path):
     shutil.copytree(adapter / "checkpoint-2", tmp_path / "checkpoint-2")
-    train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS))
+    train_sft.main(train_args(base, demo_data, tmp_path, **settings))
     files = [folder / "adapter_model.safetensors" for folder in (adapter, adapter / "checkpoint-2", tmp_path)]
     complete, half, resumed = (file.read_bytes() for file in files)
     assert resumed == complete != half
@@ -230,15 +278,36 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_recomputed_activations_leave_the_same_adapter(base, demo_data, adapter, tmp_path):
-    train_sft.main(train_args(base, demo_data, tmp_path, **SETTINGS, gradient_checkpointing="true"))
+def test_packs_that_would_not_be_exact_are_refused_at_the_start(base, family, demo_data, settings, tmp_path, capsys):
+    if not FAMILIES[family].linear_attention:
+        pytest.skip("packs are exact everywhere")
+    words = train_args(base, demo_data, tmp_path / "out", **{**SETTINGS, **PACKED})
+    for dry_run in ("false", "true"):
+        assert run(lambda: train_sft.main([*words, "--dry_run", dry_run])) == 1  # noqa: B023
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(
+            f"error: packing: in {FAMILIES[family].name}, samples of a pack stay apart only on a GPU"
+        )
+        assert "pip install flash-linear-attention, or set packing: false and" in error and "\n" not in error
+
+
+def test_the_adapters_folder_asks_as_its_training_did(adapter, processor, family, thinking):
+    assert json.loads((adapter / "run.json").read_text())["thinking"] == thinking
+    end = ("<think>\n" if thinking == "on" else "<think>\n\n</think>\n\n") if FAMILIES[family].thinks else ""
+    for one in PROMPTS:
+        prompts = {render_prompt(side, one["messages"]) for side in (processor, load_processor(str(adapter)))}
+        assert len(prompts) == 1 and prompts.pop().endswith(f"<|im_start|>assistant\n{end}")
+
+
+def test_recomputed_activations_leave_the_same_adapter(base, demo_data, settings, adapter, tmp_path):
+    train_sft.main(train_args(base, demo_data, tmp_path, **settings, gradient_checkpointing="true"))
     expected, recomputed = weights(adapter), weights(tmp_path)
     assert all(torch.allclose(recomputed[name], value, atol=1e-6) for name, value in expected.items())
 
 
 @pytest.mark.slow
-def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, tmp_path):
-    settings = {**SETTINGS, "learning_rate": 1e-3}
+def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, settings, tmp_path):
+    settings = {**settings, "learning_rate": 1e-3}
     for name in ("true", "false"):
         train_sft.main(train_args(base, demo_data, tmp_path / name, **settings, compile_layers=name))
     expected, compiled = weights(tmp_path / "false"), weights(tmp_path / "true")
@@ -294,7 +363,7 @@ def test_a_processor_of_another_family_is_refused(processor, tmp_path):
 
 def test_another_generation_prompt_is_refused(processor):
     """As in Qwen3-VL's thinking models: prompts would differ between training and inference."""
-    opening = "{% if add_generation_prompt %}<think>\n{% endif %}"
+    opening = "{% if add_generation_prompt %}<thought>\n{% endif %}"
     processor.chat_template += opening
-    with pytest.raises(ValueError, match=r"expected the generation prompt .*, found .*<think>"):
+    with pytest.raises(ValueError, match=r"expected the generation prompt .*, found .*<thought>"):
         VisionSFTCollator(processor)

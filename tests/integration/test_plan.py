@@ -10,7 +10,6 @@ from common.cli import run
 
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
 from peft import get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +19,7 @@ import plan_run
 import train_sft
 from benchmarks.gpu_7b import quantise
 from helpers.runs import train_args
+from helpers.weights import bytes_of
 from models.families import FAMILIES, family_of, published_config
 from models.loading import load_model
 from models.lora import build_lora_config, detach_vision_inputs
@@ -40,16 +40,6 @@ BILLIONS = {  # parameters, as the models' pages on the Hub give them
     "Qwen3-VL-32B": 33.4, "Qwen3.5-0.8B": 0.873, "Qwen3.5-2B": 2.274, "Qwen3.5-4B": 4.66, "Qwen3.5-9B": 9.653,
     "Qwen3.5-27B": 27.781, "Qwen3.6-27B": 27.781, "Qwen3.8-27B": 27.781,
 }  # fmt: skip
-
-
-def bytes_of(model):
-    """Return the bytes of a loaded model's tensors, those of bitsandbytes' quantisation among them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for weight in [x for x in tensors if isinstance(x, Params4bit)]:
-        state = weight.quant_state
-        tensors += [state.absmax, state.code]
-        tensors += [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 @pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("nf4", False), (None, False)])

@@ -1,0 +1,77 @@
+"""Packed samples in layers with linear attention: recurrence and convolution start anew at each of them."""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_linear_attention_available
+
+from models.families import Family, family_of
+
+
+def check_packing(family: Family) -> None:
+    """Raise ValueError if packs would not be exact here: the family has linear attention, and its kernels are missing.
+
+    transformers' own recurrence, which runs everywhere, knows no borders.
+    """
+    if family.linear_attention and not is_flash_linear_attention_available():
+        raise ValueError(
+            f"packing: in {family.name}, samples of a pack stay apart only on a GPU with flash-linear-attention: "
+            "pip install flash-linear-attention, or set packing: false and train_sampling_strategy: group_by_length"
+        )
+
+
+def keep_samples_apart(model: PreTrainedModel) -> None:
+    """Let layers with linear attention start anew at each sample of a pack, by hooks; nothing for other models.
+
+    The recurrence's kernel takes borders (`cu_seq_lens_q`); without the kernel, transformers raises. The convolution
+    over the last few tokens takes none without one more package: each sample gets as many zeros in front of it as the
+    convolution looks back, which is what it sees before the first token of a row.
+    """
+    family = family_of(model)
+    if not family.linear_attention:
+        return
+    layers = [m for name, m in model.named_modules() if name.split(".")[-1] == family.linear_attention]
+    gap = layers[0].conv_kernel_size - 1
+    language = model.get_submodule(family.language_layers.removesuffix(".layers."))
+    language.register_forward_pre_hook(lambda _, args, kwargs: (args, _add_layout(kwargs, gap)), with_kwargs=True)
+    for layer in layers:
+        layer.register_forward_pre_hook(_spread, with_kwargs=True)
+        layer.register_forward_hook(_gather, with_kwargs=True)
+
+
+def _add_layout(kwargs: dict, gap: int) -> dict:
+    """Add the places of a pack's tokens in the row with gaps, and its borders, once for all layers."""
+    cu_seqlens = kwargs.get("text_cu_seqlens")
+    if cu_seqlens is None:
+        return kwargs
+    places, borders = spread_layout(cu_seqlens, kwargs["inputs_embeds"].size(1), gap)
+    return {**kwargs, "spread_places": places, "spread_cu_seqlens": borders}
+
+
+def spread_layout(cu_seqlens: torch.Tensor, length: int, gap: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the tokens of a pack go, shape (T,), when `gap` places follow each sample but the last.
+
+    Args:
+        cu_seqlens: the samples' borders, shape (S + 1,), from 0 to T.
+        length: T, tokens.
+        gap: empty places between samples.
+
+    Returns:
+        The places, and the borders with them, int64: a gap belongs to the sample before it, which does not see it.
+    """
+    samples, tokens = cu_seqlens.numel() - 1, torch.arange(length, device=cu_seqlens.device)
+    before = torch.bucketize(tokens, cu_seqlens[1:], right=True)  # samples that end before the token
+    shift = gap * torch.arange(samples + 1, device=cu_seqlens.device).clamp(max=samples - 1)
+    return tokens + gap * before, cu_seqlens.long() + shift
+
+
+def _spread(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if "spread_places" not in kwargs:
+        return None
+    hidden, places = kwargs["hidden_states"], kwargs["spread_places"]
+    gaps = (layer.conv_kernel_size - 1) * (kwargs["spread_cu_seqlens"].numel() - 2)
+    row = hidden.new_zeros(1, hidden.size(1) + gaps, hidden.size(2)).index_copy(1, places, hidden)
+    return args, {**kwargs, "hidden_states": row, "cu_seq_lens_q": kwargs["spread_cu_seqlens"]}
+
+
+def _gather(layer: torch.nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+    return output.index_select(1, kwargs["spread_places"]) if "spread_places" in kwargs else None
