@@ -14,6 +14,7 @@ from models.compat import set_attention
 from models.families import family_of
 from models.lora import detach_vision_inputs
 from planning.compat import FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves
+from planning.linear_attention import TracedLinearAttention
 from planning.shapes import add_lora, build_without_weights, with_layers
 
 _BY_INDEX = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default)
@@ -96,7 +97,7 @@ def trace_step(
 
 
 def _prepare(model: PeftModel, dtype: torch.dtype) -> None:
-    """Use the GPU's attention and dropout, and allocate gradients, as they are after the first of several batches."""
+    """Use the GPU's kernels, and allocate gradients, as they are after the first of several batches."""
     set_attention(model.get_base_model(), TRACED, partial(varlen_attention, kernel=run_kernel))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -106,6 +107,8 @@ def _prepare(model: PeftModel, dtype: torch.dtype) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Dropout) and child.p:
                 parent.add_module(name, _Dropout(child.p))
+            elif name == family_of(model).linear_attention:
+                parent.add_module(name, TracedLinearAttention(child))
 
 
 def make_batch(config, tokens: int, image_tokens: int, mode: FakeTensorMode) -> dict:
