@@ -27,6 +27,7 @@ from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
 from models.thinking import set_thinking
+from models.tower import multiply_patches
 
 # What transformers raises, besides ValueError, for values of a kind that an entry of a configuration cannot have.
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
@@ -172,6 +173,7 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     model = _load_weights(model_name_or_path, options)
     check_quantized(model, quantized=quantization is not None)
+    multiply_patches(model)
     if attn_implementation == VARLEN:
         use_varlen(model)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""A faster forward pass for a frozen vision tower: the same sums, in shapes that suit a GPU's matrix units."""
+"""A faster forward pass of the vision tower: the same sums, in shapes that suit matrix units."""
 
 import torch
 from torch import nn
@@ -23,19 +23,33 @@ def speed_up_frozen_tower(model: PreTrainedModel) -> int:
     Returns:
         How many modules were replaced.
     """
-    tower = model.get_submodule(family_of(model).vision.removesuffix("."))
+    tower = _tower_of(model)
     if any(p.requires_grad for p in tower.parameters()):
         return 0
-    replaced = 0
+    replaced = multiply_patches(model)
     for parent in list(tower.modules()):
         for name, child in list(parent.named_children()):
             if is_gated(child):
                 setattr(parent, name, FusedMLP(child))
                 replaced += 1
-            elif type(child) is nn.Conv3d and child.kernel_size == child.stride and not any(child.padding):
-                child.__class__ = PatchProduct
-                replaced += 1
     return replaced
+
+
+def multiply_patches(model: PreTrainedModel) -> int:
+    """Compute the tower's patch embedding as a matrix product, in place; return how many modules that concerns.
+
+    PyTorch's convolution is many times slower. The weights stay as they are, under their names: transformers' own
+    `fusion_config` renames them and leaves an entry in the configuration of every model that is saved.
+    """
+    found = [m for m in _tower_of(model).modules() if type(m) is nn.Conv3d and m.kernel_size == m.stride]
+    for convolution in found:
+        if not any(convolution.padding) and set(convolution.dilation) == {1} and convolution.groups == 1:
+            convolution.__class__ = PatchProduct
+    return sum(type(convolution) is PatchProduct for convolution in found)
+
+
+def _tower_of(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule(family_of(model).vision.removesuffix("."))
 
 
 def is_gated(module: nn.Module) -> bool:

@@ -7,8 +7,9 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
 
 from collator import VisionSFTCollator
+from models.loading import load_model
 from models.lora import build_lora_config
-from models.tower import FusedMLP, PatchProduct, speed_up_frozen_tower
+from models.tower import FusedMLP, PatchProduct, multiply_patches, speed_up_frozen_tower
 
 
 class Config:
@@ -46,3 +47,21 @@ def test_a_frozen_tower_sees_the_same_and_a_trained_one_stays_as_it_is(tiny_base
     assert {name for name in model.state_dict() if "lora_" in name} == names
     with torch.no_grad():
         torch.testing.assert_close(base.model.visual(*images).pooler_output, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_every_loaded_model_multiplies_its_patches_with_the_published_weights(tiny_base, processor, demo_splits):
+    batch = VisionSFTCollator(processor, packed=True)([demo_splits["train"][0]])
+    images = batch["pixel_values"], batch["image_grid_thw"]
+    stock = AutoModelForImageTextToText.from_pretrained(tiny_base).eval()
+    loaded = load_model(str(tiny_base), quantization=None, dtype="float32").eval()
+    assert isinstance(loaded.model.visual.patch_embed.proj, PatchProduct) and multiply_patches(loaded) == 0
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in stock.state_dict().items())
+    with torch.no_grad():
+        expected, found = (model.model.visual(*images).pooler_output for model in (stock, loaded))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_convolution_that_overlaps_stays_one(tiny_base):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_base)
+    model.model.visual.patch_embed.proj.padding = (0, 1, 1)
+    assert multiply_patches(model) == 0
