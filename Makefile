@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := outputs/demo
+FAMILY ?= qwen2_5_vl
 CANARY := .venv-canary
 PYTEST := -m pytest -n 2 --dist worksteal
 FAST := tests/unit -m "not slow and not scale"
@@ -25,10 +26,11 @@ $(VENV)/.installed: requirements.txt requirements.lock
 	@touch $@
 
 # A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to the evaluation's page.
+# FAMILY: a key of models/families.py.
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
-	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base
+	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base --family $(FAMILY)
 	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
 	$(BIN)/accelerate launch --num_processes 1 train_sft.py --config configs/demo.yaml
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16

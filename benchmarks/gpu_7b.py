@@ -1,11 +1,14 @@
-"""QLoRA steps of Qwen2.5-VL-7B's shapes on one GPU: stock TRL, ours packed, and ours with each optimisation off.
+"""QLoRA steps of published shapes on one GPU: stock TRL, ours packed, and ours with each optimisation off.
 
     python -m benchmarks.gpu_7b --out figures.json      # one GPU with 40 GB or more, under 10 minutes
+    python -m benchmarks.gpu_7b --shapes Qwen2.5-VL-7B Qwen3-VL-8B Qwen3.5-9B --only "packs of 8192"
     python -m benchmarks.gpu_7b --tiny                  # the same code on a CPU, in seconds, nothing compiled
 
-Needs no weights: the shapes are the 7B model's, the NF4 weights are random, the tokenizer is the demo's, the images
-are drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the last three are timed. Tokens are
-those of the samples, without padding. FLOPs are those executed: forward, recomputation, backward of activations.
+Needs no weights: the shapes are those of models/families.py, the NF4 weights are random, the tokenizer is the demo's,
+the images are drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the last three are timed.
+Tokens are those of the samples, without padding. FLOPs are those of the linear layers: HFU counts those executed
+(forward, recomputation, backward of activations), MFU leaves recomputation out, both as a share of the data sheet's
+peak. Qwen3.5 is packed where flash-linear-attention is installed.
 """
 
 import argparse
@@ -33,7 +36,8 @@ from datasets import Dataset, List, disable_progress_bars
 from datasets import Image as ImageFeature
 from peft import get_peft_model
 from PIL import Image, ImageFilter
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, TrainerCallback
+from transformers.utils import is_flash_linear_attention_available
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -42,36 +46,18 @@ from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.compilation import compile_layers
+from models.families import FAMILIES, published_config
 from models.lora import build_lora_config
+from models.thinking import set_thinking
+from models.tower import multiply_patches
+from planning.estimates import GPUS
 from training.lengths import measure_lengths
 from training.samplers import EpochOrder, PackSampler, PaddedSampler, count_epochs
 from training.trainer import SafeSFTTrainer, pin_trainable_to_float32
 
-# Qwen/Qwen2.5-VL-7B-Instruct, config.json
-TEXT_7B = {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "layer_types": ["full_attention"] * 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 128000,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-}
-VISION_7B = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "window_size": 112,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-}
-TINY_LAYERS = 2  # with --tiny
+DEFAULT_SHAPES = "Qwen2.5-VL-7B"
+TINY_LAYERS = 3  # with --tiny
+PEAKS = {"H200": GPUS["H100"], **GPUS}  # FLOP/s; both have the same chip
 
 
 @dataclass
@@ -88,12 +74,19 @@ class Setting:
     stock: bool = False
 
 
-def settings(tiny: bool) -> list[Setting]:
+def settings(tiny: bool, *, packs_are_exact: bool = True, borders_by_sdpa: bool = True) -> list[Setting]:
+    """Return the lines of the table that make sense for a model.
+
+    Args:
+        tiny: whether the packs are small.
+        packs_are_exact: whether samples of a pack do not see each other; else there are no packs.
+        borders_by_sdpa: whether that holds without varlen too.
+    """
     sizes = (256, 512, 1024) if tiny else (4096, 8192, 16384)
     optimised = {"varlen": True, "compiled": True}
     packs = [Setting(f"ours, packs of {size}", pack_tokens=size, **optimised) for size in sizes]
     small, middle, _ = sizes
-    return [
+    rows = [
         Setting("stock TRL, batch 1 x 4", accumulate=4, stock=True),
         Setting("stock TRL, batch 16 x 1, its best", batch=2 if tiny else 16, stock=True),
         *packs,
@@ -102,6 +95,7 @@ def settings(tiny: bool) -> list[Setting]:
         Setting("without packing: batch 16", batch=2 if tiny else 16, **optimised),
         Setting(f"packs of {small}, without checkpointing", pack_tokens=small, checkpointing=False, **optimised),
     ]
+    return [row for row in rows if row.pack_tokens is None or (packs_are_exact and (row.varlen or borders_by_sdpa))]
 
 
 def draw_samples(
@@ -126,28 +120,46 @@ def draw_samples(
     return Dataset.from_list(rows, features=FEATURES).cast_column("images", List(ImageFeature(decode=False)))
 
 
-def build_model(processor, tiny: bool, device: torch.device) -> torch.nn.Module:
-    """Build the model with NF4 language layers, one by one, so that the 7B weights are never all in 16 bit."""
-    config = build_config(processor.tokenizer, hidden_size=128, num_layers=TINY_LAYERS)
-    if not tiny:
-        ids = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
-        config = Qwen2_5_VLConfig(
-            text_config={**config.text_config.to_dict(), **TEXT_7B}, vision_config=VISION_7B, **ids
-        )
+def build_shapes(processor, shapes: str, tiny: bool) -> PreTrainedConfig:
+    """Return the configuration of published shapes with the demo's tokens, or with `tiny` few layers of their kind."""
+    published = published_config(shapes)
+    sizes = {"hidden_size": 128, "num_layers": TINY_LAYERS, "family": published.model_type}
+    config = build_config(processor.tokenizer, **sizes)
+    if tiny:
+        return config
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id"):
+            setattr(published, name, value)
+    return published
+
+
+def build_demo_processor(shapes: str):
+    """Return the processor of the shapes' family with the demo's tokenizer and images of 64 to 768 tokens."""
+    kind = published_config(shapes).model_type
+    texts, side = ["the lesion shows a brown network with regular borders. What is shown?"], FAMILIES[kind].token_side
+    processor = build_processor(texts, family=kind)
+    processor.image_processor.size = {"shortest_edge": 64 * side**2, "longest_edge": 768 * side**2}
+    set_thinking(processor, "off")
+    return processor
+
+
+def build_model(processor, tiny: bool, device: torch.device, shapes: str = DEFAULT_SHAPES) -> torch.nn.Module:
+    """Build the model with NF4 language layers, one by one, so that the weights are never all in 16 bit."""
+    config = build_shapes(processor, shapes, tiny)
     layers, config.text_config.num_hidden_layers = config.text_config.num_hidden_layers, 1
-    config.text_config.layer_types = ["full_attention"] * layers
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        stack = model.model.language_model.layers
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        stack, config = model.model.language_model.layers, model.config
         quantise(stack[0], dtype)
         for number in range(1, layers):
             stack.append(quantise(type(stack[0])(config.text_config, number), dtype))
     torch.set_default_dtype(before)
     config.text_config.num_hidden_layers = layers
+    multiply_patches(model)
     model.is_loaded_in_4bit = True  # as from_pretrained leaves it, for PEFT and TRL
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -265,12 +277,13 @@ def tokens_a_step(trainer: SFTTrainer, setting: Setting, lengths: list[int]) -> 
     return statistics.mean(lengths) * setting.batch * setting.accumulate
 
 
-def flops_per_second(base, setting: Setting, result: dict, image_share: float) -> float:
+def flops_per_second(base, setting: Setting, result: dict, image_share: float, *, recomputed: bool = True) -> float:
     """Return the FLOP/s of the linear layers: 2 per weight and token for the forward pass, 2 for the backward of
-    activations, 2 for recomputation; the frozen tower runs forward only, on four patches per image token."""
+    activations, 2 for recomputation unless it is left out (`recomputed`); the frozen tower runs forward only, on four
+    patches per image token."""
     linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
     tower = sum(p.numel() for p in base.model.visual.parameters())
-    passes = 3 if setting.checkpointing else 2
+    passes = 3 if setting.checkpointing and recomputed else 2
     return result["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
 
 
@@ -307,10 +320,16 @@ def tower_times(base, processor, train: Dataset, images: int = 12) -> dict[str, 
     return {name: statistics.median(durations[2:]) for name, durations in times.items()}
 
 
-def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
+def agreement(base, processor, train: Dataset, packs: list[str]) -> dict[str, dict[str, float]]:
     """Return the relative differences of a pack's loss and gradients from those of the padded samples with SDPA.
 
     With SDPA the difference is rounding; with varlen it should be no larger.
+
+    Args:
+        base: see `build_model`.
+        processor: see `build_demo_processor`.
+        train: see `draw_samples`.
+        packs: of "packed, sdpa" and "packed, varlen", those that the model can.
     """
     samples, results = [train[n] for n in range(6)], {}
     model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.0))
@@ -318,7 +337,7 @@ def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
     for parameter in model.parameters():
         if parameter.requires_grad:  # B is zero at first, and A would have no gradient
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator(device).manual_seed(1))
-    for name in ("padded, sdpa", "packed, sdpa", "packed, varlen"):
+    for name in ("padded, sdpa", *packs):
         base.config._attn_implementation = "sdpa"
         if name == "packed, varlen":
             use_varlen(base)
@@ -341,23 +360,24 @@ def agreement(base, processor, train: Dataset) -> dict[str, dict[str, float]]:
     }
 
 
-def table(rows: list[dict], ceiling: float | None) -> str:
+def table(rows: list[dict], peak: float | None) -> str:
     first = rows[0].get("tokens_per_second")
-    lines = [f"{'setting':<44}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of peak':>9}{'GB':>7}"]
+    lines = [f"{'setting':<44}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'HFU':>6}{'MFU':>6}{'GB':>7}"]
     for row in rows:
         if "error" in row:
             lines.append(f"{row['name']:<44}{row['error']:>18}")
             continue
-        share = f"{row['flops'] / ceiling:.0%}" if ceiling else ""
+        hfu, mfu = (f"{row[name] / peak:.0%}" if peak else "" for name in ("flops", "useful_flops"))
         memory = f"{row['memory_gb']:.1f}" if row["memory_gb"] else ""
         ratio = f"{row['tokens_per_second'] / first:.2f}" if first else ""
         speed = f"{row['tokens_per_second']:,.0f}"
-        lines.append(f"{row['name']:<44}{speed:>10}{ratio:>8}{row['flops'] / 1e12:>9.1f}{share:>9}{memory:>7}")
+        lines.append(f"{row['name']:<44}{speed:>10}{ratio:>8}{row['flops'] / 1e12:>9.1f}{hfu:>6}{mfu:>6}{memory:>7}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=[DEFAULT_SHAPES], help="names in models/families.py")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and small images, on a CPU too")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="settings whose name contains one of these words")
@@ -366,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ValueError("no GPU here: --tiny runs the same code on a CPU")
+    if unknown := [name for name in args.shapes if published_config(name) is None]:
+        raise ValueError(f"--shapes: unknown {', '.join(unknown)}; models/families.py has the known ones")
     disable_progress_bars()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     environment = {
@@ -373,35 +395,49 @@ def main(argv: list[str] | None = None) -> None:
         "transformers": transformers.__version__, "trl": trl.__version__,
     }  # fmt: skip
     print(", ".join(environment.values()))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        processor = build_processor(["the lesion shows a brown network with regular borders. What is shown?"])
-        processor.image_processor.size = {"shortest_edge": 50176, "longest_edge": 602112}
-        train = draw_samples(24 if args.tiny else 400, (112, 84) if args.tiny else (600, 450))
-        measured = measure_lengths(train, processor)
-        lengths, image_share = measured.total, sum(measured.image) / sum(measured.total)
-        print(f"{len(lengths)} samples of {statistics.mean(lengths):.0f} tokens on average, {image_share:.0%} image")
-        base = build_model(processor, args.tiny, device)
-        environment["agreement"] = agreement(base, processor, train)
-        environment["tower_seconds"] = tower_times(base, processor, train)
-        print(f"beside padded SDPA, relative: {environment['agreement']}")
-        print(f"tower, seconds for 12 images: {environment['tower_seconds']}", flush=True)
-        ceiling = matmul_ceiling(device) if device.type == "cuda" else None
-        if not args.tiny:
-            compile_layers(base)
-        rows = []
-        for setting in settings(args.tiny):
+    ceiling = matmul_ceiling(device) if device.type == "cuda" else None
+    peak = next((value for name, value in PEAKS.items() if name in machine), ceiling)
+    models = {}
+    for shapes in args.shapes:
+        models[shapes] = measure_shapes(shapes, args, device)
+        if args.out:
+            args.out.write_text(
+                json.dumps({**environment, "ceiling": ceiling, "peak": peak, "models": models}, indent=1)
+            )
+        print(f"\n{shapes}", table(models[shapes]["rows"], peak), sep="\n", flush=True)
+    print(f"\nbf16 matmul ceiling: {ceiling / 1e12:.0f} of {peak / 1e12:.0f} TFLOP/s" if ceiling else "")
+
+
+def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """Return what is measured of one model: `agreement`, `tower_seconds` and the table's `rows`."""
+    linear = FAMILIES[published_config(shapes).model_type].linear_attention
+    exact = not linear or is_flash_linear_attention_available()
+    packs = [name for name in ("packed, sdpa", "packed, varlen") if exact and ("varlen" in name or not linear)]
+    processor = build_demo_processor(shapes)
+    train = draw_samples(24 if args.tiny else 400, (112, 84) if args.tiny else (600, 450))
+    lengths = measure_lengths(train, processor)
+    image_share = sum(lengths.image) / sum(lengths.total)
+    print(f"\n{shapes}: samples of {statistics.mean(lengths.total):.0f} tokens on average, {image_share:.0%} image")
+    base = build_model(processor, args.tiny, device, shapes)
+    found = {"agreement": agreement(base, processor, train, packs)}
+    found["tower_seconds"] = tower_times(base, processor, train)
+    print(f"beside padded SDPA, relative: {found['agreement']}")
+    print(f"tower, seconds for 12 images: {found['tower_seconds']}", flush=True)
+    if not args.tiny:
+        compile_layers(base)
+    found["rows"] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in settings(args.tiny, packs_are_exact=exact, borders_by_sdpa=not linear):
             if args.only and not any(word in setting.name for word in args.only):
                 continue
             steps = args.steps if setting.compiled else min(args.steps, 4)  # the first ones are spent on compiling
-            result = measure(setting, base, processor, train, lengths, steps, folder / "run")
+            result = measure(setting, base, processor, train, lengths.total, steps, Path(folder) / "run")
             if "error" not in result:
                 result["flops"] = flops_per_second(base, setting, result, image_share)
-            rows.append({"name": setting.name, **result})
-            print(rows[-1], flush=True)
-            if args.out:
-                args.out.write_text(json.dumps({**environment, "ceiling": ceiling, "rows": rows}, indent=1))
-    print(f"bf16 matmul ceiling: {ceiling / 1e12:.0f} TFLOP/s\n" if ceiling else "", table(rows, ceiling), sep="\n")
+                result["useful_flops"] = flops_per_second(base, setting, result, image_share, recomputed=False)
+            found["rows"].append({"name": setting.name, **result})
+            print(found["rows"][-1], flush=True)
+    return found
 
 
 if __name__ == "__main__":

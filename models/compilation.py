@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.compat import allow_more_graphs
+from models.families import family_of
 from models.recomputation import make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
@@ -24,7 +25,8 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
     Args:
         model: with LoRA.
         whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
-            (complete ones took minutes to compile then) and weights that come and go during a step, as with FSDP2.
+            (complete ones took minutes to compile then), weights that come and go during a step, as with FSDP2, and
+            layers with linear attention, where only these parts are compiled.
         keep_wide: recompute selectively, see `recompute_selected`; this many layers of each kind keep wide products.
             None keeps what the compiler chooses.
 
@@ -34,10 +36,12 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
     check_compiler()
     allow_more_graphs()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not whole:
+    linear_attention = family_of(model).linear_attention
+    if not whole or linear_attention:
         for layer in layers:
-            for part in layer.children():
-                part.compile(dynamic=True)
+            for name, part in layer.named_children():
+                # The rest of linear attention has kernels of its own, which the compiler cannot see into.
+                (part.norm if name == linear_attention else part).compile(dynamic=True)
         return
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself
     classes, counts, device = {}, Counter(), next(model.parameters()).device

@@ -27,11 +27,12 @@ def keep_samples_apart(model: PreTrainedModel) -> None:
     convolution looks back, which is what it sees before the first token of a row.
     """
     family = family_of(model)
-    if not family.linear_attention:
+    language = model.get_submodule(family.language_layers.removesuffix(".layers."))
+    if not family.linear_attention or getattr(language, "keeps_samples_apart", False):
         return
+    language.keeps_samples_apart = True
     layers = [m for name, m in model.named_modules() if name.split(".")[-1] == family.linear_attention]
     gap = layers[0].conv_kernel_size - 1
-    language = model.get_submodule(family.language_layers.removesuffix(".layers."))
     language.register_forward_pre_hook(lambda _, args, kwargs: (args, _add_layout(kwargs, gap)), with_kwargs=True)
     for layer in layers:
         layer.register_forward_pre_hook(_spread, with_kwargs=True)

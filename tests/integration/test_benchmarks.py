@@ -2,17 +2,32 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu_7b, train_step
 
 
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
     out = tmp_path / "results.json"
     gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out)])
-    results = json.loads(out.read_text())
+    results = json.loads(out.read_text())["models"]["Qwen2.5-VL-7B"]
     assert len(results["rows"]) == 9 and all(row["tokens_per_second"] > 0 for row in results["rows"])
     assert results["agreement"]["packed, varlen"]["loss"] < 1e-5
     assert results["agreement"]["packed, varlen"]["gradient"] < 1e-4
-    assert "stock TRL, batch 1 x 4" in capsys.readouterr().out.splitlines()[-9]
+    assert "stock TRL, batch 1 x 4" in capsys.readouterr().out.splitlines()[-10]
+
+
+@pytest.mark.parametrize("shapes", ["Qwen3-VL-8B", "Qwen3.5-9B"])
+def test_the_gpu_benchmark_takes_other_shapes(shapes, tmp_path):
+    out = tmp_path / "results.json"
+    gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out), "--shapes", shapes, "--only", "without packing"])
+    [row] = json.loads(out.read_text())["models"][shapes]["rows"]
+    assert row["flops"] > row["useful_flops"] > 0
+
+
+def test_the_gpu_benchmark_names_unknown_shapes():
+    with pytest.raises(ValueError, match="--shapes: unknown Qwen9-VL-1B"):
+        gpu_7b.main(["--tiny", "--shapes", "Qwen9-VL-1B"])
 
 
 def test_the_benchmark_of_training_steps_gives_each_side_every_sample_once(capsys):

@@ -337,6 +337,20 @@ def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
     assert generate(model, processor, PROMPTS, 6)[0] == [generate(model, processor, [one], 6)[0][0] for one in PROMPTS]
 
 
+@torch.no_grad()
+def test_scored_answers_have_the_likelihoods_of_complete_sequences(base, processor):
+    """Not shared: prompt and answer in one pass, without a cache."""
+    model = load_answering_model(None, base=str(base), quantization="none", dtype="float32")
+    shared = score_answers(model, processor, PROMPTS, [ANSWERS] * len(PROMPTS))
+    for one, row in zip(PROMPTS, shared, strict=True):
+        prompt = render_prompt(processor, one["messages"], skip_thought=True)
+        for answer, score in zip(ANSWERS, row, strict=True):
+            batch = encode(processor, [one], [f"{prompt}{answer}<|im_end|>"], padding_side="right")
+            count = len(processor.tokenizer(f"{answer}<|im_end|>")["input_ids"])
+            ids, logs = batch["input_ids"][0, -count:], model(**batch).logits[0, -count - 1 : -1].log_softmax(-1)
+            assert logs.gather(1, ids[:, None]).sum().item() == pytest.approx(score.item(), abs=1e-4)
+
+
 def test_fsdp2_finds_the_layers_that_it_shards(plain, family):
     layers = [
         name for name, module in plain.named_modules() if type(module).__name__ == FAMILIES[family].decoder_layer
