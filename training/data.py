@@ -88,10 +88,10 @@ def open_splits(settings: Settings) -> DatasetDict:
 
 
 def check_thoughts(splits: DatasetDict, thinking: str) -> None:
-    """Raise ValueError for answers with a thought that the recipe's `thinking` does not allow, or a broken one."""
+    """Raise ValueError for answers to learn with a thought that `thinking` does not allow, or with a broken one."""
     wrong = [
         f"sample {sample_id!r}: {problem}"
-        for split in splits.values()
+        for split in (splits[name] for name in ("train", "validation") if name in splits)
         for sample_id, messages in zip(split["id"], split["messages"], strict=True)
         for message in messages
         if message["role"] == "assistant" and (problem := check_thought(message["content"], thinking))

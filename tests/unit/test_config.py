@@ -62,6 +62,14 @@ def test_gradient_checkpointing_is_auto_true_or_false(parse, text, found):
     assert training.gradient_checkpointing is found or training.gradient_checkpointing == found
 
 
+def test_thinking_is_off_or_on(parse):
+    """In YAML 1.2 these words are text."""
+    assert [parse(text)[0].thinking for text in ("", "thinking: off\n", "thinking: on\n")] == ["off", "off", "on"]
+    assert parse("thinking: on\n", "--thinking", "off")[0].thinking == "off"
+    with pytest.raises(ValueError, match="thinking: expected one of off, on, found 'True'"):
+        parse("thinking: true\n")
+
+
 def test_two_processes_prepare_images_unless_the_recipe_says_otherwise(parse):
     assert parse()[1].dataloader_num_workers == 2
     assert parse("dataloader_num_workers: 0\n")[1].dataloader_num_workers == 0

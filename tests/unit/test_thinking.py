@@ -15,6 +15,7 @@ from demo.tiny_model import build_processor
 from helpers.runs import TEXTS
 from models.families import FAMILIES
 from models.thinking import CLOSING, OPENING, check_thought, set_thinking, split_thought
+from training.data import check_thoughts
 
 THINKING = ("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8")
 TEMPLATES = [("qwen2_5_vl", "qwen2_vl"), ("qwen2_5_vl", "qwen2_5_vl"), ("qwen3_vl", "qwen3_vl")]
@@ -205,3 +206,18 @@ def test_the_families_that_think_are_known_by_their_template():
     for family in FAMILIES.values():
         template = getattr(chat_template_utils, f"{family.chat_template}_chat_template")
         assert family.thinks == ("enable_thinking" in template)
+
+
+def test_data_whose_thoughts_do_not_fit_the_recipe_names_the_first():
+    def split(*answers):
+        turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in answers]
+        return {"id": [f"s{n}" for n in range(len(answers))], "messages": turns}
+
+    splits = {"train": split("A nevus.", "<think>Dark.</think>A nevus."), "test": split("<think>Dark.</think>")}
+    with pytest.raises(
+        ValueError, match=r"thinking: 2 answers have a wrong thought; the first is of sample 's1': it holds"
+    ):
+        check_thoughts(splits, "off")
+    with pytest.raises(ValueError, match="of sample 's0': nothing follows its thought"):
+        check_thoughts(splits, "on")
+    check_thoughts({"train": splits["train"]}, "on")
