@@ -213,11 +213,11 @@ def test_data_whose_thoughts_do_not_fit_the_recipe_names_the_first():
         turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in answers]
         return {"id": [f"s{n}" for n in range(len(answers))], "messages": turns}
 
-    splits = {"train": split("A nevus.", "<think>Dark.</think>A nevus."), "test": split("<think>Dark.</think>")}
-    with pytest.raises(
-        ValueError, match=r"thinking: 2 answers have a wrong thought; the first is of sample 's1': it holds"
-    ):
+    good, bad = "<think>Dark.</think>A nevus.", "<think>Dark.</think>"
+    splits = {"train": split("A nevus.", good), "validation": split(bad), "test": split(bad)}
+    rule = "thinking: 2 answers have a wrong thought; the first is of sample 's1': it holds a thought"
+    with pytest.raises(ValueError, match=rule):
         check_thoughts(splits, "off")
-    with pytest.raises(ValueError, match="of sample 's0': nothing follows its thought"):
+    with pytest.raises(ValueError, match=r"1 answers have a wrong thought; .* 's0': nothing follows its thought"):
         check_thoughts(splits, "on")
-    check_thoughts({"train": splits["train"]}, "on")
+    check_thoughts({"train": splits["train"], "test": splits["test"]}, "on")
