@@ -59,10 +59,11 @@ def spread_layout(cu_seqlens: torch.Tensor, length: int, gap: int) -> tuple[torc
     Returns:
         The places, and the borders with them, int64: a gap belongs to the sample before it, which does not see it.
     """
-    samples, tokens = cu_seqlens.numel() - 1, torch.arange(length, device=cu_seqlens.device)
+    cu_seqlens, samples = cu_seqlens.long(), cu_seqlens.numel() - 1
+    tokens = torch.arange(length, device=cu_seqlens.device)
     before = torch.bucketize(tokens, cu_seqlens[1:], right=True)  # samples that end before the token
     shift = gap * torch.arange(samples + 1, device=cu_seqlens.device).clamp(max=samples - 1)
-    return tokens + gap * before, cu_seqlens.long() + shift
+    return tokens + gap * before, cu_seqlens + shift
 
 
 def _spread(layer: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

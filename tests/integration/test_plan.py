@@ -161,6 +161,15 @@ def test_memory_of_all_layers_follows_from_a_few(name, checkpointing, train_visi
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_layers_of_two_kinds_follows_from_two_periods(checkpointing):
+    config = with_layers(published_config("Qwen3.5-0.8B"), 12)
+    config.vision_config.depth = 2
+    step = {"tokens": 512, "image_tokens": 300, "checkpointing": checkpointing, "dtype": torch.bfloat16}
+    complete = trace_step(add_lora(build_without_weights(config, torch.bfloat16), LORA), **step)
+    assert trace_model(config, LORA, **step) == complete
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_in_nf4_keep_no_other_activations(checkpointing):
     config, step = small_config(256, 768, 4, 4, 128), {"tokens": 512, "image_tokens": 256}
     saved, peak = measured_step(config, 512, 256, checkpointing=checkpointing, quantized=True)
