@@ -3,13 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := outputs/demo
-FAMILY ?= qwen2_5_vl
 CANARY := .venv-canary
 PYTEST := -m pytest -n 2 --dist worksteal
 FAST := tests/unit -m "not slow and not scale"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Seconds; one of torch's wheels has 600 MB.
 export UV_HTTP_TIMEOUT ?= 300
+# Of the demo's model: a key of models/families.py.
+FAMILY ?= qwen2_5_vl
 
 .PHONY: install demo check test reliability pillow canary style quality lock
 
@@ -26,7 +27,6 @@ $(VENV)/.installed: requirements.txt requirements.lock
 	@touch $@
 
 # A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to the evaluation's page.
-# FAMILY: a key of models/families.py.
 demo: install
 	rm -rf $(DEMO)
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
