@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from common.files import atomic_path, check_parent
 from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
-from evaluation.merging import choose_base, merge, read_target_weights
+from evaluation.merging import check_16_bit, choose_base, merge, read_target_weights
 from models.adapters import MERGED_ADAPTER, check_not_merged, decode_greedily, describe_merge
 from models.loading import load_model, load_processor, readable_out_of_memory
 from publishing.hub import push_merged_model
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_options(args)
     base, revision = choose_base(args.adapter, args.base)
+    check_16_bit(base, revision)
     check_not_merged(args.adapter, base)
     targets = read_target_weights(args.adapter)
     processor = load_processor(args.adapter)

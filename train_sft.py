@@ -18,6 +18,7 @@ from planning.smoke_test import dry_run
 from publishing.run_facts import describe_base
 from training.build import build_model, build_trainer, decide_checkpointing
 from training.config import parse_config
+from training.config_checks import check_base
 from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed, own_output, shard_layers
 from training.memory_probe import out_of_memory_advice
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> int | None:
 def train(settings: Settings) -> int | None:
     # Checkpoint and repository: what can be refused within a second
     checkpoint = choose_start(settings)
-    family = family_of(load_config(settings.model.model_name_or_path, revision=settings.model.model_revision))
+    config = load_config(settings.model.model_name_or_path, revision=settings.model.model_revision)
+    check_base(settings.model, config)
+    family = family_of(config)
     if settings.training.packing:
         check_packing(family)
     shard_layers(family.decoder_layer)

@@ -6,6 +6,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
 from models.adapters import attach_adapter, read_adapter_config, read_run_facts
+from models.loading import load_config
+from models.quantization import stored_quantization
 
 
 def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
@@ -16,6 +18,13 @@ def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
     if base:
         return base, None
     return config.base_model_name_or_path, read_run_facts(adapter).get("revision")
+
+
+def check_16_bit(base: str, revision: str | None) -> None:
+    """Raise ValueError for a base that comes in 4 bit: an adapter cannot be added to such weights without a loss."""
+    if stored_quantization(load_config(base, revision=revision)):
+        rule = "a merge adds the adapter to 16-bit weights: name the 16-bit base by --base"
+        raise ValueError(f"{base} comes in 4 bit, and {rule}")
 
 
 def read_target_weights(adapter: str) -> set[str]:

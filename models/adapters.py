@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
 from models.families import FAMILIES, family_of
 from models.loading import load_config, load_model, readable_out_of_memory
+from models.quantization import STORED, check_same_stored, stored_quantization
 
 CONFIG_NAME = "adapter_config.json"
 # What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
@@ -32,7 +33,7 @@ def load_answering_model(
     Args:
         adapter: folder or Hub id of an adapter; None for the base alone.
         base: folder or Hub id of a base model; the one that the adapter names when None.
-        quantization: "nf4", "none", or "auto": as in training, none without an adapter.
+        quantization: "nf4", "none", or "auto": as in training; without an adapter as the base comes.
         dtype: of the arithmetic; as in training when None, bfloat16 without an adapter.
 
     Raises:
@@ -43,7 +44,9 @@ def load_answering_model(
     settings = loading_settings(adapter, base=base, quantization=quantization, dtype=dtype)
     advice = "load the base in 4 bit (--quantization nf4), or take a smaller one"
     with readable_out_of_memory(advice):
+        trained_on = settings.pop("stored_layers", None)
         model = load_model(base or read_adapter_config(adapter).base_model_name_or_path, **settings)
+        check_same_stored(model, trained_on)
         decode_greedily(model)
         return (attach_adapter(model, adapter) if adapter else model).eval()
 
@@ -183,11 +186,18 @@ def _base_settings(adapter: str, *, base: str | None, quantization: str, dtype: 
 
 
 def loading_settings(adapter: str | None, *, base: str | None, quantization: str, dtype: str | None) -> dict:
-    """Return the keywords of `load_model`: those that the adapter's run recorded, changed by the options."""
+    """Return the keywords of `load_model`: those that the adapter's run recorded, changed by the options.
+
+    `stored_layers` is with them for a base that came in 4 bit: see `quantization.describe_stored`.
+    """
     settings = read_run_facts(adapter) if adapter else {}
     settings.pop("thinking", None)  # in the processor's chat template
-    if adapter and not settings and quantization == "auto":
-        print(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)", file=sys.stderr)
+    if not settings and quantization == "auto":
+        name = base or (read_adapter_config(adapter).base_model_name_or_path if adapter else None)
+        if name and stored_quantization(load_config(name)):
+            settings["quantization"] = STORED
+        elif adapter:
+            print(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)", file=sys.stderr)
     settings = {"quantization": None, "dtype": "bfloat16", **settings}
     if quantization != "auto":
         settings["quantization"] = None if quantization == "none" else quantization
@@ -195,6 +205,7 @@ def loading_settings(adapter: str | None, *, base: str | None, quantization: str
         settings["dtype"] = dtype
     if base:
         settings["revision"] = None
+        settings.pop("stored_layers", None)
     return settings
 
 

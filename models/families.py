@@ -63,6 +63,7 @@ class Family:
     lora_targets: tuple[str, ...] = ATTENTION_AND_MLP  # linear language layers that LoRA adapts by default
     output_key: str = "out_hidden_size"  # name in the vision configuration of the language model's width
     language_layers: str = "model.language_model.layers."
+    former_language_layers: str = "model.layers."  # before transformers 4.52, and still in files
     vision: str = "model.visual."
     vision_blocks: str = "model.visual.blocks."
     mergers: tuple[str, ...] = ("model.visual.merger.",)
@@ -77,6 +78,11 @@ class Family:
     tokenizer: type = Qwen2Tokenizer
     image_processor: Callable = Qwen2VLImageProcessor
     video_processor: Callable = Qwen2VLVideoProcessor
+
+    def former_path(self, path: str) -> str:
+        """Return a module's path as it was before transformers 4.52."""
+        layer = path.removeprefix(self.language_layers)
+        return path if layer == path else self.former_language_layers + layer
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e6}

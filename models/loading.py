@@ -1,5 +1,6 @@
 """Loading the processor and the base model, and checking that layers have the requested precision."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,14 @@ from transformers.utils import logging
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
+from models.quantization import (
+    STORED,
+    check_stored,
+    resolve_quantization,
+    stored_quantization,
+    stored_readings,
+    use_stored_precision,
+)
 from models.thinking import set_thinking
 from models.tower import multiply_patches
 
@@ -117,7 +126,8 @@ def load_config(
     """Load the configuration of a base model; the arguments are those of `load_processor`.
 
     Raises:
-        ValueError: no model there, an adapter, or a model of an unknown family.
+        ValueError: no model there, an adapter, a model of an unknown family, or one that comes quantised in a way
+            that is not trained here.
     """
     if (Path(model_name_or_path) / "adapter_config.json").is_file():
         raise ValueError(f"{model_name_or_path!r} is an adapter; name its base model")
@@ -130,6 +140,7 @@ def load_config(
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
     if config.model_type not in FAMILIES:
         raise ValueError(_unknown_family(model_name_or_path, f"its model_type is {config.model_type}"))
+    check_stored(model_name_or_path, config)
     return config
 
 
@@ -148,9 +159,10 @@ def load_model(
 
     Args:
         model_name_or_path: Hub id or local folder.
-        quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`.
+        quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`. A base
+            that comes in 4 bit is used as it is, with "nf4" or "stored".
         dtype: of all other weights, and of the arithmetic. A CPU always computes in float32.
-        double_quant: quantise NF4's scales too, which saves 0.4 bit a weight.
+        double_quant: quantise NF4's scales too, which saves 0.4 bit a weight; of no effect where they are stored.
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
         revision: Hub branch, tag or commit.
         keep_dtype: use `dtype` on a CPU too: for weights that will be saved.
@@ -158,26 +170,44 @@ def load_model(
 
     Raises:
         ValueError: no model there or one of an unknown family, an unknown quantization, or a layer has another
-            precision than requested.
+            precision than requested, or than its config.json says.
     """
-    if quantization not in ("nf4", None):
-        raise ValueError(f"quantization: expected 'nf4' or None, found {quantization!r}")
-    family = family_of(load_config(model_name_or_path, revision=revision))
+    config = load_config(model_name_or_path, revision=revision)
+    quantization = resolve_quantization(model_name_or_path, config, quantization)
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     options = {"revision": revision, "dtype": dtype, "device_map": {"": device}}
-    if quantization:
+    if quantization == "nf4":
         storage = torch.uint8 if quant_storage == "uint8" else dtype
-        options["quantization_config"] = nf4_config(family, dtype, double_quant=double_quant, storage=storage)
+        options["quantization_config"] = nf4_config(
+            family_of(config), dtype, double_quant=double_quant, storage=storage
+        )
     if attn_implementation != VARLEN:
         options["attn_implementation"] = attn_implementation
-    model = _load_weights(model_name_or_path, options)
-    check_quantized(model, quantized=quantization is not None)
+    if quantization == STORED:
+        model = _load_stored(model_name_or_path, config, options)
+    else:
+        model = _load_weights(model_name_or_path, options)
+    check_quantized(model, quantization)
     multiply_patches(model)
     if attn_implementation == VARLEN:
         use_varlen(model)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
+    return model
+
+
+def _load_stored(name: str, config: PreTrainedConfig, options: dict) -> PreTrainedModel:
+    """Load a base that comes in 4 bit, in the precision of its file, to compute in the dtype of `options`."""
+    stored = stored_quantization(config)
+    compute = str(options["dtype"]).removeprefix("torch.")
+    # transformers would take 16-bit weights for 4-bit ones where it misreads the list, without a word
+    every_layer = {**stored, "llm_int8_skip_modules": [], "bnb_4bit_compute_dtype": compute}
+    prepared = copy.deepcopy(config)
+    prepared.quantization_config = every_layer
+    model = _load_weights(name, {**options, "config": prepared})
+    model.config.quantization_config = {**stored, "bnb_4bit_compute_dtype": compute}
+    use_stored_precision(model, options["dtype"])
     return model
 
 
@@ -273,12 +303,25 @@ def linear_names(model: torch.nn.Module, prefix: str | tuple[str, ...] = "") -> 
     return [name for name in linear if name.startswith(prefix)]
 
 
-def check_quantized(model: PreTrainedModel, *, quantized: bool) -> None:
-    """Raise ValueError unless exactly the language model's linear layers are in 4 bit (none if not `quantized`)."""
-    in_4_bit = {name for name in linear_names(model) if isinstance(model.get_submodule(name), Linear4bit)}
-    prefix = family_of(model).language_layers
-    expected = set(linear_names(model, prefix)) if quantized else set()
-    if quantized and not expected:
+def check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
+    """Raise ValueError unless exactly the layers that should be in 4 bit are.
+
+    Args:
+        model: with its quantised layers, or on the meta device.
+        quantization: "nf4": the language model's linear layers; "stored": those that config.json says; None: none.
+    """
+    layers = {name: model.get_submodule(name) for name in linear_names(model)}
+    in_4_bit = {name for name, layer in layers.items() if isinstance(layer, Linear4bit)}
+    prefix, readings = family_of(model).language_layers, [set()]
+    if quantization and not linear_names(model, prefix):
         raise ValueError(f"{type(model).__name__} has no linear layers under {prefix}*")
-    if wrong := sorted(in_4_bit ^ expected):
-        raise ValueError(f"{len(wrong)} layers do not have the requested precision, the first is {wrong[0]}")
+    if quantization:
+        readings = stored_readings(model) if quantization == STORED else [set(linear_names(model, prefix))]
+    for name in in_4_bit:
+        if layers[name].weight.device.type != "meta" and layers[name].weight.quant_state is None:
+            raise ValueError(f"{name} has no weights in 4 bit in the files of the model")
+    if in_4_bit in readings:
+        return
+    wrong = sorted(in_4_bit ^ readings[0])
+    rule = "the precision that config.json says" if quantization == STORED else "the requested precision"
+    raise ValueError(f"{len(wrong)} layers do not have {rule}, the first is {wrong[0]}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from data_prep import join_folds, load_splits
 from models.families import family_of
 from models.lora import count_trainable
+from models.quantization import STORED, describe_layers, format_stored, stored_quantization
 from planning.activations import trace_model
 from planning.estimates import (
     GB,
@@ -26,7 +27,15 @@ from planning.estimates import (
     steps_per_epoch,
     trained_bytes,
 )
-from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes
+from planning.shapes import (
+    add_lora,
+    build_without_weights,
+    count_weights,
+    quantise_without_weights,
+    read_config,
+    weight_bytes,
+)
+from training.config_checks import check_base
 from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, check_pack_limit, find_too_long, measure_lengths, select_lengths
 from training.memory_probe import SPARE
@@ -85,6 +94,7 @@ def print_plan(
 ) -> int:  # fmt: skip
     """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`."""
     config = print_model(settings, offline=offline)
+    check_base(settings.model, config)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
         check_pack_limit(args.max_length, settings.pack_tokens, None)
@@ -113,6 +123,10 @@ def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
     config, was_loaded = read_config(name, revision, local_files_only=offline)
     note = "" if was_loaded else ": cannot be read here, its shapes are known"
     print(f"model      {name}{note}")
+    if stored_quantization(config):
+        model = build_without_weights(config, torch.bfloat16)
+        quantise_without_weights(model, STORED, torch.bfloat16)
+        print(f"4 bit      {format_stored(describe_layers(model))}")
     return config
 
 
@@ -176,7 +190,10 @@ def print_steps(lengths: SampleLengths | None, settings: Settings) -> Steps:
 def plan_memory(
     config: PreTrainedConfig, settings: Settings, share: float, batch: int
 ) -> dict[tuple[bool, bool], MemoryPlan]:
-    """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train."""
+    """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train.
+
+    A base that comes in 4 bit has no plans without quantisation.
+    """
     model = settings.model
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
     lora, nested = settings.lora_options(), model.use_bnb_nested_quant
@@ -187,12 +204,16 @@ def plan_memory(
     for checkpointing in (False, True):
         step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": checkpointing}
         traced[checkpointing] = trace_model(config, lora, dtype=dtype, **step)
-    for quantized in (True, False):
+    for quantized in (True,) if stored_quantization(config) else (True, False):
         fixed[quantized] = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype) | trained
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize
     sizes = {"tokens": batch, "text_share": 1 - share}
     sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}
-    return {key: MemoryPlan(name, fixed[key[0]], traced[key[1]], **sizes) for key, name in PLAN_NAMES.items()}
+    return {
+        key: MemoryPlan(name, fixed[key[0]], traced[key[1]], **sizes)
+        for key, name in PLAN_NAMES.items()
+        if key[0] in fixed
+    }
 
 
 def choose_plan(

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from models.families import family_of, published_config
 from models.loading import check_quantized, linear_names, load_config, nf4_config
 from models.lora import build_lora_config, check_targets
+from models.quantization import STORED, resolve_quantization, stored_quantization, stored_readings
 from planning.compat import replace_with_bnb_linear
 
 BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
@@ -69,27 +70,40 @@ def weight_bytes(
 
     Args:
         config: of the model.
-        quantized: whether the language model's linear layers are in NF4.
-        double_quant: whether NF4's scales are quantised too.
+        quantized: whether the language model's linear layers are in NF4, or those of a base that comes in 4 bit.
+        double_quant: whether NF4's scales are quantised too; a base that comes in 4 bit has its own.
         dtype: of all other weights.
     """
     model, family = build_without_weights(config, dtype), family_of(config)
-    if quantized:
-        nf4 = nf4_config(family, dtype, double_quant=double_quant)
-        replace_with_bnb_linear(model, modules_to_not_convert=nf4.llm_int8_skip_modules, quantization_config=nf4)
-    check_quantized(model, quantized=quantized)
+    quantization = resolve_quantization("the base", config, "nf4" if quantized else None)
+    if quantization:
+        quantise_without_weights(model, quantization, dtype)
+    if quantization == STORED:
+        double_quant = stored_quantization(config)["bnb_4bit_use_double_quant"]
     in_4_bit = {m.weight: (m.in_features * m.out_features) for m in model.modules() if isinstance(m, Linear4bit)}
     embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # the same if tied
     parts = Counter()
     other = "norms and biases" if quantized else "language layers"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor in in_4_bit:
-            parts["language layers, NF4"] += nf4_bytes(in_4_bit[tensor], double_quant=double_quant)
+            part = "vision tower" if name.startswith(family.vision) else "language layers, NF4"
+            parts[part] += nf4_bytes(in_4_bit[tensor], double_quant=double_quant)
         elif name.startswith(family.vision):
             parts["vision tower"] += tensor.nbytes
         else:
             parts["embeddings, LM head" if any(tensor is x for x in embeddings) else other] += tensor.nbytes
     return dict(parts)
+
+
+def quantise_without_weights(model: PreTrainedModel, quantization: str, dtype: torch.dtype) -> None:
+    """Turn the layers of a model on the meta device into 4-bit ones that loading with `quantization` would."""
+    nf4 = nf4_config(family_of(model), dtype)
+    skipped = nf4.llm_int8_skip_modules
+    if quantization == STORED:
+        in_4_bit = stored_readings(model)[0]
+        skipped = [name for name in linear_names(model) if name not in in_4_bit]
+    replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=nf4)
+    check_quantized(model, quantization)
 
 
 def nf4_bytes(count: int, *, double_quant: bool) -> int:

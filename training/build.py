@@ -15,6 +15,7 @@ from common.console import print_rank0
 from models.compilation import compile_layers
 from models.loading import load_model
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
+from models.quantization import describe_stored, format_stored
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData
@@ -33,6 +34,8 @@ def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel
     # changes no result, and no other command shards
     storage = settings.model.bnb_4bit_quant_storage or "uint8"
     model = load_model(settings.model.model_name_or_path, **settings.loading_options(), quant_storage=storage)
+    if stored := describe_stored(model):
+        print_rank0(f"{'4 bit':<10} {format_stored(stored)}")
     lora = settings.lora_options()
     check_targets(model, lora["target_modules"])
     model = get_peft_model(model, build_lora_config(model, **lora))

@@ -5,10 +5,12 @@ import math
 import re
 from pathlib import Path
 
+from transformers import PreTrainedConfig
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
 
 from models.attention import VARLEN
+from models.quantization import stored_quantization
 from training.settings import DataArguments, TrainingSettings
 from training.trackers import TRACKERS
 
@@ -107,6 +109,19 @@ def _check_output(data: DataArguments, training: TrainingSettings, model: ModelC
     for name, path in {**inputs, "model_name_or_path": model.model_name_or_path}.items():
         if path and Path(path).is_dir() and Path(path).resolve() == Path(training.output_dir).resolve():
             raise ValueError(f"output_dir: {training.output_dir} is the folder of {name}; choose another one")
+
+
+def check_base(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a setting that contradicts how the base comes, by its configuration."""
+    stored, name = stored_quantization(config), model.model_name_or_path
+    if stored is None:
+        return
+    if not model.load_in_4bit:
+        raise ValueError(f"load_in_4bit: false, but {name} comes in 4 bit: set it to true, or name the 16-bit base")
+    storage = stored.get("bnb_4bit_quant_storage") or "uint8"
+    if model.bnb_4bit_quant_storage not in (None, storage):
+        rule = f"expected {storage}, in which {name} comes, found {model.bnb_4bit_quant_storage!r}"
+        raise ValueError(f"bnb_4bit_quant_storage: {rule}")
 
 
 def _check_trackers(names: list[str]) -> None:

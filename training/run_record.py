@@ -13,6 +13,7 @@ from peft import PeftModel
 from common.files import LOADING_SETTINGS
 from models.loading import resolve_dtype
 from models.lora import count_trainable
+from models.quantization import STORED, describe_stored
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, training_progress
 from training.callbacks import write_metrics
@@ -49,6 +50,8 @@ def write_run_record(settings: Settings, model: PeftModel, base: dict, data_fact
     options = settings.loading_options()
     dtype = resolve_dtype(options["dtype"], settings.training.device)  # a CPU computes in float32
     options["dtype"] = str(dtype).removeprefix("torch.")
+    if stored := describe_stored(model.get_base_model()):
+        options |= {"quantization": STORED, "double_quant": stored["double_quant"], "stored_layers": stored}
     options |= {"revision": base["commit"] or options["revision"], "thinking": settings.data.thinking}
     text = json.dumps(options, indent=2)
     (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")

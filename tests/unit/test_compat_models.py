@@ -7,9 +7,18 @@ from transformers import AutoModelForImageTextToText
 from trl import chat_template_utils
 
 from collator import VisionSFTCollator
+from helpers.stored import save_stored
 from models.attention import REGISTERED, use_varlen, varlen_attention
-from models.compat import get_attention, keep_trainable_on_cpu, set_attention
+from models.compat import (
+    anchored_match,
+    default_16_bit_modules,
+    get_attention,
+    is_stored_quantized,
+    keep_trainable_on_cpu,
+    set_attention,
+)
 from models.families import FAMILIES
+from models.loading import load_model
 
 pytestmark = pytest.mark.canary
 
@@ -70,3 +79,23 @@ def test_nf4_layers_have_the_switch_for_avx512():
 def test_trl_has_the_published_chat_template(kind):
     name = f"{FAMILIES[kind].chat_template}_chat_template"
     assert hasattr(chat_template_utils, name), f"trl: chat_template_utils.{name} is gone; the tiny models need it"
+
+
+def test_transformers_leaves_what_the_list_names_in_16_bit():
+    assert anchored_match("model.visual.merger.mlp.0", ["model.visual"]), (
+        "transformers: should_convert_module no longer takes a path from the top of the model"
+    )
+    assert not anchored_match("model.visual.merger.mlp.0", ["visual"]), (
+        "transformers: should_convert_module takes a part of a path; models.quantization.stored_readings may go"
+    )
+
+
+def test_the_lm_head_is_in_16_bit_by_default(model):
+    assert default_16_bit_modules(model) == ["lm_head"], "transformers: get_keys_to_not_convert names other modules"
+
+
+def test_a_model_says_whether_its_files_are_quantised(tiny_base, model, tmp_path):
+    stored = load_model(str(save_stored(tiny_base, tmp_path, ["lm_head"])), quantization="nf4", dtype="float32")
+    quantised = load_model(str(tiny_base), quantization="nf4", dtype="float32")
+    found = [is_stored_quantized(one) for one in (stored, quantised, model)]
+    assert found == [True, False, False], "transformers: hf_quantizer.pre_quantized is gone, or means something else"
