@@ -44,7 +44,7 @@ def train(settings: Settings) -> int | None:
     # Checkpoint and repository: what can be refused within a second
     checkpoint = choose_start(settings)
     config = load_config(settings.model.model_name_or_path, revision=settings.model.model_revision)
-    check_base(settings.model, config)
+    check_base(settings, config)
     family = family_of(config)
     if settings.training.packing:
         check_packing(family)

@@ -46,6 +46,7 @@ from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.compilation import compile_layers
+from models.experts import WEIGHTS, add_stand_ins, count_active, expert_layers, nf4_name, use_frozen_experts
 from models.families import FAMILIES, published_config
 from models.lora import build_lora_config
 from models.thinking import set_thinking
@@ -72,15 +73,19 @@ class Setting:
     compiled: bool = False
     checkpointing: bool = True
     stock: bool = False
+    target_experts: bool = False
 
 
-def settings(tiny: bool, *, packs_are_exact: bool = True, borders_by_sdpa: bool = True) -> list[Setting]:
+def settings(
+    tiny: bool, *, packs_are_exact: bool = True, borders_by_sdpa: bool = True, experts: bool = False
+) -> list[Setting]:
     """Return the lines of the table that make sense for a model.
 
     Args:
         tiny: whether the packs are small.
         packs_are_exact: whether samples of a pack do not see each other; else there are no packs.
         borders_by_sdpa: whether that holds without varlen too.
+        experts: whether the model has some; stock TRL then has no part that holds them in NF4.
     """
     sizes = (256, 512, 1024) if tiny else (4096, 8192, 16384)
     optimised = {"varlen": True, "compiled": True}
@@ -95,6 +100,11 @@ def settings(tiny: bool, *, packs_are_exact: bool = True, borders_by_sdpa: bool 
         Setting("without packing: batch 16", batch=2 if tiny else 16, **optimised),
         Setting(f"packs of {small}, without checkpointing", pack_tokens=small, checkpointing=False, **optimised),
     ]
+    if experts:
+        rows = [row for row in rows if not row.stock]
+        rows.append(
+            Setting(f"packs of {middle}, LoRA on experts", pack_tokens=middle, varlen=True, target_experts=True)
+        )
     return [row for row in rows if row.pack_tokens is None or (packs_are_exact and (row.varlen or borders_by_sdpa))]
 
 
@@ -160,6 +170,7 @@ def build_model(processor, tiny: bool, device: torch.device, shapes: str = DEFAU
     torch.set_default_dtype(before)
     config.text_config.num_hidden_layers = layers
     multiply_patches(model)
+    use_frozen_experts(model)
     model.is_loaded_in_4bit = True  # as from_pretrained leaves it, for PEFT and TRL
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -167,7 +178,18 @@ def build_model(processor, tiny: bool, device: torch.device, shapes: str = DEFAU
 
 
 def quantise(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Replace a layer's linear modules with NF4 ones of random weights."""
+    """Replace a layer's linear modules and experts with NF4 ones of random weights."""
+    for module in [module for module in layer.modules() if hasattr(module, "num_experts")]:
+        if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+            torch.nn.init.normal_(
+                module.weight, std=0.02
+            )  # a router; of zeros, all tokens would go to the same experts
+            continue
+        for name in WEIGHTS:
+            weight = torch.randn_like(getattr(module, name)) * 0.02
+            delattr(module, name)
+            options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
+            setattr(module, nf4_name(name), Params4bit(weight, **options).to(weight.device))
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is torch.nn.Linear:
@@ -238,7 +260,11 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     base.config._attn_implementation = "sdpa"
     if setting.varlen:
         use_varlen(base)
-    model = get_peft_model(base, build_lora_config(base, r=8, lora_alpha=16, lora_dropout=0.05))
+    if setting.target_experts:
+        add_stand_ins(base)
+    dropout = 0.0 if setting.target_experts else 0.05
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": dropout, "target_experts": setting.target_experts}
+    model = get_peft_model(base, build_lora_config(base, **lora))
     timer = StepTimer(device)
     if not setting.checkpointing:
         base.gradient_checkpointing_disable()  # the previous setting's trainer may have switched it on
@@ -282,9 +308,15 @@ def flops_per_second(base, setting: Setting, result: dict, image_share: float, *
     activations, 2 for recomputation unless it is left out (`recomputed`); the frozen tower runs forward only, on four
     patches per image token."""
     linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
+    linear += count_active(base.config, sum(weight.quant_state.shape.numel() for weight in nf4_experts(base)))
     tower = sum(p.numel() for p in base.model.visual.parameters())
     passes = 3 if setting.checkpointing and recomputed else 2
     return result["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
+
+
+def nf4_experts(base) -> list[Params4bit]:
+    """Return the weights of all experts."""
+    return [getattr(layer, nf4_name(name)) for layer in expert_layers(base).values() for name in WEIGHTS]
 
 
 def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
@@ -410,7 +442,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) -> dict:
     """Return what is measured of one model: `agreement`, `tower_seconds` and the table's `rows`."""
-    linear = FAMILIES[published_config(shapes).model_type].linear_attention
+    family = FAMILIES[published_config(shapes).model_type]
+    linear = family.linear_attention
     exact = not linear or is_flash_linear_attention_available()
     packs = [name for name in ("packed, sdpa", "packed, varlen") if exact and ("varlen" in name or not linear)]
     processor = build_demo_processor(shapes)
@@ -427,7 +460,8 @@ def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) 
         compile_layers(base)
     found["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
-        for setting in settings(args.tiny, packs_are_exact=exact, borders_by_sdpa=not linear):
+        options = {"packs_are_exact": exact, "borders_by_sdpa": not linear, "experts": bool(family.experts)}
+        for setting in settings(args.tiny, **options):
             if args.only and not any(word in setting.name for word in args.only):
                 continue
             steps = args.steps if setting.compiled else min(args.steps, 4)  # the first ones are spent on compiling

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
 from models.adapters import attach_adapter, read_adapter_config, read_run_facts
+from models.experts import WEIGHTS
 from models.loading import load_config
 from models.quantization import stored_quantization
 
@@ -47,14 +48,23 @@ def read_target_weights(adapter: str) -> set[str]:
         )
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
         raise ValueError(f"--adapter: {adapter}: every lora_B is zero; this adapter was never trained")
-    return {_target_weight(name) for name in tensors}
+    experts = read_adapter_config(adapter).target_parameters or ()
+    return {_target_weight(name, {path.rpartition(".")[0] for path in experts}) for name in tensors}
 
 
-def _target_weight(tensor: str) -> str:
-    """Return the base model's weight that a tensor of the adapter is added to, or that it replaces."""
+def _target_weight(tensor: str, experts: set[str]) -> str:
+    """Return the base model's weight that a tensor of the adapter is added to, or that it replaces.
+
+    Args:
+        tensor: its name in the file.
+        experts: ends of the paths of modules whose own parameters PEFT adapts, each by a layer around the last one.
+    """
     module, lora, kind = tensor.removeprefix("base_model.model.").partition(".lora_")
     if not lora:
         return module
+    path = module.replace(".base_layer", "")
+    if any(path.endswith(f".{end}") for end in experts):
+        return f"{path}.{WEIGHTS[-1 - module.count('.base_layer')]}"
     return f"{module}.bias" if kind == "B.bias" else f"{module}.weight"
 
 

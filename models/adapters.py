@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
+from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
 from models.loading import load_config, load_model, readable_out_of_memory
 from models.quantization import STORED, check_same_stored, stored_quantization
@@ -60,6 +61,8 @@ def attach_adapter(model: PreTrainedModel | PeftModel, adapter: str, *, name: st
     """
     check_family(model, adapter)
     options = {"adapter_name": name, "ignore_mismatched_sizes": True}  # `check_fit` counts all that does not fit
+    if getattr(read_adapter_config(adapter), "target_parameters", None):
+        add_stand_ins(model)
     with _peft_errors(adapter):
         if isinstance(model, PeftModel):
             model.load_adapter(adapter, **options)

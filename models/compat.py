@@ -4,9 +4,16 @@ from collections.abc import Callable
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.moe import ExpertsInterface, _grouped_mm
 from transformers.masking_utils import sdpa_mask
+from transformers.quantizers import register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 
@@ -46,6 +53,69 @@ def anchored_match(path: str, skipped: list[str]) -> bool:
 def default_16_bit_modules(model: PreTrainedModel) -> list[str]:
     """Return what transformers leaves in 16 bit without such a list: the LM head, and what is tied to others."""
     return get_keys_to_not_convert(model)
+
+
+def register_experts(name: str, function: Callable) -> None:
+    """Let models compute their experts by a function, under a name for `set_experts_implementation`."""
+    ExpertsInterface.register(name, function)
+
+
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Return the products of rows (S, in) with weights (E, in, out), of which each has the rows up to its end."""
+    return _grouped_mm(x, weight, ends)
+
+
+def lora_factors(module: torch.nn.Module, name: str) -> tuple[torch.Tensor | None, list[tuple]]:
+    """Return a parameter as it is stored, and the updates that PEFT has put on it for this forward pass.
+
+    Returns:
+        The parameter, and for each update its factors, shapes (E, out, r) and (E, r, in), and the scaling.
+    """
+    if not is_parametrized(module, name):
+        return getattr(module, name, None), []
+    chain = module.parametrizations[name]
+    return chain.original, [(proxy.lhs, proxy.rhs, proxy.scaling) for proxy in chain]
+
+
+def make_experts_quantizer(name: str, *, is_expert: Callable, quantise: Callable, finish: Callable) -> None:
+    """Register a quantizer of transformers that is bitsandbytes' for linear layers, and another one for experts.
+
+    Args:
+        name: the `quant_method` that selects it.
+        is_expert: says of a model and a parameter's path whether it belongs to experts.
+        quantise: returns the parameter for such a weight and the settings of the quantisation.
+        finish: called with the loaded model.
+    """
+
+    class QuantiseExperts(ConversionOps):
+        def __init__(self, quantizer):
+            self.quantizer, self.linear = quantizer, Bnb4bitQuantize(quantizer)
+
+        def convert(self, input_dict, model=None, **kwargs):
+            ((path, value),) = input_dict.items()
+            if not is_expert(model, path):
+                return self.linear.convert(input_dict, model=model, **kwargs)
+            weight = value[0] if isinstance(value, list) else value
+            return {path: quantise(weight, self.quantizer.quantization_config)}
+
+    class ExpertsQuantizer(Bnb4BitHfQuantizer):
+        def param_needs_quantization(self, model, param_name, **kwargs):
+            return is_expert(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+
+        def get_quantize_ops(self):
+            return QuantiseExperts(self)
+
+        def _process_model_after_weight_loading(self, model, **kwargs):
+            finish(model)
+            return super()._process_model_after_weight_loading(model, **kwargs)
+
+    if name not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(name)(ExpertsQuantizer)
+
+
+def ignore_in_ddp(model: torch.nn.Module, names: list[str]) -> None:
+    """Keep DistributedDataParallel from copying parameters between processes."""
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def allow_more_graphs() -> None:

@@ -36,12 +36,13 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
     check_compiler()
     allow_more_graphs()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    linear_attention = family_of(model).linear_attention
-    if not whole or linear_attention:
+    family = family_of(model)
+    if not whole or family.linear_attention or family.experts:
         for layer in layers:
             for name, part in layer.named_children():
-                # The rest of linear attention has kernels of its own, which the compiler cannot see into.
-                (part.norm if name == linear_attention else part).compile(dynamic=True)
+                if not has_experts(part):
+                    # The rest of linear attention has kernels of its own, which the compiler cannot see into.
+                    (part.norm if name == family.linear_attention else part).compile(dynamic=True)
         return
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself
     classes, counts, device = {}, Counter(), next(model.parameters()).device
@@ -57,6 +58,11 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
         if (kind, keep) not in classes:
             classes[kind, keep] = compiled_class(kind, keep_wide=keep)
         layer.__class__ = classes[kind, keep]
+
+
+def has_experts(module: torch.nn.Module) -> bool:
+    """Return whether a module or a part of it has experts, whose products depend on where the tokens go."""
+    return any(hasattr(part, "num_experts") for part in module.modules())
 
 
 def check_compiler() -> None:

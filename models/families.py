@@ -1,7 +1,7 @@
 """The model families and everything in which they differ: `FAMILIES[config.model_type]`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -59,6 +59,7 @@ class Family:
     rope: dict  # rotary positions of the published models
     special_layers: int = 0  # language layers at the start that also receive features of the tower
     layer_period: int = 1  # language layers after which their kinds repeat
+    experts: str = ""  # path of the experts within a language layer; none without
     linear_attention: str = ""  # name of the module in layers that mix tokens by a recurrence; none without
     lora_targets: tuple[str, ...] = ATTENTION_AND_MLP  # linear language layers that LoRA adapts by default
     output_key: str = "out_hidden_size"  # name in the vision configuration of the language model's width
@@ -101,6 +102,8 @@ _TOWER_768 = {"depth": 12, "hidden_size": 768, "intermediate_size": 3072, "num_h
 _TOWER_1024 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
 _SHAPE_27B = Shape((5120, 17408, 64, 24, 4, 248320, False), {}, {"linear_num_value_heads": 48})
 _QWEN3_IMAGES = partial(Qwen2VLImageProcessor, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+_TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 FAMILIES = {
     "qwen2_vl": Family(
@@ -200,6 +203,39 @@ FAMILIES = {
         video_processor=Qwen3VLVideoProcessor,
     ),
 }
+_QWEN3_VL, _QWEN3_5 = FAMILIES["qwen3_vl"], FAMILIES["qwen3_5"]
+# Shapes: the 30B model's config.json as public repositories copy it, and THUDM/slime's scripts/models of both.
+FAMILIES["qwen3_vl_moe"] = replace(
+    _QWEN3_VL,
+    name="Qwen3-VL with experts",
+    decoder_layer="Qwen3VLMoeTextDecoderLayer",
+    shapes={
+        "Qwen3-VL-30B-A3B": Shape(
+            (2048, 6144, 48, 32, 4, 151936, False),
+            _LARGE_TOWER,
+            {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128},
+        ),
+        "Qwen3-VL-235B-A22B": Shape(
+            (4096, 12288, 94, 64, 4, 151936, False),
+            _LARGE_TOWER,
+            {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "head_dim": 128},
+        ),
+    },
+    rope={**_ROPE, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+    experts="mlp.experts",
+    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),  # there is no other MLP than the experts
+    tiny_text={**_QWEN3_VL.tiny_text, **_TINY_EXPERTS},
+)
+# Also Qwen3.6. Shapes: the defaults of transformers' configuration, which are those of Qwen3.5-35B-A3B.
+_SHAPE_35B = Shape((2048, 512, 40, 16, 2, 248320, False))
+FAMILIES["qwen3_5_moe"] = replace(
+    _QWEN3_5,
+    name="Qwen3.5 and 3.6 with experts",
+    decoder_layer="Qwen3_5MoeDecoderLayer",
+    shapes={"Qwen3.5-35B-A3B": _SHAPE_35B, "Qwen3.6-35B-A3B": _SHAPE_35B},
+    experts="mlp.experts",
+    tiny_text={**_QWEN3_5.tiny_text, **_TINY_EXPERTS, "shared_expert_intermediate_size": 64},
+)
 NAMES = ", ".join(family.name for family in FAMILIES.values())
 
 

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
+from models.experts import WEIGHTS, expert_layers, nf4_name, use_frozen_experts, with_experts
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
 from models.quantization import (
     STORED,
@@ -159,8 +160,8 @@ def load_model(
 
     Args:
         model_name_or_path: Hub id or local folder.
-        quantization: "nf4" stores the language model's linear layers in 4 bit; None keeps them in `dtype`. A base
-            that comes in 4 bit is used as it is, with "nf4" or "stored".
+        quantization: "nf4" stores the language model's linear layers and experts in 4 bit; None keeps them in
+            `dtype`. A base that comes in 4 bit is used as it is, with "nf4" or "stored".
         dtype: of all other weights, and of the arithmetic. A CPU always computes in float32.
         double_quant: quantise NF4's scales too, which saves 0.4 bit a weight; of no effect where they are stored.
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
@@ -178,10 +179,7 @@ def load_model(
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     options = {"revision": revision, "dtype": dtype, "device_map": {"": device}}
     if quantization == "nf4":
-        storage = torch.uint8 if quant_storage == "uint8" else dtype
-        options["quantization_config"] = nf4_config(
-            family_of(config), dtype, double_quant=double_quant, storage=storage
-        )
+        options["quantization_config"] = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage)
     if attn_implementation != VARLEN:
         options["attn_implementation"] = attn_implementation
     if quantization == STORED:
@@ -190,11 +188,19 @@ def load_model(
         model = _load_weights(model_name_or_path, options)
     check_quantized(model, quantization)
     multiply_patches(model)
+    use_frozen_experts(model)
     if attn_implementation == VARLEN:
         use_varlen(model)
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
     return model
+
+
+def _nf4_of(config: PreTrainedConfig, dtype: torch.dtype, *, double_quant: bool, storage: str) -> BitsAndBytesConfig:
+    """Return NF4 for a model's language layers, experts among them; the arguments are those of `load_model`."""
+    family, storage = family_of(config), torch.uint8 if storage == "uint8" else dtype
+    settings = nf4_config(family, dtype, double_quant=double_quant, storage=storage)
+    return with_experts(settings) if family.experts else settings
 
 
 def _load_stored(name: str, config: PreTrainedConfig, options: dict) -> PreTrainedModel:
@@ -304,11 +310,12 @@ def linear_names(model: torch.nn.Module, prefix: str | tuple[str, ...] = "") -> 
 
 
 def check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
-    """Raise ValueError unless exactly the layers that should be in 4 bit are.
+    """Raise ValueError unless exactly the layers that should be in 4 bit are, experts among them.
 
     Args:
         model: with its quantised layers, or on the meta device.
-        quantization: "nf4": the language model's linear layers; "stored": those that config.json says; None: none.
+        quantization: "nf4": the language model's linear layers and experts; "stored": those that config.json says,
+            and no experts; None: none.
     """
     layers = {name: model.get_submodule(name) for name in linear_names(model)}
     in_4_bit = {name for name, layer in layers.items() if isinstance(layer, Linear4bit)}
@@ -320,6 +327,10 @@ def check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
     for name in in_4_bit:
         if layers[name].weight.device.type != "meta" and layers[name].weight.quant_state is None:
             raise ValueError(f"{name} has no weights in 4 bit in the files of the model")
+    for path, layer in expert_layers(model).items():
+        for name in WEIGHTS:
+            if hasattr(layer, nf4_name(name)) != (quantization == "nf4"):
+                raise ValueError(f"{path}.{name} does not have the requested precision")
     if in_4_bit in readings:
         return
     wrong = sorted(in_4_bit ^ readings[0])

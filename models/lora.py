@@ -3,10 +3,11 @@
 import re
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from models.experts import WEIGHTS, stand_ins
 from models.families import family_of
 from models.loading import linear_names
 
@@ -17,6 +18,7 @@ def build_lora_config(
     target_modules: list[str] | tuple[str, ...] | None = None,
     train_vision: bool = False,
     train_merger: bool = False,
+    target_experts: bool = False,
     **settings,
 ) -> LoraConfig:
     """Return a LoRA configuration for the language model's layers, and for the tower or merger only if requested.
@@ -26,15 +28,18 @@ def build_lora_config(
         target_modules: names of linear layers of the language model; the family's `lora_targets` when None.
         train_vision: also adapt the vision tower's blocks.
         train_merger: also adapt the projections from the tower to the language model.
+        target_experts: also adapt each expert. Routers are never adapted.
         settings: other fields of `LoraConfig`: r, lora_alpha, lora_dropout, use_rslora, use_dora.
     """
     family = family_of(model)
     names = "|".join(target_modules or family.lora_targets)
-    patterns = [rf"{re.escape(family.language_layers)}\d+\.\w+\.({names})"]
+    patterns = [rf"{re.escape(family.language_layers)}\d+\.(?:\w+\.)+({names})"]
     if train_vision:
         patterns += layer_patterns(linear_names(model, family.vision_blocks))
     if train_merger:
         patterns += layer_patterns(linear_names(model, family.mergers))
+    if target_experts:
+        settings["target_parameters"] = [f"{family.experts}.{name}" for name in WEIGHTS]
     return LoraConfig(target_modules="|".join(patterns), task_type="CAUSAL_LM", **settings)
 
 
@@ -45,9 +50,11 @@ def layer_patterns(names: list[str]) -> list[str]:
 
 
 def count_trainable(model: torch.nn.Module) -> dict[str, int]:
-    """Return the number of trainable parameters of each part: language model, vision tower, merger, other."""
+    """Return the number of trainable parameters of each part: experts, rest of the language model, vision tower,
+    merger, other."""
     family = family_of(model)
     parts = {
+        **({"experts": (f".{family.experts}.",)} if family.experts else {}),
         "language model": (family.language_layers,),
         "vision tower": (family.vision_blocks,),
         "merger": family.mergers,
@@ -68,12 +75,21 @@ def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> N
         raise ValueError(f"lora_target_modules: {', '.join(sorted(unknown))} not among {', '.join(sorted(known))}")
 
 
-def check_trainable(model: torch.nn.Module, *, train_vision: bool, train_merger: bool) -> None:
+def count_parameters(model: PeftModel) -> tuple[int, int]:
+    """Return how many parameters train, and how many there are."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return trainable, total - sum(zeros.numel() for zeros in stand_ins(model).values())
+
+
+def check_trainable(
+    model: torch.nn.Module, *, train_vision: bool, train_merger: bool, target_experts: bool = False
+) -> None:
     """Raise ValueError unless exactly the LoRA weights of the requested parts are trainable."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if stray := [name for name in trainable if "lora_" not in name]:
         raise ValueError(f"{len(stray)} trainable weights are not LoRA's, the first is {stray[0]}")
     requested = {"language model": True, "vision tower": train_vision, "merger": train_merger, "other": False}
+    requested["experts"] = target_experts
     for part, count in count_trainable(model).items():
         if bool(count) != requested[part]:
             raise ValueError(f"{part}: {count} trainable weights, expected {'some' if requested[part] else 'none'}")

@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from models.compat import anchored_match, default_16_bit_modules, is_stored_quantized
 from models.families import family_of
 
+BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
+CODES = 16 * 4, 256 * 4  # bytes of the lookup tables: NF4's 16 values, and the 256 values of quantised scales
 STORED = "stored"  # the value of `quantization` for a base that comes in 4 bit
 # Why each other method is not trained. transformers 5.24 has code to train on some, with packages that are not
 # installed here, or with kernels that are downloaded when they are first used.
@@ -161,3 +163,11 @@ def format_paths(paths: list[str]) -> str:
         f"{before}{numbers[0] if len(numbers) == 1 else '{' + ','.join(numbers) + '}'}{after}"
         for (before, after), numbers in blocks.items()
     )
+
+
+def nf4_bytes(count: int, *, double_quant: bool) -> int:
+    """Return the bytes of a layer of `count` weights in NF4, with the scales and tables that bitsandbytes stores."""
+    blocks, (values, rounded) = -(-count // BLOCK), CODES
+    if not double_quant:
+        return -(-count // 2) + 4 * blocks + values
+    return -(-count // 2) + blocks + 4 * -(-blocks // SCALES_A_BLOCK) + 4 + values + rounded

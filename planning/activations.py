@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from models.attention import run_kernel, varlen_attention
 from models.compat import set_attention
+from models.experts import experts_forward, use_frozen_experts
 from models.families import family_of
 from models.lora import detach_vision_inputs
 from planning.compat import FakeTensorMode, TorchDispatchMode, storage_key, tree_leaves
@@ -99,6 +100,8 @@ def trace_step(
 def _prepare(model: PeftModel, dtype: torch.dtype) -> None:
     """Use the GPU's kernels, and allocate gradients, as they are after the first of several batches."""
     set_attention(model.get_base_model(), TRACED, partial(varlen_attention, kernel=run_kernel))
+    traced_experts = partial(experts_forward, product=TracedProduct.apply)
+    use_frozen_experts(model.get_base_model(), name=TRACED, function=traced_experts)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -129,6 +132,22 @@ def make_batch(config, tokens: int, image_tokens: int, mode: FakeTensorMode) -> 
     with mode:
         batch["pixel_values"] = torch.empty(image_tokens * merge**2, width)
     return {**batch, "image_grid_thw": torch.tensor([[1, merge, merge * image_tokens]])}
+
+
+class TracedProduct(torch.autograd.Function):
+    """A grouped product that has only shapes, of any dtype; it saves what PyTorch's saves on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.shapes = x.shape, weight.shape
+        return x.new_empty(x.size(0), weight.size(-1))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        needed = zip(ctx.shapes, ctx.needs_input_grad, strict=False)
+        return *(gradient.new_empty(shape) if needs else None for shape, needs in needed), None
 
 
 class _Dropout(torch.nn.Module):

@@ -9,9 +9,10 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from data_prep import join_folds, load_splits
+from models.experts import format_experts
 from models.families import family_of
 from models.lora import count_trainable
-from models.quantization import STORED, describe_layers, format_stored, stored_quantization
+from models.quantization import STORED, describe_layers, format_stored, resolve_quantization, stored_quantization
 from planning.activations import trace_model
 from planning.estimates import (
     GB,
@@ -94,7 +95,6 @@ def print_plan(
 ) -> int:  # fmt: skip
     """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`."""
     config = print_model(settings, offline=offline)
-    check_base(settings.model, config)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
         check_pack_limit(args.max_length, settings.pack_tokens, None)
@@ -123,11 +123,21 @@ def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
     config, was_loaded = read_config(name, revision, local_files_only=offline)
     note = "" if was_loaded else ": cannot be read here, its shapes are known"
     print(f"model      {name}{note}")
+    check_base(settings, config)
+    if family_of(config).experts:
+        quantization = resolve_quantization(name, config, settings.loading_options()["quantization"])
+        options = {"quantization": quantization, "double_quant": settings.model.use_bnb_nested_quant}
+        print(f"experts    {format_experts(config, **options, itemsize=plan_dtype(settings).itemsize)}")
     if stored_quantization(config):
         model = build_without_weights(config, torch.bfloat16)
         quantise_without_weights(model, STORED, torch.bfloat16)
         print(f"4 bit      {format_stored(describe_layers(model))}")
     return config
+
+
+def plan_dtype(settings: Settings) -> torch.dtype:
+    """Return the dtype of what is not in 4 bit, on a GPU."""
+    return torch.bfloat16 if settings.model.dtype == "auto" else getattr(torch, settings.model.dtype)
 
 
 def count_lengths(
@@ -194,9 +204,7 @@ def plan_memory(
 
     A base that comes in 4 bit has no plans without quantisation.
     """
-    model = settings.model
-    dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
-    lora, nested = settings.lora_options(), model.use_bnb_nested_quant
+    dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant
     counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
     print(f"trainable  {sum(counts.values()):,} parameters: {', '.join(f'{k} {n:,}' for k, n in counts.items() if n)}")
     trained = trained_bytes(sum(counts.values()), settings.training.optim, mixed=dtype != torch.float32)

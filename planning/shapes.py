@@ -9,14 +9,12 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from models.experts import WEIGHTS, count_active, expert_layers, name_nf4_weights, nf4_name, use_frozen_experts
 from models.families import family_of, published_config
 from models.loading import check_quantized, linear_names, load_config, nf4_config
 from models.lora import build_lora_config, check_targets
-from models.quantization import STORED, resolve_quantization, stored_quantization, stored_readings
+from models.quantization import STORED, nf4_bytes, resolve_quantization, stored_quantization, stored_readings
 from planning.compat import replace_with_bnb_linear
-
-BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
-CODES = 16 * 4, 256 * 4  # bytes of the lookup tables: NF4's 16 values, and the 256 values of quantised scales
 
 
 def read_config(
@@ -44,6 +42,7 @@ def build_without_weights(config: PreTrainedConfig, dtype: torch.dtype) -> PreTr
     """Return the model on the meta device: all shapes of `from_pretrained`, and no memory."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
+    use_frozen_experts(model)
     return model.requires_grad_(False).train()
 
 
@@ -81,11 +80,18 @@ def weight_bytes(
     if quantization == STORED:
         double_quant = stored_quantization(config)["bnb_4bit_use_double_quant"]
     in_4_bit = {m.weight: (m.in_features * m.out_features) for m in model.modules() if isinstance(m, Linear4bit)}
+    experts = set(expert_weights(model))
     embeddings = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)  # the same if tied
     parts = Counter()
     other = "norms and biases" if quantized else "language layers"
+    if quantized and experts:
+        other = "norms, biases, routers"
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor in in_4_bit:
+        if tensor in experts:
+            in_nf4 = quantization == "nf4"
+            size = nf4_bytes(tensor.numel(), double_quant=double_quant) if in_nf4 else tensor.nbytes
+            parts["experts, NF4" if in_nf4 else "experts"] += size
+        elif tensor in in_4_bit:
             part = "vision tower" if name.startswith(family.vision) else "language layers, NF4"
             parts[part] += nf4_bytes(in_4_bit[tensor], double_quant=double_quant)
         elif name.startswith(family.vision):
@@ -103,19 +109,20 @@ def quantise_without_weights(model: PreTrainedModel, quantization: str, dtype: t
         in_4_bit = stored_readings(model)[0]
         skipped = [name for name in linear_names(model) if name not in in_4_bit]
     replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=nf4)
+    if quantization == "nf4":
+        name_nf4_weights(model)
     check_quantized(model, quantization)
 
 
-def nf4_bytes(count: int, *, double_quant: bool) -> int:
-    """Return the bytes of a layer of `count` weights in NF4, with the scales and tables that bitsandbytes stores."""
-    blocks, (values, rounded) = -(-count // BLOCK), CODES
-    if not double_quant:
-        return -(-count // 2) + 4 * blocks + values
-    return -(-count // 2) + blocks + 4 * -(-blocks // SCALES_A_BLOCK) + 4 + values + rounded
+def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the weights of all experts, shape (E, out, in) each, also where `quantise_without_weights` was called."""
+    names = [spelling for name in WEIGHTS for spelling in (name, nf4_name(name))]
+    layers = expert_layers(model).values()
+    return [getattr(layer, name) for layer in layers for name in names if hasattr(layer, name)]
 
 
 class WeightCounts(NamedTuple):
-    """Weights of the linear language layers, of the vision tower, and of the largest linear language layer."""
+    """Weights of the language layers that a token passes, of the vision tower, and of the largest language layer."""
 
     language: int
     tower: int
@@ -126,5 +133,6 @@ def count_weights(config: PreTrainedConfig) -> WeightCounts:
     model, family = build_without_weights(config, torch.bfloat16), family_of(config)
     names = linear_names(model, family.language_layers)
     language = [model.get_submodule(name).weight.numel() for name in names]
+    experts = [weight.numel() for weight in expert_weights(model)]
     tower = sum(x.numel() for name, x in model.named_parameters() if name.startswith(family.vision))
-    return WeightCounts(sum(language), tower, max(language))
+    return WeightCounts(sum(language) + count_active(config, sum(experts)), tower, max([*language, *experts]))

@@ -34,6 +34,8 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     text |= {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 1, "num_key_value_heads": 1}
     kinds = text.get("layer_types") or ["full_attention"]
     text |= {"num_hidden_layers": LAYERS, "layer_types": [kinds[0], kinds[-1]]}  # in hybrid models one of each kind
+    if family.experts:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width}
     vision = {"depth": LAYERS, "num_heads": 1, family.output_key: width, **family.tiny_vision(VISION_WIDTH)}
     settings["vision_config"] |= vision
     return type(config)(**settings)

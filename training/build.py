@@ -8,14 +8,17 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
-from transformers import ProcessorMixin, ProgressCallback
+from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
 
 from collator import VisionSFTCollator
 from common.console import print_rank0
+from models.compat import ignore_in_ddp
 from models.compilation import compile_layers
-from models.loading import load_model
+from models.experts import add_stand_ins, format_experts, stand_ins
+from models.families import family_of
+from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
-from models.quantization import describe_stored, format_stored
+from models.quantization import describe_stored, format_stored, resolve_quantization
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData
@@ -32,15 +35,38 @@ from training.trainer import SafeSFTTrainer
 def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel:
     """Load the base model and add LoRA to exactly the layers that the settings name; `checkpoint` has to fit it."""
     # changes no result, and no other command shards
-    storage = settings.model.bnb_4bit_quant_storage or "uint8"
-    model = load_model(settings.model.model_name_or_path, **settings.loading_options(), quant_storage=storage)
+    storage, options = settings.model.bnb_4bit_quant_storage or "uint8", settings.loading_options()
+    print_experts(settings)
+    model = load_model(settings.model.model_name_or_path, **options, quant_storage=storage)
     if stored := describe_stored(model):
         print_rank0(f"{'4 bit':<10} {format_stored(stored)}")
     lora = settings.lora_options()
     check_targets(model, lora["target_modules"])
-    model = get_peft_model(model, build_lora_config(model, **lora))
-    check_trainable(model, train_vision=lora["train_vision"], train_merger=lora["train_merger"])
+    model = attach_lora(model, lora)
     check_weights(checkpoint, model)
+    return model
+
+
+def print_experts(settings: Settings) -> None:
+    """Print how the experts of a model that has some will be loaded."""
+    name, options = settings.model.model_name_or_path, settings.loading_options()
+    config = load_config(name, revision=options["revision"])
+    if family_of(config).experts:
+        quantization = resolve_quantization(name, config, options["quantization"])
+        itemsize = resolve_dtype(options["dtype"], settings.training.device).itemsize
+        line = format_experts(
+            config, quantization=quantization, double_quant=options["double_quant"], itemsize=itemsize
+        )
+        print_rank0(f"{'experts':<10} {line}")
+
+
+def attach_lora(model: PreTrainedModel, lora: dict) -> PeftModel:
+    """Put LoRA on a base model, and check that exactly its weights train; see `Settings.lora_options`."""
+    if lora["target_experts"]:
+        add_stand_ins(model)
+    model = get_peft_model(model, build_lora_config(model, **lora))
+    ignore_in_ddp(model, list(stand_ins(model)))
+    check_trainable(model, **{name: lora[name] for name in ("train_vision", "train_merger", "target_experts")})
     return model
 
 
@@ -74,6 +100,8 @@ def trainer_arguments(settings: Settings, *, recompute: bool) -> TrainingSetting
     args = copy.copy(settings.training)  # dataclasses.replace would set up the devices again
     find_unused = args.ddp_find_unused_parameters
     changes = {
+        # the routers are frozen, and the loss that evens out their choices depends on what else is in a batch
+        "router_aux_loss_coef": 0.0,
         "packing": False,  # TRL's takes no images; ours are batches of a sampler
         "push_to_hub": False,  # would upload the whole output folder
         "report_to": [name for name in args.report_to if name not in TRACKERS],  # would send paths

@@ -10,7 +10,9 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
 
 from models.attention import VARLEN
+from models.families import family_of
 from models.quantization import stored_quantization
+from training.distributed import requested_sharding
 from training.settings import DataArguments, TrainingSettings
 from training.trackers import TRACKERS
 
@@ -27,7 +29,8 @@ EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation rep
 # Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
 WITHOUT_EFFECT = {
     "load_in_8bit": "the base model is in NF4 (load_in_4bit) or not quantised",
-    "lora_target_parameters": "use lora_target_modules",
+    "lora_target_parameters": "use lora_target_modules, or lora_target_experts",
+    "router_aux_loss_coef": "routers are not trained",
     "lora_modules_to_save": "only LoRA weights are trained",
     "lora_task_type": "the adapter is for a causal language model",
     "model_init_kwargs": "use dtype, attn_implementation and model_revision",
@@ -89,6 +92,7 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
     _check_targets(model.lora_target_modules)
     _check_output(data, training, model)
+    _check_experts(data, training, model)
     _check_packing(data, training, model)
     _check_trackers(training.report_to)
 
@@ -111,9 +115,27 @@ def _check_output(data: DataArguments, training: TrainingSettings, model: ModelC
             raise ValueError(f"output_dir: {training.output_dir} is the folder of {name}; choose another one")
 
 
-def check_base(model: ModelConfig, config: PreTrainedConfig) -> None:
-    """Raise ValueError for a setting that contradicts how the base comes, by its configuration."""
+def _check_experts(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
+    """PEFT's LoRA on parameters has fewer choices than that on layers."""
+    if not data.lora_target_experts:
+        return
+    for name, value in {"lora_dropout": model.lora_dropout, "use_dora": model.use_dora}.items():
+        if value:
+            raise ValueError(
+                f"{name}: LoRA on experts has none; set it to {type(value)(0)}, or lora_target_experts: false"
+            )
+    if training.compile_layers:
+        raise ValueError("compile_layers: not with lora_target_experts: true; PEFT changes such layers in each pass")
+
+
+def check_base(settings: tuple[DataArguments, TrainingSettings, ModelConfig], config: PreTrainedConfig) -> None:
+    """Raise ValueError for a setting that contradicts the base, by its configuration."""
+    data, training, model = settings
     stored, name = stored_quantization(config), model.model_name_or_path
+    if data.lora_target_experts and not family_of(config).experts:
+        raise ValueError(f"lora_target_experts: {name} has no experts")
+    if family_of(config).experts and requested_sharding(training.deepspeed_plugin) == "FSDP2":
+        raise ValueError(f"FSDP2: {name} has experts, which are not sharded here; use DDP (accelerate_config.yaml)")
     if stored is None:
         return
     if not model.load_in_4bit:

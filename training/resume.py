@@ -35,7 +35,7 @@ RESUME_IGNORED_PREFIXES = (
 # What the shape of the weights depends on; it may not even change when the user allows changes.
 IMMUTABLE = (
     "settings.lora_r", "settings.lora_target_modules", "settings.use_dora", "settings.freeze_vision_encoder",
-    "settings.train_merger", "base.name", "sharding",
+    "settings.train_merger", "settings.lora_target_experts", "base.name", "sharding",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from common.files import LOADING_SETTINGS
 from models.loading import resolve_dtype
-from models.lora import count_trainable
+from models.lora import count_parameters, count_trainable
 from models.quantization import STORED, describe_stored
 from publishing.model_card import write_card
 from publishing.run_facts import add_facts, library_versions, training_progress
@@ -24,7 +24,9 @@ from training.trainer import TRAINING_ARGS, SafeSFTTrainer
 
 # What the model card and the trackers report of a recipe: no path, no name of a machine or a person.
 REPORTED_MODEL_ARGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
-REPORTED_DATA_ARGS = ("freeze_vision_encoder", "train_merger", "min_pixels", "max_pixels", "thinking", "fold")
+REPORTED_DATA_ARGS = (
+    "freeze_vision_encoder", "train_merger", "lora_target_experts", "min_pixels", "max_pixels", "thinking", "fold",
+)  # fmt: skip
 REPORTED_TRAINING_ARGS = (
     "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -55,7 +57,7 @@ def write_run_record(settings: Settings, model: PeftModel, base: dict, data_fact
     options |= {"revision": base["commit"] or options["revision"], "thinking": settings.data.thinking}
     text = json.dumps(options, indent=2)
     (settings.output_dir / LOADING_SETTINGS).write_text(text + "\n", encoding="utf-8")
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     parts = {part: count for part, count in count_trainable(model).items() if count}
     add_facts(
         settings.output_dir,
@@ -91,7 +93,7 @@ def describe_run(trainer: SafeSFTTrainer, data: TrainingData, settings: Settings
         share, each = tokens / (packs * pack_tokens), len(lengths.total) / packs
         unit = f"packs of {pack_tokens:,} tokens ({share:.1%} full, {each:.1f} samples each)"
     _, steps_per_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(trainer.model)
     parts = ", ".join(f"{part} {n:,}" for part, n in count_trainable(trainer.model).items() if n)
     dtype = str(trainer.model.dtype).removeprefix("torch.")
     table = {

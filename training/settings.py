@@ -43,6 +43,9 @@ class DataArguments:
     )
     freeze_vision_encoder: bool = field(default=True, metadata={"help": "false adapts the vision tower as well"})
     train_merger: bool = field(default=False, metadata={"help": "adapt the projection from tower to language model"})
+    lora_target_experts: bool = field(
+        default=False, metadata={"help": "of mixture-of-experts models: adapt each expert as well"}
+    )
 
 
 @dataclass
@@ -133,4 +136,5 @@ class Settings(NamedTuple):
             "target_modules": [targets] if isinstance(targets, str) else targets,  # ModelConfig unpacks a list of one
             "train_vision": not self.data.freeze_vision_encoder,
             "train_merger": self.data.train_merger,
+            "target_experts": self.data.lora_target_experts,
         }

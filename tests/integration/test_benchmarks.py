@@ -17,10 +17,17 @@ def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, caps
     assert "stock TRL, batch 1 x 4" in capsys.readouterr().out.splitlines()[-10]
 
 
-@pytest.mark.parametrize("shapes", ["Qwen3-VL-8B", "Qwen3.5-9B"])
-def test_the_gpu_benchmark_takes_other_shapes(shapes, tmp_path):
+@pytest.mark.parametrize(
+    ("shapes", "setting"),
+    [
+        ("Qwen3-VL-8B", "without packing"),
+        ("Qwen3.5-9B", "without packing"),
+        ("Qwen3-VL-30B-A3B", "LoRA on experts"),
+    ],
+)
+def test_the_gpu_benchmark_takes_other_shapes(shapes, setting, tmp_path):
     out = tmp_path / "results.json"
-    gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out), "--shapes", shapes, "--only", "without packing"])
+    gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out), "--shapes", shapes, "--only", setting])
     [row] = json.loads(out.read_text())["models"][shapes]["rows"]
     assert row["flops"] > row["useful_flops"] > 0
 

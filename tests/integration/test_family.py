@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
 from transformers.utils import is_flash_linear_attention_available
 
 import merge_adapter
@@ -25,6 +26,7 @@ from collator import VisionSFTCollator, encode, load_pixels, render, render_prom
 from demo.tiny_model import save_tiny_model
 from evaluation.generation import generate, score_answers
 from helpers.runs import TEXTS, train_args
+from helpers.stored import save_stored
 from helpers.weights import bytes_of
 from models.adapters import load_answering_model
 from models.attention import use_varlen
@@ -36,7 +38,10 @@ from training.lengths import measure_lengths
 
 WITHOUT_BORDERS = modeling_qwen3_5.torch_chunk_gated_delta_rule
 LAYERS = 3  # one after the two that Qwen3-VL's tower adds to
-THINKING = [name for name, family in FAMILIES.items() if family.thinks]
+THINKING = [f"{name}-thinking" for name, family in FAMILIES.items() if family.thinks and not family.experts]
+STORED = "qwen2_5_vl-stored"  # comes in 4 bit, two language layers and some of the tower's in 16 bit
+SKIPPED = ["lm_head", "model.visual.merger", "model.visual.blocks.0.mlp"]
+SKIPPED += [f"model.language_model.layers.{path}" for path in ("0.mlp.down_proj", "2.self_attn.q_proj")]
 PACKED = {"packing": "true", "pack_tokens": 256, "per_device_train_batch_size": 1}
 BY_LENGTH = {"packing": "false", "train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
 SETTINGS = {
@@ -51,22 +56,22 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{name}-thinking" for name in THINKING)])
+@pytest.fixture(scope="module", params=[*FAMILIES, *THINKING, STORED])
 def variant(request):
-    """A family, and one that thinks a second time with `thinking: on`."""
-    if FAMILIES[request.param.removesuffix("-thinking")].linear_attention and is_flash_linear_attention_available():
+    """A family; one that thinks a second time with `thinking: on`; one whose base comes in 4 bit."""
+    if FAMILIES[request.param.partition("-")[0]].linear_attention and is_flash_linear_attention_available():
         pytest.skip("transformers takes the kernels of flash-linear-attention where they are installed, on a CPU too")
     return request.param
 
 
 @pytest.fixture(scope="module")
 def family(variant):
-    return variant.removesuffix("-thinking")
+    return variant.partition("-")[0]
 
 
 @pytest.fixture(scope="module")
-def thinking(variant, family):
-    return "on" if variant != family else "off"
+def thinking(variant):
+    return "on" if variant in THINKING else "off"
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +80,18 @@ def settings(family, thinking):
 
 
 @pytest.fixture(scope="module")
-def base(family, tmp_path_factory):
+def base_in_16_bit(family, tmp_path_factory):
     """A folder with a tiny model of the family, its head tied to its embeddings as in the real small ones."""
     folder = tmp_path_factory.mktemp(family)
     save_tiny_model(folder, TEXTS, hidden_size=64, num_layers=LAYERS, family=family, tied=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(base_in_16_bit, variant, tmp_path_factory):
+    if variant == STORED:
+        return save_stored(base_in_16_bit, tmp_path_factory.mktemp(variant), SKIPPED)
+    return base_in_16_bit
 
 
 @pytest.fixture
@@ -89,7 +101,9 @@ def processor(base, family, thinking):
 
 
 @pytest.fixture
-def plain(base):
+def plain(base, variant):
+    if variant == STORED:
+        return load_model(str(base), quantization="stored", dtype="float32").eval()
     return AutoModelForImageTextToText.from_pretrained(base).eval()
 
 
@@ -99,7 +113,8 @@ def model(request, plain, family, monkeypatch):
     if FAMILIES[family].linear_attention:
         if request.param == "sdpa":
             pytest.skip("linear attention takes borders by `use_varlen` only")
-        monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule_with_borders)
+        for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
+            monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", rule_with_borders)
     if request.param == "varlen":
         use_varlen(plain)
     return plain
@@ -225,19 +240,25 @@ def test_every_image_feature_reaches_the_answer(processor, plain):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, tied, tmp_path):
+def test_exactly_the_language_models_linear_layers_are_in_nf4(base, family, variant, tied, tmp_path):
+    """Of a base that comes in 4 bit: exactly what it comes with."""
     if not tied:
         base = tmp_path
         save_tiny_model(base, TEXTS, hidden_size=64, num_layers=LAYERS, family=family)
+        base = save_stored(base, tmp_path / "stored", SKIPPED) if variant == STORED else base
     model = load_model(str(base), quantization="nf4", dtype="float32")
     expected = linear_layers(model, "model.language_model.layers.")
-    assert len(expected) >= 7 * LAYERS
+    if variant == STORED:
+        expected = {name for name in linear_layers(model, "") if not name.startswith(tuple(SKIPPED))}
+    assert len(expected) >= 4 * LAYERS
     assert {name for name, module in model.named_modules() if isinstance(module, Linear4bit)} == expected
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
-def test_planned_weights_are_those_of_the_loaded_model(base, quantization):
+def test_planned_weights_are_those_of_the_loaded_model(base, variant, quantization):
+    if variant == STORED and quantization is None:
+        pytest.skip("it cannot be loaded in 16 bit")
     model = load_model(str(base), quantization=quantization, dtype="float32")
     options = {"quantized": quantization is not None, "double_quant": True, "dtype": torch.float32}
     assert sum(weight_bytes(load_config(str(base)), **options).values()) == pytest.approx(bytes_of(model), rel=0.01)
@@ -314,8 +335,9 @@ def test_compiled_layers_leave_nearly_the_same_adapter(base, demo_data, settings
     assert all(torch.allclose(compiled[name], value, atol=1e-5) for name, value in expected.items())
 
 
-def test_the_merged_model_has_the_adapters_logits(adapter, tmp_path, capsys):
-    merge_adapter.main(["--adapter", str(adapter), "--out", str(tmp_path / "model"), "--dtype", "float16"])
+def test_the_merged_model_has_the_adapters_logits(adapter, base_in_16_bit, variant, tmp_path, capsys):
+    words = ["--adapter", str(adapter), "--out", str(tmp_path / "model"), "--dtype", "float16"]
+    merge_adapter.main([*words, *(["--base", str(base_in_16_bit)] if variant == STORED else [])])
     out = capsys.readouterr().out
     distance, effect = map(float, re.search(r"logits +([\d.]+)% from .* base's by ([\d.]+)%", out).groups())
     assert distance < 1 < 10 < effect
@@ -358,7 +380,7 @@ def test_fsdp2_finds_the_layers_that_it_shards(plain, family):
     assert layers == [f"model.language_model.layers.{n}" for n in range(LAYERS)]
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen2", "llava", "qwen2_5_omni"])
+@pytest.mark.parametrize("kind", ["qwen3_omni_moe", "qwen2", "llava", "qwen2_5_omni"])
 def test_a_model_of_another_family_is_refused_before_its_weights(kind, tmp_path, demo_data, capsys):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     rule = f"'{tmp_path}': expected a model of {NAMES}; its model_type is {kind}"

@@ -2,23 +2,32 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 from trl import chat_template_utils
 
 from collator import VisionSFTCollator
+from demo.tiny_model import save_tiny_model
+from helpers.runs import TEXTS
 from helpers.stored import save_stored
 from models.attention import REGISTERED, use_varlen, varlen_attention
 from models.compat import (
     anchored_match,
     default_16_bit_modules,
     get_attention,
+    grouped_product,
+    ignore_in_ddp,
     is_stored_quantized,
     keep_trainable_on_cpu,
+    lora_factors,
+    register_experts,
     set_attention,
 )
+from models.experts import expert_layers
 from models.families import FAMILIES
 from models.loading import load_model
+from models.lora import build_lora_config
 
 pytestmark = pytest.mark.canary
 
@@ -99,3 +108,54 @@ def test_a_model_says_whether_its_files_are_quantised(tiny_base, model, tmp_path
     quantised = load_model(str(tiny_base), quantization="nf4", dtype="float32")
     found = [is_stored_quantized(one) for one in (stored, quantised, model)]
     assert found == [True, False, False], "transformers: hf_quantizer.pre_quantized is gone, or means something else"
+
+
+@pytest.fixture(scope="module")
+def base_with_experts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts")
+    save_tiny_model(folder, TEXTS, hidden_size=64, num_layers=3, family="qwen3_vl_moe")
+    return folder
+
+
+def test_experts_are_computed_by_a_registered_function_that_sees_pefts_factors(base_with_experts):
+    model, seen = AutoModelForImageTextToText.from_pretrained(base_with_experts), []
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_experts": True}
+    adapted = get_peft_model(model, build_lora_config(model, **settings))
+
+    def compute(module, hidden_states, top_k_index, top_k_weights):
+        weight, [(left, right, scaling)] = lora_factors(module, "gate_up_proj")
+        seen.append((tuple(weight.shape), tuple(left.shape), tuple(right.shape), scaling))
+        return hidden_states
+
+    register_experts("watched", compute)
+    model.set_experts_implementation("watched")
+    with torch.no_grad():
+        adapted(input_ids=torch.arange(4)[None])
+    assert seen == [((4, 128, 64), (4, 128, 4), (4, 4, 64), 2.0)] * 3, (
+        "transformers or peft: experts are called in another way, or PEFT puts something else on their weights"
+    )
+    weight, factors = lora_factors(expert_layers(adapted)["base_model.model.model.language_model.layers.0.mlp.experts."
+                                                          "base_layer.base_layer"], "gate_up_proj")  # fmt: skip
+    assert weight.shape == (4, 128, 64) and not factors, "peft: its updates stay on a parameter after a forward pass"
+
+
+def test_experts_are_quantised_while_they_are_read(base_with_experts):
+    model = load_model(str(base_with_experts), quantization="nf4", dtype="float32")
+    weights = [layer.gate_up_proj_nf4 for layer in expert_layers(model).values()]
+    assert len(weights) == 3 and all(isinstance(weight, Params4bit) for weight in weights), (
+        "transformers: quantizers no longer turn a weight into a parameter of their own, or no longer ask for each"
+    )
+    assert weights[0].quant_state.shape == torch.Size([4, 128, 64])
+
+
+def test_grouped_products_are_those_of_each_group():
+    x, weight = torch.randn(10, 8), torch.randn(3, 8, 4)
+    found = grouped_product(x, weight, torch.tensor([4, 4, 10], dtype=torch.int32))
+    expected = torch.cat([x[:4] @ weight[0], x[4:] @ weight[2]])
+    assert torch.allclose(found, expected, atol=1e-6), "transformers: moe._grouped_mm takes other arguments"
+
+
+def test_distributed_training_leaves_out_what_it_is_told_to():
+    module = torch.nn.Linear(2, 2)
+    ignore_in_ddp(module, ["weight"])
+    assert module._ddp_params_and_buffers_to_ignore == ["weight"], "torch: DDP is told in another way what to ignore"

@@ -135,7 +135,7 @@ def test_other_quantised_bases_are_refused_by_their_configuration_alone(tiny_bas
 def test_a_recipe_that_contradicts_the_base_is_refused(stored, tiny_base):
     def check(base, *options):
         words = ["--config", "configs/demo.yaml", "--model_name_or_path", str(base), "--dataset_path", "x", *options]
-        check_base(parse_config(words).model, load_config(str(base)))
+        check_base(parse_config(words), load_config(str(base)))
 
     check(stored)
     check(tiny_base, "--load_in_4bit", "false")
