@@ -15,6 +15,9 @@ from models.families import family_of
 
 BLOCK, SCALES_A_BLOCK = 64, 256  # NF4 weights that share a scale; scales that share one in double quantisation
 CODES = 16 * 4, 256 * 4  # bytes of the lookup tables: NF4's 16 values, and the 256 values of quantised scales
+DEFAULTS = {  # of bitsandbytes' settings, where a config.json leaves them out
+    "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": "uint8",
+}  # fmt: skip
 STORED = "stored"  # the value of `quantization` for a base that comes in 4 bit
 # Why each other method is not trained. transformers 5.24 has code to train on some, with packages that are not
 # installed here, or with kernels that are downloaded when they are first used.
@@ -29,10 +32,12 @@ REFUSED = {
 
 
 def stored_quantization(config: PreTrainedConfig) -> dict | None:
-    """Return the `quantization_config` of a base that comes quantised; None for one in 16 bit."""
+    """Return the `quantization_config` of a base that comes quantised, complete; None for one in 16 bit."""
     text = getattr(config, "text_config", None)
     found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    return found if found is None or isinstance(found, dict) else found.to_dict()
+    if found is None:
+        return None
+    return {**DEFAULTS, **(found if isinstance(found, dict) else found.to_dict())}
 
 
 def check_stored(name: str, config: PreTrainedConfig) -> None:

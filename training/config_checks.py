@@ -140,7 +140,7 @@ def check_base(settings: tuple[DataArguments, TrainingSettings, ModelConfig], co
         return
     if not model.load_in_4bit:
         raise ValueError(f"load_in_4bit: false, but {name} comes in 4 bit: set it to true, or name the 16-bit base")
-    storage = stored.get("bnb_4bit_quant_storage") or "uint8"
+    storage = stored["bnb_4bit_quant_storage"]
     if model.bnb_4bit_quant_storage not in (None, storage):
         rule = f"expected {storage}, in which {name} comes, found {model.bnb_4bit_quant_storage!r}"
         raise ValueError(f"bnb_4bit_quant_storage: {rule}")

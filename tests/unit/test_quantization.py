@@ -1,5 +1,6 @@
 """Bases that come quantised: used as they are, or refused by their configuration alone."""
 
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from helpers.stored import change_config, save_stored
 from models.loading import load_config, load_model
-from models.quantization import describe_stored, format_paths, format_stored, stored_readings
+from models.quantization import DEFAULTS, describe_stored, format_paths, format_stored, stored_readings
 from training.config import parse_config
 from training.config_checks import check_base
 
@@ -143,3 +144,13 @@ def test_a_recipe_that_contradicts_the_base_is_refused(stored, tiny_base):
         check(stored, "--load_in_4bit", "false")
     with pytest.raises(ValueError, match=r"bnb_4bit_quant_storage: expected uint8, in which .* comes"):
         check(stored, "--bnb_4bit_quant_storage", "bfloat16", "--dtype", "bfloat16")
+
+
+def test_settings_that_a_configuration_leaves_out_have_bitsandbytes_defaults(tiny_base, tmp_path):
+    stored = save_stored(tiny_base, tmp_path, TODAY, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
+    config = json.loads((stored / "config.json").read_text())
+    for name in DEFAULTS:
+        assert config["quantization_config"].pop(name) == DEFAULTS[name]
+    (stored / "config.json").write_text(json.dumps(config))
+    found = describe_stored(load(stored))
+    assert (found["type"], found["double_quant"], found["layers"]) == ("fp4", False, 19)
