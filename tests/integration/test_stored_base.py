@@ -8,6 +8,7 @@ from common.cli import run
 import pytest
 import torch
 
+import eval_sft
 import merge_adapter
 import plan_run
 import predict
@@ -15,6 +16,7 @@ import train_sft
 from helpers.runs import train_args
 from helpers.stored import change_config, save_stored
 from helpers.weights import bytes_of
+from models.adapters import loading_settings
 from models.loading import load_config, load_model, load_processor
 from planning.shapes import weight_bytes
 
@@ -85,6 +87,19 @@ def test_an_adapter_from_elsewhere_gets_its_base_as_it_comes(trained, stored, im
     (tmp_path / "adapter" / "run.json").unlink()
     assert ask(tmp_path / "adapter", image) == 0
     assert "using 16 bit" not in capsys.readouterr().err
+
+
+def test_a_base_without_an_adapter_is_used_as_it_comes(stored, image, tmp_path):
+    question = ["--image", str(image), "--question", "What condition is shown?", "--max-new-tokens", "4"]
+    assert predict.main(["--base", str(stored), *question, "--out", str(tmp_path / "answers.jsonl")]) == 0
+    assert loading_settings(None, base=str(stored), quantization="auto", dtype=None)["quantization"] == "stored"
+    assert run(lambda: predict.main(["--base", str(stored), *question, "--quantization", "none"])) == 1
+
+
+def test_an_evaluation_loads_the_same_base(trained, demo_data, tmp_path):
+    words = ["--adapter", str(trained), "--dataset", str(demo_data), "--out", str(tmp_path), "--max-new-tokens", "4"]
+    eval_sft.main([*words, "--baseline", "--no-probabilities"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["evaluated"]["questions"] == 5
 
 
 def test_merging_asks_for_the_16_bit_base(trained, stored, tiny_base, tmp_path, capsys):
