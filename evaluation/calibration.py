@@ -7,6 +7,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from evaluation.abstention import abstention_level
 from evaluation.metrics import (
     MIN_CLUSTERS,
     MIN_LABEL_CLUSTERS,
@@ -74,6 +75,7 @@ def probability_metrics(
     if validation is not None:
         temperature = fit_temperature(validation)
         metrics |= {"temperature": rounded(temperature), "validation_samples": len(validation.true)}
+        metrics["abstain"] = abstention_level(softmax(validation.logits / temperature, axis=1), validation.true)
         if enough:
             metrics["calibration_tempered"] = _calibration(softmax(scores.logits / temperature, axis=1), scores.true)
     return metrics

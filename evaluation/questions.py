@@ -167,13 +167,17 @@ def set_candidates(
     if wording is None:
         samples = [row for row, asks in zip(questions.rows, diagnosed, strict=True) if asks]
         wording = answer_templates(samples, label_map), label_forms(samples, label_map)
-    templates, forms = wording
     for row, asks in zip(questions.rows, diagnosed, strict=True):
-        question, template = row["question"], templates.get(row["question"], templates[""])
-        names = {label: forms.get((question, label)) or forms.get((None, label), label) for label in label_map}
-        answers = {label: template.replace(LABEL_PLACEHOLDER, name) for label, name in names.items()}
-        questions.candidates.append(answers if asks else {})
+        questions.candidates.append(candidate_answers(row["question"], label_map, wording) if asks else {})
     return wording
+
+
+def candidate_answers(question: str, label_map: dict, wording: tuple[dict, dict]) -> dict[str, str]:
+    """Return the answer that names each label, in the wording of the answers to this question, or of all."""
+    templates, forms = wording
+    template = templates.get(question, templates[""])
+    names = {label: forms.get((question, label)) or forms.get((None, label), label) for label in label_map}
+    return {label: template.replace(LABEL_PLACEHOLDER, name) for label, name in names.items()}
 
 
 def shuffle_images(questions: Questions, *, seed: int = 0) -> list[int]:

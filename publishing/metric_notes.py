@@ -115,6 +115,18 @@ def threshold_note(row: dict) -> str:
     return "the threshold is from the evaluated samples themselves, which makes the sensitivity too high"
 
 
+def abstention_note(level: dict) -> str:
+    """Return what the evaluation says about answers to withhold; `level` is that of `abstention_level`."""
+    samples = f"{level['samples']:,} of the validation split"
+    if level["confidence"] is None:
+        return f"At no confidence were {level['target']:.0%} of the answers right, of {samples}: rely on none of them."
+    return (
+        f"The level at which to abstain is a confidence, after temperature scaling, of {level['confidence']:.3f}: "
+        f"{level['accuracy']:.1%} of the answers from there on were right, which are {level['coverage']:.1%} of the "
+        f"{samples}."
+    )
+
+
 def _signed(metric: dict) -> str:
     value = f"{metric['value']:+.3f}"
     return value if metric["low"] is None else f"{value} ({metric['low']:+.3f} to {metric['high']:+.3f})"
