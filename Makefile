@@ -35,6 +35,7 @@ demo: install
 	$(BIN)/accelerate launch --num_processes 1 train_sft.py --config configs/demo.yaml
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
+	@echo "ask it in the browser     $(BIN)/python app.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --base-too"
 
 # Before each commit: style, layers and the fast tests, in less than 90 seconds on two cores.
 check: quality

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 # TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also ask for Gradio's newest version
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

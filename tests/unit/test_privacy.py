@@ -171,7 +171,7 @@ ALLOWED = {
     *(("common/yaml_files.py", f"ruamel.yaml{part}") for part in ("", ".composer", ".constructor", ".resolver")),
 }
 NO_PRODUCT = {"tests", "benchmarks", "outputs", "data"}
-PACKAGES = ("common", "data_prep", "demo", "evaluation", "models", "planning", "publishing", "training")
+PACKAGES = ("common", "data_prep", "demo", "evaluation", "models", "planning", "publishing", "training", "webapp")
 
 
 def product_files():

@@ -5,8 +5,8 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("planning", "training", "evaluation", "publishing", "models", "data_prep", "common")
-COMMANDS = {"train_sft", "eval_sft", "predict", "merge_adapter", "plan_run", "push_adapter"}
+PACKAGES = ("webapp", "planning", "training", "evaluation", "publishing", "models", "data_prep", "common")
+COMMANDS = {"train_sft", "eval_sft", "predict", "app", "merge_adapter", "plan_run", "push_adapter"}
 ROOT_MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 
 
