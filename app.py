@@ -17,10 +17,9 @@ from datasets import disable_progress_bars
 from models.adapters import load_answering_model, read_adapter_config
 from models.loading import load_processor
 from webapp.engine import Engine
-from webapp.page import App, build_page
-from webapp.server import private_uploads, serve
 from webapp.sessions import Sessions
 from webapp.start import describe_adapter, load_data, read_reader, suggest_questions
+from webapp.uploads import private_uploads
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     processor = load_processor(args.adapter, max_pixels=args.max_pixels)
     engine = Engine(model, processor, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     with private_uploads():
+        from webapp.page import App, build_page
+        from webapp.server import serve
+
         page = build_page(
             App(
                 engine, reader, describe_adapter(args), suggest_questions(reader, examples),

@@ -173,7 +173,7 @@ class Page:
 
 
 def build_page(app: App) -> gr.Blocks:
-    """Return the page. Its uploads go to `GRADIO_TEMP_DIR`, which must be set before."""
+    """Return the page. Its uploads go to the folder of `private_uploads`."""
 
     def close(request: gr.Request) -> None:
         app.sessions.close(request.session_hash)

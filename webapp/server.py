@@ -1,12 +1,9 @@
-"""Serves the page to this machine alone, with uploads in a folder that is deleted at the end."""
+"""Serves the page to this machine alone."""
 
-import os
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import gradio as gr
 from fastapi.middleware import Middleware
@@ -35,14 +32,6 @@ class AddHeaders:
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
-
-
-@contextmanager
-def private_uploads() -> Iterator[str]:
-    """Yield a new folder, of this user alone, for Gradio's files; it is deleted when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="uploads-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield folder
 
 
 def serve(page: gr.Blocks, *, port: int | None, share: bool, ready: Callable[[str], None]) -> None:
