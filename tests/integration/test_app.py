@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zlib
+from argparse import Namespace
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ from playwright.sync_api import expect, sync_playwright
 import eval_sft
 from data_prep.images import load_image
 from helpers.processes import ROOT
+from webapp.sessions import Sessions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = {1280: 900, 390: 844}  # px, with the height
@@ -283,6 +285,27 @@ def test_a_closed_page_leaves_nothing_and_a_long_answer_stops(browser, served, d
         page.click("#stop")
         expect(page.locator("#conversation ol")).to_have_attribute("aria-busy", "false", timeout=SECONDS * 1000)
     assert served.files() == []
+
+
+def test_a_closed_page_is_forgotten(browser, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    from webapp.page import App, build_page
+
+    sessions, facts = Sessions(None), {"adapter": "a", "base": "b", "loading": "", "measured": ""}
+    page = build_page(App(None, None, facts, ["What?"], [], False, sessions))
+    url = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, run_history=False)[1]
+    try:
+        with opened(browser, Namespace(url=url)) as first, opened(browser, Namespace(url=url)) as second:
+            for number, tab in enumerate((first, second), 1):
+                tab.click("#ask")
+                expect(tab.locator("#messages li")).to_have_text(["add a photo first"])
+                assert len(sessions) == number
+        deadline = time.monotonic() + SECONDS
+        while len(sessions) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(sessions) == 0
+    finally:
+        page.close(verbose=False)
 
 
 def test_it_listens_on_this_machine_alone_and_its_page_may_load_nothing_else(served):
