@@ -44,7 +44,7 @@ def serve(page: gr.Blocks, *, port: int | None, share: bool, ready: Callable[[st
         ready: called with the address.
 
     Raises:
-        OSError: the port is not free.
+        ValueError: the port is not free.
     """
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,6 +56,11 @@ def serve(page: gr.Blocks, *, port: int | None, share: bool, ready: Callable[[st
             max_file_size=MAX_UPLOAD, theme=make_theme(), css_paths=TEMPLATES / "app" / "page.css",
             app_kwargs={"middleware": [Middleware(AddHeaders)], "docs_url": None, "redoc_url": None},
         )  # fmt: skip
+    except OSError as error:
+        page.close(verbose=False)
+        place = f"{port} is not" if port else "none from 7860 on is"
+        raise ValueError(f"--port: {place} free to listen on; name another, or end what listens there") from error
+    try:
         ready(public or local)
         while not ended.wait(1):
             pass

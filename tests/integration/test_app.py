@@ -308,6 +308,19 @@ def test_a_closed_page_is_forgotten(browser, tmp_path, monkeypatch):
         page.close(verbose=False)
 
 
+def test_a_port_that_is_taken_is_said_in_words(served, monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    from webapp.page import App, build_page
+    from webapp.server import serve
+
+    port = int(served.url.rstrip("/").rpartition(":")[2])
+    facts = {"adapter": "a", "base": "b", "loading": "", "measured": ""}
+    page = build_page(App(None, None, facts, [], [], False, Sessions(None)))
+    with pytest.raises(ValueError, match=f"^--port: {port} is not free to listen on"):
+        serve(page, port=port, share=False, ready=print)
+
+
 def test_it_listens_on_this_machine_alone_and_its_page_may_load_nothing_else(served):
     import httpx
 
