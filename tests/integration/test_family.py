@@ -362,7 +362,7 @@ def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
 @torch.no_grad()
 def test_scored_answers_have_the_likelihoods_of_complete_sequences(base, processor):
     """Not shared: prompt and answer in one pass, without a cache."""
-    model = load_answering_model(None, base=str(base), quantization="none", dtype="float32")
+    model = load_answering_model(None, base=str(base), quantization="auto", dtype="float32")
     shared = score_answers(model, processor, PROMPTS, [ANSWERS] * len(PROMPTS))
     for one, row in zip(PROMPTS, shared, strict=True):
         prompt = render_prompt(processor, one["messages"], skip_thought=True)
