@@ -343,11 +343,12 @@ def test_the_merged_model_has_the_adapters_logits(adapter, base_in_16_bit, varia
     assert distance < 1 < 10 < effect
 
 
-def test_an_adapter_answers_about_images(adapter, demo_data, tmp_path, capsys):
+def test_an_adapter_answers_about_images(adapter, demo_data, thinking, tmp_path, capsys):
+    """With thoughts, an answer starts with the opening that its prompt ends with: a cut one is known as a thought."""
     out = tmp_path / "answers.jsonl"
     predict.main(["--adapter", str(adapter), "--dataset", str(demo_data), "--out", str(out), "--max-new-tokens", "8"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 4 and all(isinstance(row["prediction"], str) for row in rows)
+    assert len(rows) == 4 and all(row["prediction"].startswith("<think>") == (thinking == "on") for row in rows)
 
 
 def test_answers_and_their_scores_do_not_depend_on_the_batch(base, processor):
