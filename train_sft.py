@@ -76,7 +76,7 @@ def train(settings: Settings) -> int | None:
     print_rank0(*describe_run(trainer, data, settings), *describe_resuming(trainer, checkpoint))
 
     # Train
-    with out_of_memory_advice(settings, recompute=recompute):
+    with out_of_memory_advice(settings, recompute=recompute is True):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()

@@ -24,7 +24,7 @@ from benchmarks import gpu_7b
 from collator import VisionSFTCollator
 from demo.tiny_model import build_processor
 from models.attention import takes_gqa, use_varlen
-from models.compilation import compile_layers
+from models.compilation import compile_layers, keep_wide_products
 from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
 from training.lengths import measure_lengths
@@ -105,8 +105,10 @@ class Prepare(gpu_7b.StepTimer):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.compiled is not None:
-            keep_wide = self.compiled if isinstance(self.compiled, int) else None
-            compile_layers(model, whole=self.compiled != "parts", keep_wide=keep_wide)
+            selective = isinstance(self.compiled, int)
+            compile_layers(model, whole=self.compiled != "parts", selective=selective)
+            if selective:
+                keep_wide_products(model, self.compiled)
         for number, layer in enumerate(model.get_base_model().model.language_model.layers):
             layer.gradient_checkpointing = layer.gradient_checkpointing and number % self.every == 0
 

@@ -19,6 +19,7 @@ from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
 from models.loading import load_config, load_model, readable_out_of_memory
 from models.quantization import STORED, check_same_stored, stored_quantization
+from models.thinking import CHOICES
 
 CONFIG_NAME = "adapter_config.json"
 # What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
@@ -254,17 +255,21 @@ def read_run_facts(adapter: str) -> dict:
     path = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
     facts = _read_object(path) if path else {}
     rules = {
-        "quantization": (None, "nf4"),
+        "quantization": (None, "nf4", STORED),
         "dtype": ("bfloat16", "float16", "float32"),
         "double_quant": (True, False),
-        "attn_implementation": None,
-        "revision": None,
+        "attn_implementation": str | None,
+        "revision": str | None,
+        "thinking": CHOICES,
+        "stored_layers": dict,
     }
     for name, value in facts.items():
         if name not in rules:
             raise ValueError(f"{path}: unknown entry {name!r:.60}")
-        if ((choices := rules[name]) and value not in choices) or (not choices and not isinstance(value, str | None)):
-            raise ValueError(f"{path}: {name!r}: expected {choices or 'a text'}, found {value!r:.60}")
+        rule = rules[name]
+        if not (value in rule if isinstance(rule, tuple) else isinstance(value, rule)):
+            names = {dict: "an object", str | None: "a text"}
+            raise ValueError(f"{path}: {name!r}: expected {names.get(rule, rule)}, found {value!r:.60}")
     return facts
 
 

@@ -1,22 +1,21 @@
 """torch.compile of complete layers: one compiled function for all layers of a kind, each called as before."""
 
-from collections import Counter
-
 import torch
 from accelerate import PartialState
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.compat import allow_more_graphs
 from models.families import family_of
-from models.recomputation import make_seeded, recompute_selected
+from models.recomputation import is_wide, make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
 
 
-def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int | None = None) -> None:
+def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: bool = False) -> None:
     """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
 
     The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
@@ -25,10 +24,9 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
     Args:
         model: with LoRA.
         whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
-            (complete ones took minutes to compile then), weights that come and go during a step, as with FSDP2, and
-            layers with linear attention, where only these parts are compiled.
-        keep_wide: recompute selectively, see `recompute_selected`; this many layers of each kind keep wide products.
-            None keeps what the compiler chooses.
+            (complete ones took minutes to compile then), and weights that come and go during a step, as with FSDP2.
+            Of models that `takes_whole_layers` refuses, parts are compiled in any case.
+        selective: let complete layers recompute what is cheap, see `recompute_selected` and `keep_wide_products`.
 
     Raises:
         ValueError: there is no working compiler.
@@ -36,28 +34,53 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep_wide: int
     check_compiler()
     allow_more_graphs()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    family = family_of(model)
-    if not whole or family.linear_attention or family.experts:
-        for layer in layers:
-            for name, part in layer.named_children():
-                if not has_experts(part):
-                    # The rest of linear attention has kernels of its own, which the compiler cannot see into.
-                    (part.norm if name == family.linear_attention else part).compile(dynamic=True)
+    if not whole or not takes_whole_layers(model):
+        _compile_parts(layers, family_of(model).linear_attention)
         return
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself
-    classes, counts, device = {}, Counter(), next(model.parameters()).device
+    device = next(model.parameters()).device
+    kinds = {kind: compiled_class(kind, keep_wide=False if selective else None) for kind in map(type, layers)}
     for layer in layers:
         for module in layer.modules():
             if type(module) is Linear4bit:
                 make_opaque(module)
-            elif type(module) is torch.nn.Dropout and keep_wide is not None:
+            elif type(module) is torch.nn.Dropout and selective:
                 make_seeded(module, device)
-        kind = type(layer)
-        keep = None if keep_wide is None else counts[kind] < keep_wide
-        counts[kind] += 1
-        if (kind, keep) not in classes:
-            classes[kind, keep] = compiled_class(kind, keep_wide=keep)
-        layer.__class__ = classes[kind, keep]
+        layer.__class__ = kinds[type(layer)]
+
+
+def takes_whole_layers(model: torch.nn.Module) -> bool:
+    """Return whether the compiler sees through complete layers: it does not see into linear attention and experts."""
+    family = family_of(model)
+    return not (family.linear_attention or family.experts)
+
+
+def _compile_parts(layers: list[torch.nn.Module], linear_attention: str) -> None:
+    for layer in layers:
+        for name, part in layer.named_children():
+            if not has_experts(part):
+                # The rest of linear attention has kernels of its own, which the compiler cannot see into.
+                (part.norm if name == linear_attention else part).compile(dynamic=True)
+
+
+def keep_wide_products(model: torch.nn.Module, count: int) -> None:
+    """Let the first `count` language layers of a selectively compiled model keep their wide products too."""
+    layers = language_layers(model)[:count]
+    kinds = {kind: compiled_class(kind.__base__, keep_wide=True) for kind in map(type, layers)}
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]
+
+
+def language_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    path = family_of(model).language_layers.removesuffix(".")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return list(base.get_submodule(path))
+
+
+def wide_bytes(model: torch.nn.Module, tokens: int, itemsize: int) -> int:
+    """Return the bytes of the wide products of one language layer, for a batch of this many tokens."""
+    linears = [module for module in language_layers(model)[0].modules() if isinstance(module, torch.nn.Linear)]
+    return tokens * itemsize * sum(x.out_features for x in linears if is_wide(x.in_features, x.out_features))
 
 
 def has_experts(module: torch.nn.Module) -> bool:

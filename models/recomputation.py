@@ -35,9 +35,13 @@ def choose(context, op, *args, keep_wide: bool, **kwargs) -> CheckpointPolicy:
     sizes = product_sizes(op, args)
     if sizes is None:
         return CheckpointPolicy.MUST_RECOMPUTE
-    inner, outer = sizes
-    kept = outer <= inner or (keep_wide and outer < CHEAP * inner)
+    kept = sizes[1] <= sizes[0] or (keep_wide and is_wide(*sizes))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def is_wide(inner: int, outer: int) -> bool:
+    """Return whether a product is wider than its input, but not so wide that it is cheap to compute."""
+    return inner < outer < CHEAP * inner
 
 
 def product_sizes(op, args: tuple) -> tuple[int, int] | None:

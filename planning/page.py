@@ -228,8 +228,9 @@ def choose_plan(
     plans: dict[tuple[bool, bool], MemoryPlan], checkpointing: bool | str, quantized: bool, batch: int,
     gpu: float | None,
 ) -> MemoryPlan:  # fmt: skip
-    """Return the recipe's plan; `auto` uses checkpointing if the memory is too small, or unknown."""
-    if checkpointing == "auto":
+    """Return the recipe's plan; `auto` uses checkpointing if the memory is too small, or unknown. `selective` takes
+    what is there, from a third above the plan with checkpointing to half of the one without."""
+    if checkpointing in ("auto", "selective"):
         checkpointing = gpu is None or plans[quantized, False].total(batch) > (1 - SPARE) * gpu * GB
     return plans[quantized, checkpointing]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
 from collator import VisionSFTCollator
 from common.console import print_rank0
 from models.compat import ignore_in_ddp
-from models.compilation import compile_layers
+from models.compilation import compile_layers, keep_wide_products, language_layers, takes_whole_layers, wide_bytes
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
 from models.loading import load_config, load_model, resolve_dtype
@@ -24,7 +24,7 @@ from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
-from training.memory_probe import fits, largest_batch
+from training.memory_probe import SPARE, fits, largest_batch, try_step
 from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
 from training.settings import Settings, TrainingSettings
@@ -70,32 +70,66 @@ def attach_lora(model: PreTrainedModel, lora: dict) -> PeftModel:
     return model
 
 
-def decide_checkpointing(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> bool:
-    """Return whether activations are recomputed; with `auto`, only where the largest batch would not fit otherwise."""
-    choice = settings.training.gradient_checkpointing
+def decide_checkpointing(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> bool | str:
+    """Return whether activations are recomputed: True, False or "selective"; `auto` takes the last for complete
+    compiled layers, else True where the largest batch would not fit otherwise.
+
+    Raises:
+        ValueError: "selective" for layers that cannot be compiled as a whole.
+    """
+    args = settings.training
+    sharded = requested_sharding(args.deepspeed_plugin) == "FSDP2"
+    selects = args.compile_layers and takes_whole_layers(model) and not sharded
+    choice = args.gradient_checkpointing
+    if choice == "selective" and not selects:
+        name = "FSDP2" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
+        raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
     if choice != "auto":
         return choice
+    if selects:
+        return "selective"
     enough, reason = True, "there is no GPU"
-    if settings.training.device.type == "cuda":
+    if args.device.type == "cuda":
+        batch = largest(processor, data, settings)
         # one process that lacks the memory decides for all
-        enough, reason = min(gather_object([try_largest_batch(model, processor, data, settings)]))
+        enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
     print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
     return not enough
 
 
-def try_largest_batch(
-    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
-) -> tuple[bool, str]:
-    """Return whether the largest batch fits the GPU's memory without recomputation, and the reason."""
-    args, packed = settings.training, settings.pack_tokens is not None
-    lengths = data.lengths["train"].total
-    largest = largest_batch(lengths, batch_size=args.per_device_train_batch_size, pack_tokens=settings.pack_tokens)
-    batch = VisionSFTCollator(processor, packed=packed)([data.splits["train"][n] for n in largest])
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return fits(model, batch, dtype=dtype, optim=str(args.optim.value))
+def largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
+    """Return the largest batch of training, collated."""
+    packed, lengths = settings.pack_tokens is not None, data.lengths["train"].total
+    options = {"batch_size": settings.training.per_device_train_batch_size, "pack_tokens": settings.pack_tokens}
+    samples = [data.splits["train"][n] for n in largest_batch(lengths, **options)]
+    return VisionSFTCollator(processor, packed=packed)(samples)
 
 
-def trainer_arguments(settings: Settings, *, recompute: bool) -> TrainingSettings:
+def step_options(settings: Settings) -> dict:
+    """Return the keywords of `try_step`."""
+    args = settings.training
+    return {
+        "dtype": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        "optim": str(args.optim.value),
+    }
+
+
+def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> None:
+    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
+    count = layers = len(language_layers(model))
+    if settings.training.device.type == "cuda":
+        batch, options = largest(processor, data, settings), step_options(settings)
+        used, free = try_step(model, batch, **options)
+        size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
+        room = 0 if used is None else ((1 - SPARE) * free - used) / size
+        count = min(gather_object([max(0, min(layers, int(room)))]))
+    print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
+    keep_wide_products(model, count)
+
+
+def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingSettings:
     """Return arguments for TRL's trainer: a copy of the settings without what this pipeline does in its place."""
     args = copy.copy(settings.training)  # dataclasses.replace would set up the devices again
     find_unused = args.ddp_find_unused_parameters
@@ -107,8 +141,8 @@ def trainer_arguments(settings: Settings, *, recompute: bool) -> TrainingSetting
         "report_to": [name for name in args.report_to if name not in TRACKERS],  # would send paths
         "save_total_limit": None,  # rotation comes after sealing
         "remove_unused_columns": False,  # the collator names a sample by its id
-        "gradient_checkpointing": recompute,
-        "activation_checkpointing": recompute,  # transformers reads both names
+        "gradient_checkpointing": recompute is True,  # selective recomputation is in the compiled layers
+        "activation_checkpointing": recompute is True,  # transformers reads both names
         "ddp_find_unused_parameters": bool(find_unused),  # each batch uses all weights that train
         # the samplers give each process equally many batches; accelerate cannot even out packs
         "accelerator_config": dataclasses.replace(args.accelerator_config, even_batches=False),
@@ -158,7 +192,7 @@ def needs_dummy_image(model: PeftModel, lengths: SampleLengths) -> bool:
 
 def build_trainer(
     model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings, *, identity: dict,
-    recompute: bool,
+    recompute: bool | str,
 ) -> SafeSFTTrainer:  # fmt: skip
     """Wire model, data and collator into TRL's trainer.
 
@@ -174,7 +208,7 @@ def build_trainer(
     if settings.training.compile_layers:
         print_rank0("the layers are compiled during the first steps, which then take a minute or two")
         sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
-        compile_layers(model, whole=not (recompute or sharded))
+        compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
@@ -192,6 +226,8 @@ def build_trainer(
         keep_checkpoints=settings.training.save_total_limit,
         max_skipped_steps=settings.training.max_skipped_steps,
     )
+    if recompute == "selective":
+        keep_what_fits(model, processor, data, settings)
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries

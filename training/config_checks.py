@@ -90,6 +90,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
+    if training.gradient_checkpointing == "selective" and not training.compile_layers:
+        raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
     _check_targets(model.lora_target_modules)
     _check_output(data, training, model)
     _check_experts(data, training, model)

@@ -38,6 +38,18 @@ def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, opti
     Returns:
         Whether it leaves enough memory for a training step, and a phrase that says how much it used.
     """
+    used, free = try_step(model, batch, dtype=dtype, optim=optim)
+    of_free = f"of {free / 1e9:.1f} GB free"
+    if used is None:
+        return False, f"the largest batch needs more than all {of_free} without it"
+    return used < (1 - SPARE) * free, f"the largest batch needs {used / 1e9:.1f} {of_free} without it"
+
+
+def try_step(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, optim: str) -> tuple[int | None, int]:
+    """Return the bytes that a training step of this batch takes, None for too many, and those that are free before.
+
+    The arguments are those of `fits`.
+    """
     device = next(model.parameters()).device
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     clear_gradients(model)
@@ -50,10 +62,7 @@ def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, opti
         used = None
     finally:
         clear_gradients(model)
-    of_free = f"of {free / 1e9:.1f} GB free"
-    if used is None:
-        return False, f"the largest batch needs more than all {of_free} without it"
-    return used < (1 - SPARE) * free, f"the largest batch needs {used / 1e9:.1f} {of_free} without it"
+    return used, free
 
 
 def forward_and_backward(model: torch.nn.Module, batch: dict, dtype: torch.dtype | None) -> None:

@@ -53,7 +53,8 @@ class TrainingSettings(SFTConfig):
     """TRL's settings, with three other defaults and a few more settings."""
 
     gradient_checkpointing: str = field(
-        default="auto", metadata={"help": "recompute activations: true, false, or auto: where memory is too small"}
+        default="auto",
+        metadata={"help": "recompute activations: true, false, selective (if compiled), or auto"},
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "true would log 0 in place of NaN"})
@@ -71,10 +72,10 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self):
-        words = {"auto": "auto", "true": True, "false": False}
+        words = {"auto": "auto", "selective": "selective", "true": True, "false": False}
         found = str(self.gradient_checkpointing)
         if found.lower() not in words:
-            raise ValueError(f"gradient_checkpointing: expected auto, true or false, found {found!r}")
+            raise ValueError(f"gradient_checkpointing: expected auto, selective, true or false, found {found!r}")
         self.gradient_checkpointing = words[found.lower()]
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL would turn it on; a CPU computes in float32

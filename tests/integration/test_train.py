@@ -229,16 +229,17 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_d
 
 @pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
-def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path):
-    settings = {**PACKED, "max_steps": 3, "gradient_checkpointing": "true", "eval_strategy": "no"}
+@pytest.mark.parametrize("checkpointing", ["true", "selective"])
+def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path, checkpointing):
+    settings = {**PACKED, "max_steps": 3, "lora_dropout": "0.0", "eval_strategy": "no"}
     plain = make_trainer(tiny_base, demo_data, tmp_path / "plain", **settings)
-    compiled = make_trainer(tiny_base, demo_data, tmp_path / "compiled", compile_layers="true", **settings)
+    options = {"compile_layers": "true", "gradient_checkpointing": checkpointing}
+    compiled = make_trainer(tiny_base, demo_data, tmp_path / "compiled", **settings, **options)
     for trainer in (plain, compiled):
         trainer.train()
+    kind = type(plain.model.get_base_model().model.language_model.layers[0])
     layers = compiled.model.get_base_model().model.language_model.layers
-    assert all(
-        type(layer) is not type(plain.model.get_base_model().model.language_model.layers[0]) for layer in layers
-    )
+    assert all((type(layer) is kind) == (checkpointing == "true") for layer in layers)  # else parts are compiled
     weights = compiled.model.state_dict()
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)

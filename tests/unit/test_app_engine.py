@@ -11,7 +11,7 @@ import torch
 from scipy.special import softmax
 
 import eval_sft
-from evaluation.generation import generate_answers, score_answers
+from evaluation.generation import generate, score_answers
 from models.adapters import load_answering_model
 from models.loading import load_processor
 from webapp import actions
@@ -54,17 +54,17 @@ def start(engine, demo_splits, number=0):
 def test_a_streamed_answer_grows_to_the_answer_of_predict(engine, example):
     pieces = list(engine.stream(example, threading.Event()))
     texts = [text for text, _ in pieces]
-    assert texts[-1] == generate_answers(engine.model, engine.processor, [example], 12)[0]
+    assert texts[-1] == generate(engine.model, engine.processor, [example], 12)[0][0]
     assert len(texts) > 2 and all(texts[-1].startswith(text) for text in texts)
 
 
 def test_the_base_answers_without_the_adapter_which_then_is_back(engine, example):
     *_, (base, note) = engine.stream(example, threading.Event(), adapter=False)
     with engine.model.disable_adapter():
-        assert base == generate_answers(engine.model, engine.processor, [example], 12)[0]
+        assert base == generate(engine.model, engine.processor, [example], 12)[0][0]
     assert note == "cut at 12 tokens"
     *_, (again, _) = engine.stream(example, threading.Event())
-    assert again == generate_answers(engine.model, engine.processor, [example], 12)[0] != base
+    assert again == generate(engine.model, engine.processor, [example], 12)[0][0] != base
 
 
 def test_an_answer_is_stopped_and_a_reader_who_leaves_frees_the_model(engine, example):

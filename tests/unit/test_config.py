@@ -87,7 +87,10 @@ def test_options_override_the_recipe(parse):
     [
         ("learning_rat: 3\n", "recipe.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ("batch_size: 3\n", "unknown key 'batch_size'; use per_device_train_batch_size: N"),
-        ("gradient_checkpointing: yes\n", "gradient_checkpointing: expected auto, true or false, found 'yes'"),
+        (
+            "gradient_checkpointing: yes\n",
+            "gradient_checkpointing: expected auto, selective, true or false, found 'yes'",
+        ),
         ("torch_compile: true\n", "torch_compile: would have no effect; use compile_layers"),
         ("lora_r: [8]\n", "recipe.yaml: lora_r: did not expect the list [8]"),
         ("seed: 1\nseed: 2\n", 'duplicate key "seed"'),
