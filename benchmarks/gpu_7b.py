@@ -457,7 +457,7 @@ def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) 
     print(f"beside padded SDPA, relative: {found['agreement']}")
     print(f"tower, seconds for 12 images: {found['tower_seconds']}", flush=True)
     if not args.tiny:
-        compile_layers(base)
+        compile_layers(base, whole=False)  # some settings recompute them
     found["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
         options = {"packs_are_exact": exact, "borders_by_sdpa": not linear, "experts": bool(family.experts)}
