@@ -25,8 +25,8 @@ MOST = 160  # characters of a description
 INTRODUCTION = """# All settings
 
 Written by `python -m docs.reference` from the dataclasses that read a recipe; a test compares it. Each key is a line
-in a recipe and an option on the command line. When to turn which is in [training](training.md#settings), the twelve that
-matter most in [the README](../README.md#the-twelve-settings-that-matter).
+in a recipe and an option on the command line. When to turn which is in [training](training.md#settings), the twelve
+that matter most in [the README](../README.md#the-twelve-settings-that-matter).
 
 Descriptions of TRL's and transformers' settings are the first sentences of their own, in the versions of
 `requirements.txt`. Some defaults depend on others or on the machine: `train_sft.py --help-all` prints all of it.
