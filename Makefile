@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 DEMO := outputs/demo
 CANARY := .venv-canary
+DOCS := .venv-docs
 PYTEST := -m pytest -n 2 --dist worksteal
 FAST := tests/unit -m "not slow and not scale"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -12,7 +13,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # Of the demo's model: a key of models/families.py.
 FAMILY ?= qwen2_5_vl
 
-.PHONY: install demo check test reliability pillow canary style quality lock
+.PHONY: install demo docs check test reliability pillow canary style quality lock
 
 install: $(VENV)/.installed
 
@@ -36,6 +37,21 @@ demo: install
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 	@echo "ask it in the browser     $(BIN)/python app.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --base-too"
+
+# The pages as a site, site/html/index.html; a broken link is an error. The list of settings is written anew first.
+docs: install $(DOCS)/.installed
+	$(BIN)/python -m docs.reference
+	$(BIN)/python -m notebooks.build
+	rm -rf site
+	mkdir -p site/source
+	tar -cf - --exclude=__pycache__ *.md LICENSE CITATION.cff docs notebooks benchmarks | tar -xf - -C site/source
+	$(DOCS)/bin/mkdocs build --quiet --strict
+	@echo "site                      site/html/index.html"
+
+$(DOCS)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
 
 # Before each commit: style, layers and the fast tests, in less than 90 seconds on two cores.
 check: quality

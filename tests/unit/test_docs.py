@@ -57,6 +57,11 @@ def test_every_page_can_be_reached_from_the_readme():
     assert set(DOCS.glob("*.md")) - reached == set()
 
 
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert set(menu) == {name_of(page) for page in PAGES}
+
+
 def test_the_readme_is_short_and_its_pictures_are_small():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
     images = sorted((DOCS / "images").iterdir())
@@ -66,7 +71,7 @@ def test_the_readme_is_short_and_its_pictures_are_small():
 def test_blocks_marked_as_runnable_are_in_the_shell():
     for page in PAGES:
         text = page.read_text()
-        assert len(RUNNABLE.findall(text)) == text.count("<!-- run -->")
+        assert len(RUNNABLE.findall(text)) == text.splitlines().count("<!-- run -->")
 
 
 def test_every_recipe_is_in_the_table_of_recipes():
