@@ -38,15 +38,15 @@ demo: install
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 	@echo "ask it in the browser     $(BIN)/python app.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --base-too"
 
-# The pages as a site, site/html/index.html; a broken link is an error. The list of settings is written anew first.
+# The pages as a site, outputs/site/html/index.html; a broken link is an error. The list of settings is written anew first.
 docs: install $(DOCS)/.installed
 	$(BIN)/python -m docs.reference
 	$(BIN)/python -m notebooks.build
-	rm -rf site
-	mkdir -p site/source
-	tar -cf - --exclude=__pycache__ *.md LICENSE CITATION.cff docs notebooks benchmarks | tar -xf - -C site/source
+	rm -rf outputs/site
+	mkdir -p outputs/site/source
+	tar -cf - --exclude=__pycache__ *.md LICENSE CITATION.cff docs notebooks benchmarks | tar -xf - -C outputs/site/source
 	$(DOCS)/bin/mkdocs build --quiet --strict
-	@echo "site                      site/html/index.html"
+	@echo "site                      outputs/site/html/index.html"
 
 $(DOCS)/.installed: docs/requirements.txt
 	$(PYTHON) -m venv $(DOCS)
