@@ -19,12 +19,13 @@ from common.cli import run
 
 import torch
 from peft import get_peft_model
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from benchmarks import gpu_7b
 from collator import VisionSFTCollator
 from demo.tiny_model import build_processor
 from models.attention import takes_gqa, use_varlen
-from models.compilation import compile_layers, keep_wide_products
+from models.compilation import compile_layers, keep_wide_products, language_layers
 from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
 from training.lengths import measure_lengths
@@ -92,9 +93,13 @@ def exact(tiny: bool, *, compiled: bool) -> dict:
         compile_layers(base)
         compare("compiled")
         results["seconds of compiling"] = time.perf_counter() - start
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    compare("recomputed")
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.__class__ = type(layer).__base__
+        compile_layers(base, selective=True)
+        compare("selective")
+        keep_wide_products(model, len(language_layers(model)))
+        compare("selective, wide products kept")
     return results
 
 
