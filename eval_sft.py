@@ -3,6 +3,7 @@
 python eval_sft.py --adapter outputs/skin --dataset data/skin
 python eval_sft.py --adapter outputs/skin --dataset data/skin --split test --baseline
 python eval_sft.py --model outputs/skin-merged --dataset data/skin --split all
+python eval_sft.py --adapter outputs/skin --dataset data/skin --engine vllm
 accelerate launch --num_processes 4 eval_sft.py --config eval.yaml
 """
 
@@ -20,6 +21,7 @@ from common.files import TRAINING_FACTS, check_parent
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
 from evaluation.clusters import cluster_samples, image_keys
+from evaluation.engines import add_engine_options, check_engine_options
 from evaluation.label_matching import describe_unread_rows
 from evaluation.questions import load_runs
 from evaluation.report import format_verdict, write_report
@@ -56,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as in training")
     parser.add_argument("--min-pixels", type=int, help="px^2 (default: as in training)")
     parser.add_argument("--max-pixels", type=int, help="px^2 (default: as in training)")
-    parser.add_argument("--batch-size", type=positive_int, default=8)
+    parser.add_argument("--batch-size", type=positive_int, help="questions at a time (default: 8; with vLLM 128)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128)
+    add_engine_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -78,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or (Path(args.adapter) / "eval" if args.adapter and Path(args.adapter).is_dir() else Path("eval"))
     check_parent("--out", out / "metrics.json")
     state = PartialState()
+    check_engine_options(args, state.num_processes)
     runs, label_map, counts = load_runs(args)
     print_rank0(describe_counts(counts, args.split))
     check_labels(args.sensitivity_of, label_map)

@@ -64,6 +64,12 @@ class Journal:
         """Return whether a batch is complete; an incomplete one is repeated, as answers depend on their batch."""
         return all((run, index) in self.rows for index in indices)
 
+    def read_others(self) -> None:
+        """Read what other processes have written since; they may be writing, so that their files stay as they are."""
+        for path in sorted(self.folder.glob("predictions.*.jsonl")):
+            if path != self.path:
+                self.rows |= {(row["run"], row["index"]): row for row in _complete_lines(path)[0]}
+
     def add(self, rows: list[dict]) -> None:
         """Append the answers of a batch."""
         with error_names(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -110,23 +116,28 @@ def _read_settings(path: Path) -> dict:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    """Return the rows of a file; an incomplete last line, left by a killed process, is removed.
+    """Return the rows of a file; an incomplete last line, left by a killed process, is removed."""
+    rows, complete, rest = _complete_lines(path)
+    if rest:
+        path.write_text(complete, encoding="utf-8")
+    return rows
+
+
+def _complete_lines(path: Path) -> tuple[list[dict], str, str]:
+    """Return the rows of a file, the text of its complete lines, and what follows them.
 
     Raises:
-        ValueError: another line is damaged; the message names it.
+        ValueError: a complete line is damaged; the message names it.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    rows = []
-    for number, line in enumerate(complete.split("\n"), start=1):
+    end, rows = text.rfind("\n") + 1, []
+    for number, line in enumerate(text[:end].split("\n"), start=1):
         if line:
             try:
                 rows.append(_checked_row(json.loads(line)))
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: damaged, {error}; {REMEDY}") from error
-    return rows
+    return rows, text[:end], text[end:]
 
 
 def _is_finite(value) -> bool:

@@ -18,23 +18,19 @@ from transformers import TextStreamer
 from common.files import atomic_path, check_parent, error_names
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
-from evaluation.generation import generate, out_of_memory_advice, score_answers
 from evaluation.label_matching import LABEL_PLACEHOLDER
 from evaluation.questions import question_text
-from models.loading import readable_out_of_memory
 
 MAX_LINE = 10_000_000  # bytes
 
 
 def answer_examples(
-    model, processors: dict, adapters: dict, examples: Iterable[dict], args: argparse.Namespace, *, labels, stream
+    engine, examples: Iterable[dict], args: argparse.Namespace, *, labels, stream: bool
 ) -> Iterator[dict]:
     """Yield a row for each example and adapter, in order, with its `prediction` or its `error`.
 
     Args:
-        model: base model, with the adapters.
-        processors: by the adapter's name in the model; one under None for the base model alone.
-        adapters: path of each adapter by its name in the model.
+        engine: see `open_engine`.
         examples: see `load_examples`.
         args: options of `predict.py`.
         labels: labels of `--top-k`.
@@ -42,28 +38,26 @@ def answer_examples(
     """
     examples = iter(examples)
     while batch := list(islice(examples, args.batch_size)):
-        for name, processor in processors.items():
-            if len(adapters) > 1:
-                model.set_adapter(name)
-            fit = partial(fit_size, **fit_options(processor.image_processor))
+        for name in engine.adapters or [None]:
+            fit = partial(fit_size, **fit_options(engine.processors[name].image_processor))
             decoded = [decode(example, fit=fit) for example in batch]
             usable = [example for example in decoded if "error" not in example]
-            answers = iter(_answer_batch(model, processor, usable, args, labels, stream) if usable else [])
-            adapter = {"adapter": adapters[name]} if len(adapters) > 1 else {}
+            answers = iter(_answer_batch(engine, name, usable, args, labels, stream) if usable else [])
+            adapter = {"adapter": engine.adapters[name]} if len(engine.adapters) > 1 else {}
             for example in decoded:
                 row = {key: value for key, value in example.items() if key not in ("images", "messages", "fitted")}
                 yield {**row, **adapter, **({} if "error" in example else next(answers))}
 
 
 def _answer_batch(
-    model, processor, examples: list[dict], args: argparse.Namespace, labels, stream: bool
+    engine, name: str | None, examples: list[dict], args: argparse.Namespace, labels, stream: bool
 ) -> list[dict]:
     """Return each example's question and answer, and with `--top-k` the likeliest labels and their probabilities."""
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with readable_out_of_memory(out_of_memory_advice(args.batch_size)):
-        answers, cut = generate(model, processor, examples, args.max_new_tokens, streamer=streamer)
-        candidates = [args.wording.replace(LABEL_PLACEHOLDER, label) for label in labels or []]
-        scores = score_answers(model, processor, examples, [candidates] * len(examples)) if args.top_k else None
+    tokenizer = engine.processors[name].tokenizer
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    answers, cut = engine.answers(examples, args.max_new_tokens, adapter=name, streamer=streamer)
+    candidates = [args.wording.replace(LABEL_PLACEHOLDER, label) for label in labels or []]
+    scores = engine.scores(examples, [candidates] * len(examples), adapter=name) if args.top_k else None
     questions = [question_text(example["messages"]) for example in examples]
     rows = [{"question": q, "prediction": answer} for q, answer in zip(questions, answers, strict=True)]
     for row in compress(rows, cut):

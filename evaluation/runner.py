@@ -3,8 +3,8 @@
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,13 +14,16 @@ from transformers import ProcessorMixin
 from common.console import print_rank0
 from common.files import ADAPTER_WEIGHTS
 from data_prep.sizes import fit_options, fit_size
-from evaluation.generation import generate, out_of_memory_advice, score_answers
+from evaluation.dealing import batch_costs, deal
+from evaluation.engines import ENGINES, open_engine
 from evaluation.journal import Journal
 from evaluation.questions import Questions
-from models.adapters import load_answering_model, loading_settings
-from models.loading import load_processor, readable_out_of_memory
+from models.adapters import loading_settings
+from models.loading import load_processor
 from publishing.model_card import RUN_TITLES
 from publishing.run_facts import adapter_digest
+
+POLL_SECONDS = 1.0  # between looks at other processes' answers
 
 
 def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions], state: PartialState) -> Journal:
@@ -39,6 +42,7 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
         "base": args.base and Path(args.base).name,
         "questions": runs["adapter"].content_digest(),
         "adapter": _weights_digest(args.adapter or args.model),
+        "engine": None if args.engine == ENGINES[0] else args.engine,  # None: as in files of before there were two
     }
     with state.main_process_first():
         return Journal(out, settings, state.process_index)
@@ -79,18 +83,50 @@ def answer_questions(
         for start in range(0, len(questions.rows), args.batch_size)
     ]
     missing = [(name, indices) for name, indices in batches if not _is_complete(journal, runs[name], name, indices)]
-    if missing:
-        limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-        processor = load_processor(args.adapter or args.model, **limits)
-        check_image_sizes(list(runs.values()), processor)
-        warn_of_long_references(processor, runs["adapter"], args.max_new_tokens)
-        options = {"quantization": args.quantization, "dtype": args.dtype}
-        model = load_answering_model(args.adapter, base=args.base or args.model, **options)
-        share = missing[state.process_index :: state.num_processes]
-        answered = _answer_batches(model, processor, runs, share, journal, args)
-        for rows in tqdm(answered, total=len(share), unit="batch", disable=not state.is_main_process):
-            journal.add(rows)
+    end_process_group(state)
+    if not missing:
+        return
+    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    processor = load_processor(args.adapter or args.model, **limits)
+    check_image_sizes(list(runs.values()), processor)
+    warn_of_long_references(processor, runs["adapter"], args.max_new_tokens)
+    if share := _own_share(missing, runs, processor, args.max_new_tokens, state):
+        adapters = [args.adapter] if args.adapter else []
+        with open_engine(adapters, args.base or args.model, args, journal.folder / "vllm.log") as engine:
+            answered = _answer_batches(engine, runs, share, journal, args)
+            for rows in tqdm(answered, total=len(share), unit="batch", disable=not state.is_main_process):
+                journal.add(rows)
+    if state.is_main_process:
+        wait_for_others(journal, runs, missing)
+
+
+def end_process_group(state: PartialState) -> None:
+    """End what the processes have in common, as soon as all have read the journal.
+
+    Each answers its share alone, and no one waits in a collective, which would fail once another needs more than its
+    time limit (ten minutes with NCCL) longer.
+    """
     state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def _own_share(
+    batches: list, runs: dict[str, Questions], processor: ProcessorMixin, max_new_tokens: int, state: PartialState
+) -> list:
+    if state.num_processes == 1:
+        return batches
+    costs = batch_costs(batches, runs, processor, max_new_tokens)
+    return deal(batches, costs, state.num_processes)[state.process_index]
+
+
+def wait_for_others(journal: Journal, runs: dict[str, Questions], batches: list) -> None:
+    """Return when the files of all processes together hold these batches.
+
+    The launcher ends all processes when one fails; there is no other limit.
+    """
+    while not all(_is_complete(journal, runs[name], name, indices) for name, indices in batches):
+        time.sleep(POLL_SECONDS)
+        journal.read_others()
 
 
 def collect_rows(runs: dict[str, Questions], journal: Journal) -> dict[str, list[dict]]:
@@ -136,7 +172,7 @@ def warn_of_long_references(processor: ProcessorMixin, questions: Questions, max
 
 
 def _answer_batches(
-    model, processor, runs: dict[str, Questions], batches: list, journal: Journal, args: argparse.Namespace
+    engine, runs: dict[str, Questions], batches: list, journal: Journal, args: argparse.Namespace
 ) -> Iterator[list[dict]]:
     """Yield the rows of each batch: the sample's columns, its answer, and the scores of its candidates.
 
@@ -149,26 +185,27 @@ def _answer_batches(
         for row, example in zip(rows, examples, strict=True):
             if questions.image_rows[row["index"]] != questions.samples[row["index"]]:
                 row["image_of"] = example["image_of"]
-        without_adapter = nullcontext() if questions.adapter else model.disable_adapter()
-        with without_adapter, readable_out_of_memory(out_of_memory_advice(args.batch_size)):
-            if questions.generate and journal.has(name, indices):
-                for row in rows:
-                    answered = journal.rows[name, row["index"]]
-                    row |= {key: answered[key] for key in ("prediction", "cut") if key in answered}
-            elif questions.generate:
-                answers = generate(model, processor, examples, args.max_new_tokens)
-                for row, text, cut in zip(rows, *answers, strict=True):
-                    row |= {"prediction": text, **({"cut": True} if cut else {})}
-            if questions.candidates:
-                _add_scores(model, processor, examples, [questions.candidates[index] for index in indices], rows)
+        adapter = next(iter(engine.adapters), None) if questions.adapter else None
+        if questions.generate and journal.has(name, indices):
+            for row in rows:
+                answered = journal.rows[name, row["index"]]
+                row |= {key: answered[key] for key in ("prediction", "cut") if key in answered}
+        elif questions.generate:
+            answers = engine.answers(examples, args.max_new_tokens, adapter=adapter)
+            for row, text, cut in zip(rows, *answers, strict=True):
+                row |= {"prediction": text, **({"cut": True} if cut else {})}
+        if questions.candidates:
+            _add_scores(engine, adapter, examples, [questions.candidates[index] for index in indices], rows)
         yield rows
 
 
-def _add_scores(model, processor, examples: list[dict], candidates: list[dict[str, str]], rows: list[dict]) -> None:
+def _add_scores(
+    engine, adapter: str | None, examples: list[dict], candidates: list[dict[str, str]], rows: list[dict]
+) -> None:
     """Add `scores`, the log-likelihood of each candidate by label, to the rows of samples with candidates."""
     if scored := [n for n, answers in enumerate(candidates) if len(answers) > 1]:
         answers = [list(candidates[n].values()) for n in scored]
-        scores = score_answers(model, processor, [examples[n] for n in scored], answers)
+        scores = engine.scores([examples[n] for n in scored], answers, adapter=adapter)
         for n, values in zip(scored, scores, strict=True):
             if not values.isfinite().all():
                 problem = f"sample {examples[n]['id']!r}: the likelihoods of the labels are not finite"

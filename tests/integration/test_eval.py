@@ -114,7 +114,7 @@ def test_a_killed_evaluation_resumes_and_ends_the_same(evaluated, adapter, demo_
 
 
 def test_a_finished_evaluation_loads_no_model(evaluated, adapter, demo_data, monkeypatch):
-    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
+    monkeypatch.setattr("evaluation.engines.load_adapters", None)
     before = (evaluated / "metrics.json").read_bytes()
     eval_sft.main(options(adapter, demo_data, evaluated, "--baseline", "--min-group", 4))
     assert (evaluated / "metrics.json").read_bytes() == before
@@ -151,7 +151,7 @@ def test_a_sample_that_the_pixel_limits_leave_nothing_of_is_named_before_the_mod
     path, images = write_records(records)
     Image.new("RGB", (28, 5000)).save(images / "narrow.png")
     Image.new("RGB", (28, 5500)).save(images / "thin.png")
-    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
+    monkeypatch.setattr("evaluation.runner.open_engine", None)
     words = ["--adapter", adapter, "--image-dir", images, "--dataset", path, "--out", tmp_path / "e"]
     assert run(lambda: eval_sft.main([str(word) for word in words])) == 1
     error = capsys.readouterr().err
@@ -237,7 +237,7 @@ def test_an_evaluation_without_baseline_keeps_the_runs_of_one_that_had_it(
 ):
     for name in ("predictions.jsonl", "settings.json"):
         shutil.copy(evaluated / name, tmp_path)
-    monkeypatch.setattr("evaluation.runner.load_answering_model", None)
+    monkeypatch.setattr("evaluation.engines.load_adapters", None)
     eval_sft.main(options(adapter, demo_data, tmp_path, "--min-group", 4))
     assert "kept of earlier answers   base model alone, adapter, images shuffled" in capsys.readouterr().out
     assert (tmp_path / "metrics.json").read_bytes() == (evaluated / "metrics.json").read_bytes()

@@ -22,24 +22,22 @@ def of_test(label):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Replace the model: it answers "Yes", or what `answer` says; counts what it answers and keeps what it scores."""
+    """Replace the engine: it answers "Yes", or what `answer` says; counts what it answers and keeps what it scores."""
     counts = SimpleNamespace(answered=0, scored=[], answer="Yes\u2028indeed\x85")
 
-    def generate(model, processor, examples, *args, **options):
+    def answers(examples, *args, **options):
         counts.answered += len(examples)
         return [counts.answer for _ in examples], [False for _ in examples]
 
-    def score(model, processor, examples, candidates):
+    def scores(examples, candidates, **options):
         counts.scored += candidates
         return torch.tensor([[-float(len(text)) for text in texts] for texts in candidates])
 
+    engine = SimpleNamespace(adapters={"default": ""}, processors={None: None}, answers=answers, scores=scores)
+    monkeypatch.setattr("evaluation.runner.open_engine", lambda *args, **options: nullcontext(engine))
     monkeypatch.setattr("evaluation.runner.load_processor", lambda *args, **options: None)
     for check in ("check_image_sizes", "warn_of_long_references"):  # these need the processor
         monkeypatch.setattr(f"evaluation.runner.{check}", lambda *args: None)
-    model = SimpleNamespace(disable_adapter=nullcontext)
-    monkeypatch.setattr("evaluation.runner.load_answering_model", lambda *args, **options: model)
-    monkeypatch.setattr("evaluation.runner.generate", generate)
-    monkeypatch.setattr("evaluation.runner.score_answers", score)
     return counts
 
 

@@ -491,7 +491,7 @@ def test_a_batch_that_does_not_fit_the_memory_names_the_options(adapter, demo_ra
     def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("evaluation.prediction.generate", fail)
+    monkeypatch.setattr("evaluation.engines.generate", fail)
     command = ["--adapter", str(adapter), "--image", str(demo_raw / "images"), "--question", "What?"]
     assert run(lambda: predict.main(command)) == 1
     assert "out of memory: lower --batch-size (now 8), then --max-pixels" in capsys.readouterr().err
