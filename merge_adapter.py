@@ -1,6 +1,7 @@
 """Merge a trained adapter into its base model: one 16-bit model that needs no PEFT, checked before it is kept.
 
 python merge_adapter.py --adapter outputs/skin --out outputs/skin-merged
+python merge_adapter.py --adapter outputs/skin --out outputs/skin-merged --device cpu
 python merge_adapter.py --adapter outputs/skin --out outputs/skin-merged --push you/skin-merged
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from common.cli import OneLineParser, run
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -20,6 +22,7 @@ from common.files import atomic_path, check_parent
 from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import check_16_bit, choose_base, merge, read_target_weights
+from evaluation.older_readers import OLDEST_READERS, add_older_forms
 from models.adapters import MERGED_ADAPTER, check_not_merged, decode_greedily, describe_merge
 from models.loading import load_model, load_processor, readable_out_of_memory
 from publishing.hub import push_merged_model
@@ -35,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to make, for the merged model")
     parser.add_argument("--base", help="base model, in place of the one in the adapter's configuration")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="bfloat16", help="of the weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to merge (default: the GPU if there is one)")
     parser.add_argument("--shard-size", type=shard_size, default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the merged model to this repository at the end")
     parser.add_argument("--public", action="store_true", help="make the repository of --push public")
@@ -52,6 +56,7 @@ def shard_size(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     check_options(args)
+    choose_device(args.device)
     base, revision = choose_base(args.adapter, args.base)
     check_16_bit(base, revision)
     check_not_merged(args.adapter, base)
@@ -60,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = open_repository(args.push, private=not args.public) if args.push else None
     with atomic_path(args.out) as unfinished:
         unfinished.mkdir(parents=True)
-        with readable_out_of_memory("merging loads the model in 16 bit; CUDA_VISIBLE_DEVICES= does it on the CPU"):
+        with readable_out_of_memory("merging loads the model in 16 bit; --device cpu needs no GPU"):
             model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
             expected = merge(model, args.adapter, processor)
         setattr(model.config, MERGED_ADAPTER, describe_merge(args.adapter, base))
-        card = make_merged_card(args.out.name, describe_base(base, revision), args.dtype)
+        card = make_merged_card(args.out.name, describe_base(base, revision), args.dtype, OLDEST_READERS)
         save(model, processor, unfinished, card=card, shard_size=args.shard_size)
         del model  # the check loads the saved one, and memory may hold one only
         release_memory()
@@ -83,6 +88,18 @@ def check_options(args: argparse.Namespace) -> None:
     check_parent("--out", args.out)
 
 
+def choose_device(name: str | None) -> None:
+    """Have models loaded on this device from now on.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: no GPU here that PyTorch can use; --device cpu needs none")
+    if name:
+        PartialState(cpu=name == "cpu")
+
+
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
     decode_greedily(model)  # the saved generation settings hold for other programs too
     try:
@@ -90,6 +107,7 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, car
     except SafetensorError as error:  # "No space left", in the words of another library
         raise ValueError(f"--out: the weights could not be written to {folder.parent}: {error}") from error
     processor.save_pretrained(folder)
+    add_older_forms(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

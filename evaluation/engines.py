@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import expand_images, load_pixels, render
+from data_prep.sizes import fit_options
 from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
 from evaluation.generation import generate, out_of_memory_advice, score_answers
 from evaluation.vllm_server import start_server
@@ -92,8 +94,8 @@ class TransformersEngine:
 class VllmEngine:
     """A vLLM server, reached by a client.
 
-    Images are sent as the model needs them: decoded, turned and resized as in training, with limits that let them
-    be. The ids of each prompt are compared with ours, so that a server with another chat template is an error.
+    Images are sent as the model needs them: decoded, turned and resized as in training. The ids of each prompt are
+    compared with ours, so that a server with another chat template, or that resizes them again, is an error.
 
     Args:
         client: of the server.
@@ -113,7 +115,7 @@ class VllmEngine:
         def answer(example: dict) -> tuple[str, bool]:
             images = load_pixels(example, processor)
             messages = chat_messages(example["messages"], images)
-            reply = self._ask(example, adapter, images, messages, max_tokens=max_new_tokens)
+            reply = self._ask(example, adapter, messages, max_tokens=max_new_tokens)
             check_prompt(example, reply["prompt_token_ids"], prompt_ids(processor, example, images))
             choice = reply["choices"][0]
             return (choice["message"]["content"] or "").strip(), choice["finish_reason"] == "length"
@@ -134,29 +136,26 @@ class VllmEngine:
             images = load_pixels(example, processor)
             messages, prompt = chat_messages(example["messages"], images), prompt_ids(processor, example, images)
             rows = processor.tokenizer([text + end_token for text in texts])["input_ids"]
-            ask = partial(self._score, example, adapter, images, messages, prompt)
+            ask = partial(self._score, example, adapter, messages, prompt)
             return [ask(text, ids) for text, ids in zip(texts, rows, strict=True)]
 
         return torch.tensor(in_parallel(score, examples, answers))
 
-    def _score(self, example: dict, adapter: str | None, images: list, messages, prompt: list, text: str, ids: list):
+    def _score(self, example: dict, adapter: str | None, messages: list, prompt: list, text: str, ids: list) -> float:
         """Return the log-likelihood of the tokens `ids` of one answer after the prompt's."""
         turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         options = {"add_generation_prompt": False, "prompt_logprobs": 0, "max_tokens": 1}
-        reply = self._ask(example, adapter, images, [*messages, turn], **options)
+        reply = self._ask(example, adapter, [*messages, turn], **options)
         start, end = len(prompt), len(prompt) + len(ids)
         check_prompt(example, reply["prompt_token_ids"][:end], prompt + ids)
         return sum(
             log[str(token)]["logprob"] for log, token in zip(reply["prompt_logprobs"][start:end], ids, strict=True)
         )
 
-    def _ask(self, example: dict, adapter: str | None, images: list, messages: list[dict], **options) -> dict:
+    def _ask(self, example: dict, adapter: str | None, messages: list[dict], **options) -> dict:
         if adapter not in self.models:
             raise ValueError(f"{self.client.url} lists no base model, which --baseline needs")
         body = {"model": self.models[adapter], "messages": messages, "temperature": 0.0, "return_token_ids": True}
-        if images:
-            areas = [image.width * image.height for image in images]
-            options["mm_processor_kwargs"] = {"min_pixels": min(areas), "max_pixels": max(areas)}
         try:
             return self.client.request(CHAT, body | options)
         except ValueError as error:
@@ -226,8 +225,19 @@ def open_engine(adapters: list[str], base: str | None, args: argparse.Namespace,
         return
     warn_of_4_bit(adapters, args)
     log = log or Path(tempfile.mkstemp(prefix="vllm-", suffix=".log")[1])
-    with start_server(serving, log) as client:
+    with start_server(replace(serving, pixels=open_limits(own[0])), log) as client:
         yield VllmEngine(client, names, {None: serving.name, **{name: name for name in names}}, processors)
+
+
+def open_limits(processor: ProcessorMixin) -> dict[str, int]:
+    """Return pixel limits, px^2, that leave images as they are that were resized by the processor's own limits.
+
+    Those can be too close together for its own results: an image that is shrunk to whole cells under the largest area
+    can be under the smallest.
+    """
+    options = fit_options(processor.image_processor)
+    largest = max(options["max_pixels"], 2 * options["min_pixels"])
+    return {"min_pixels": options["cell"] ** 2, "max_pixels": largest}
 
 
 def warn_of_4_bit(adapters: list[str], args: argparse.Namespace) -> None:

@@ -44,6 +44,16 @@ MERGED_CARD = """---
 Base model: {base}. Merged from a LoRA adapter for questions about skin images, in {dtype}.
 The processor has the chat template and the pixel limits of the training. Decoding is greedy by default.
 
+## How to use it
+
+{readers}
+
+```bash
+VLLM_NO_USAGE_STATS=1 vllm serve {path} --host 127.0.0.1 --generation-config vllm \\
+    --override-generation-config '{{"temperature": 0.0}}' --limit-mm-per-prompt '{{"video": 0}}'
+transformers serve {path} --host 127.0.0.1
+```
+
 Not a medical device; not for diagnosis. The licence of the base model applies.
 """
 
@@ -134,8 +144,16 @@ def _hub_metric_name(name: str, metric: dict, metrics: dict) -> str:
     return f"{METRIC_TITLES[name]}{of}{interval}"
 
 
-def make_merged_card(name: str, base: dict, dtype: str) -> str:
-    """Return the card of a merged model; `base` is as `describe_base` returns it."""
+def make_merged_card(name: str, base: dict, dtype: str, readers: dict[str, str]) -> str:
+    """Return the card of a merged model.
+
+    Args:
+        name: of its folder.
+        base: as `describe_base` returns it.
+        dtype: of the weights.
+        readers: the oldest version of each library that is known to read the folder.
+    """
+    oldest = " and ".join(f"{library} {version}" for library, version in readers.items())
     metadata = ModelCardData(
         base_model=base["name"] if base["on_hub"] else None,
         library_name="transformers",
@@ -143,7 +161,14 @@ def make_merged_card(name: str, base: dict, dtype: str) -> str:
         tags=["medical", "dermatology", "not-for-diagnosis"],
         **{"license": UNKNOWN, **base["licence"]},
     )
-    return MERGED_CARD.format(metadata=metadata.to_yaml(), name=name, base=base["name"], dtype=dtype)
+    return MERGED_CARD.format(
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=base["name"],
+        dtype=dtype,
+        readers=f"The oldest versions that are known to read this folder are {oldest}.",
+        path=f"path/to/{name}",
+    )
 
 
 def label_counts(data: dict) -> dict:

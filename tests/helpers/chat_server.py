@@ -1,7 +1,6 @@
 """A server on loopback with OpenAI's chat interface and vLLM's additions to it, answered by a model of the test."""
 
 import base64
-import copy
 import io
 import json
 import threading
@@ -12,6 +11,7 @@ from PIL import Image
 
 from collator import encode, render
 from data_prep.records import IMAGE_MARKER
+from evaluation.generation import generate
 from models.serving import served_name
 
 
@@ -44,18 +44,15 @@ class ChatServer:
     def complete(self, body: dict) -> dict:
         adapter = self.names[body["model"]]
         example = to_example(body["messages"])
-        processor = copy.deepcopy(self.processor)
-        limits = body.get("mm_processor_kwargs")
-        if limits:
-            size = {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}
-            processor.image_processor.size = size
+        processor = self.processor
         prompt = body.get("add_generation_prompt", True)
         text = render(processor, example["messages"], add_generation_prompt=prompt)
         inputs = encode(processor, [example], [text], padding_side="left")
         reply = {"prompt_token_ids": inputs["input_ids"][0].tolist()}
         if "prompt_logprobs" in body:
             return reply | {"prompt_logprobs": self.prompt_logprobs(inputs, adapter), "choices": []}
-        [answer], [cut] = self.engine.answers([example], body["max_tokens"], adapter=adapter)
+        with self.engine._use(adapter):
+            [answer], [cut] = generate(self.engine.model, processor, [example], body["max_tokens"])
         choice = {"message": {"content": answer}, "finish_reason": "length" if cut else "stop"}
         return reply | {"choices": [choice]}
 

@@ -12,12 +12,13 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from common.cli import run
 
 import huggingface_hub.constants
-import torch.distributed.fsdp  # noqa: F401  loaded once, for all
+import torch.distributed.fsdp
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -27,6 +28,7 @@ import push_adapter
 import train_sft
 from benchmarks.reliability import child
 from common import hub_client
+from evaluation import engines
 from training import distributed
 from training.trainer import SafeSFTTrainer
 
@@ -57,6 +59,24 @@ def spoil(step: int) -> None:
     SafeSFTTrainer.compute_loss = compute_spoilt
 
 
+def slow_down(rank: int) -> None:
+    """Make rank 1 at least ten times slower at answering, and every collective fail after five seconds."""
+    init, generate = torch.distributed.init_process_group, engines.generate
+
+    def init_impatiently(*args, **options):
+        return init(*args, **{**options, "timeout": timedelta(seconds=5)})
+
+    def generate_slowly(*args, **options):
+        start = time.monotonic()
+        answers = generate(*args, **options)
+        time.sleep(max(6, 9 * (time.monotonic() - start)))
+        return answers
+
+    torch.distributed.init_process_group = init_impatiently
+    if rank == 1:
+        engines.generate = generate_slowly
+
+
 def start(request: dict, rank: int, port: int) -> int:
     def before() -> None:
         os.setsid()
@@ -72,6 +92,8 @@ def start(request: dict, rank: int, port: int) -> int:
             pretend(request["pretend"])
         if request["spoil"] is not None:
             spoil(request["spoil"])
+        if request["slow"]:
+            slow_down(rank)
 
     module, arguments = COMMANDS[request["command"]], request["ranks"][rank]
     return child(lambda: module.main(arguments), Path(f"{request['log']}.{rank}"), before)

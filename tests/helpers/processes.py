@@ -71,7 +71,7 @@ class ForkServer:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
-    def start(self, command: str, *ranks: list, env=None, pretend=None, spoil=None) -> Processes:
+    def start(self, command: str, *ranks: list, env=None, pretend=None, spoil=None, slow=False) -> Processes:
         """Start a command.
 
         Args:
@@ -80,11 +80,12 @@ class ForkServer:
             env: variables of the environment.
             pretend: see `fork_server.pretend`.
             spoil: step at which rank 1 computes a NaN.
+            slow: see `fork_server.slow_down`.
         """
         log = self.folder / str(self.started)
         self.started += 1
         words = [[str(word) for word in rank] for rank in ranks]
-        options = {"env": env or {}, "pretend": pretend, "spoil": spoil, "log": str(log)}
+        options = {"env": env or {}, "pretend": pretend, "spoil": spoil, "slow": slow, "log": str(log)}
         pids = self.request(command=command, ranks=words, **options)
         return Processes(self, pids, [Path(f"{log}.{rank}") for rank in range(len(ranks))])
 

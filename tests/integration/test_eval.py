@@ -129,6 +129,17 @@ def test_two_processes_give_the_same_metrics_as_one(evaluated, adapter, demo_dat
     assert {path.name for path in out.glob("*.jsonl")} == {"predictions.jsonl"}
 
 
+def test_a_process_that_ends_early_waits_for_one_that_is_ten_times_slower(adapter, demo_data, fork_server, tmp_path):
+    command = ["--adapter", adapter, "--dataset", demo_data, "--max-new-tokens", 8, "--batch-size", 1]
+    words = [[str(word) for word in (*command, "--out", tmp_path / name)] for name in ("one", "two")]
+    eval_sft.main(words[0])
+    codes, texts = fork_server.run("eval_sft", words[1], words[1], slow=True)
+    assert codes == [0, 0], texts
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not any("process group" in text for text in texts)  # PyTorch warns of one that is left
+
+
 def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo_data, tmp_path, capsys):
     for name in ("settings.json", "predictions.jsonl"):
         shutil.copy(evaluated / name, tmp_path)

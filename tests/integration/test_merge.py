@@ -136,7 +136,7 @@ def test_card_and_configuration_contain_no_path(tiny_base, adapter, merged):
     assert not any(str(folder) in text for text in texts for folder in (tiny_base.parent, adapter.parent))
     assert "license: unknown" in card and "base_model" not in card  # the Hub takes its own ids there, and no others
     base = {"name": "Qwen/Qwen2.5-VL-7B-Instruct", "on_hub": True, "licence": {"license": "apache-2.0"}}
-    card = make_merged_card("x", base, "bfloat16")
+    card = make_merged_card("x", base, "bfloat16", {"transformers": "4.57", "vLLM": "0.32"})
     assert "base_model: Qwen/Qwen2.5-VL-7B-Instruct\n" in card and "license: apache-2.0\n" in card
 
 

@@ -17,7 +17,7 @@ import predict
 from data_prep.images import load_image
 from data_prep.sizes import fit_options, fit_size
 from evaluation.chat_client import check_url
-from evaluation.engines import check_engine_options, open_engine
+from evaluation.engines import check_engine_options, open_engine, open_limits
 from helpers.chat_server import ChatServer, to_example
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
@@ -67,6 +67,7 @@ def test_images_are_sent_as_training_decodes_them(engine, server, adapter, tmp_p
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     photo = Image.effect_noise((640, 300), 90).convert("RGB")
+    server.processor = load_processor(str(adapter), **open_limits(engine.processors[None]))
     photo.save(tmp_path / "photo.jpg", quality=95, exif=exif)
     example = {
         "id": "x",
@@ -84,9 +85,12 @@ def test_images_are_sent_as_training_decodes_them(engine, server, adapter, tmp_p
     assert image.mode == "RGB" and image.tobytes() == expected.tobytes()
 
 
-def test_a_server_with_another_chat_template_is_an_error(server, adapter, examples):
-    server.processor = load_processor(str(adapter))
-    server.processor.chat_template = server.processor.chat_template.replace("You are a helpful", "You are a")
+@pytest.mark.parametrize("kind", ["chat template", "pixel limits"])
+def test_a_server_that_reads_other_prompts_is_an_error(server, adapter, examples, kind):
+    limits = {"min_pixels": 28 * 28, "max_pixels": 56 * 56} if kind == "pixel limits" else {}
+    server.processor = load_processor(str(adapter), **limits)
+    if not limits:
+        server.processor.chat_template = server.processor.chat_template.replace("You are a helpful", "You are a")
     with open_engine([str(adapter)], None, engine_args(engine="vllm", server=server.url)) as other:
         for ask in (
             lambda: other.answers(examples[:1], 8, adapter="adapter"),
