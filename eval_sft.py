@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.cli import OneLineParser, positive_int, run
 
+import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     check_model_options(args)
     out = args.out or (Path(args.adapter) / "eval" if args.adapter and Path(args.adapter).is_dir() else Path("eval"))
     check_parent("--out", out / "metrics.json")
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())  # without it, processes on CPUs would not know each other
     check_engine_options(args, state.num_processes)
     runs, label_map, counts = load_runs(args)
     print_rank0(describe_counts(counts, args.split))

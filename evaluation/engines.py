@@ -118,7 +118,8 @@ class VllmEngine:
             reply = self._ask(example, adapter, messages, max_tokens=max_new_tokens)
             check_prompt(example, reply["prompt_token_ids"], prompt_ids(processor, example, images))
             choice = reply["choices"][0]
-            return (choice["message"]["content"] or "").strip(), choice["finish_reason"] == "length"
+            text = processor.decode(choice["token_ids"], skip_special_tokens=True)  # as ours: of broken UTF-8 too
+            return text.strip(), choice["finish_reason"] == "length"
 
         processor = self.processors[adapter]
         texts, cut = zip(*in_parallel(answer, examples), strict=True)

@@ -67,7 +67,7 @@ def start_server(serving: Serving, log: Path) -> Iterator[ChatClient]:
 
 
 def server_command(serving: Serving, port: int) -> list[str]:
-    """Return the command that starts the server; on a CPU it computes in float32, and compiles nothing."""
+    """Return the command that starts the server; on a CPU it computes in float32 and compiles nothing."""
     on_cpu = not torch.cuda.is_available()
     serving = replace(serving, dtype="float32") if on_cpu else serving
     module = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", serving.base]

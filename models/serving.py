@@ -13,6 +13,7 @@ from models.families import family_of
 from models.loading import load_config
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # MaxLoRARanks of vllm/config/lora.py
+CONTENT_KINDS = ("text", "image", "video", "audio", "input")  # see `served_names`
 MAX_MODEL_LEN = 16384  # tokens of prompt and answer together; a server reserves memory for one such request
 
 
@@ -56,7 +57,13 @@ class Serving:
         words += ["--chat-template", self.chat_template] if self.chat_template else []
         if self.adapters:
             rank = next(rank for rank in VLLM_RANKS if rank >= self.rank)
-            words += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(len(self.adapters))]
+            words += [
+                "--enable-lora",
+                "--max-lora-rank",
+                str(rank),
+                "--max-loras",
+                str(len(self.adapters)),
+            ]
             words += ["--enable-tower-connector-lora"] if self.tower else []
             words += ["--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
         return words
@@ -118,8 +125,12 @@ def served_name(name: str) -> str:
 
 
 def served_names(adapters: list[str]) -> list[str]:
-    """Return a name for each adapter; those of folders of the same name are numbered."""
+    """Return a name for each adapter; those of folders of the same name are numbered.
+
+    vLLM applies an adapter that is called like a kind of content to all requests with such content, the base's too.
+    """
     names = [served_name(adapter) for adapter in adapters]
+    names = [f"{name}-adapter" if name in CONTENT_KINDS else name for name in names]
     return [name if names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names, 1)]
 
 

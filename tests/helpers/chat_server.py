@@ -11,7 +11,6 @@ from PIL import Image
 
 from collator import encode, render
 from data_prep.records import IMAGE_MARKER
-from evaluation.generation import generate
 from models.serving import served_name
 
 
@@ -51,9 +50,12 @@ class ChatServer:
         reply = {"prompt_token_ids": inputs["input_ids"][0].tolist()}
         if "prompt_logprobs" in body:
             return reply | {"prompt_logprobs": self.prompt_logprobs(inputs, adapter), "choices": []}
-        with self.engine._use(adapter):
-            [answer], [cut] = generate(self.engine.model, processor, [example], body["max_tokens"])
-        choice = {"message": {"content": answer}, "finish_reason": "length" if cut else "stop"}
+        with self.engine._use(adapter), torch.inference_mode():
+            output = self.engine.model.generate(**inputs, max_new_tokens=body["max_tokens"])
+        ids = output[0, inputs["input_ids"].size(1) :].tolist()
+        cut = self.engine.model.generation_config.eos_token_id not in ids
+        choice = {"message": {"content": processor.decode(ids, skip_special_tokens=True)}, "token_ids": ids}
+        choice["finish_reason"] = "length" if cut else "stop"
         return reply | {"choices": [choice]}
 
     @torch.inference_mode()

@@ -69,7 +69,7 @@ def slow_down(rank: int) -> None:
     def generate_slowly(*args, **options):
         start = time.monotonic()
         answers = generate(*args, **options)
-        time.sleep(max(6, 9 * (time.monotonic() - start)))
+        time.sleep(max(3, 9 * (time.monotonic() - start)))
         return answers
 
     torch.distributed.init_process_group = init_impatiently

@@ -62,7 +62,7 @@ def questions(data):
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 def family(request, data, tmp_path_factory):
-    """A folder with a base model, the adapters `text` and `tower`, and the latter merged."""
+    """A folder with a base model, the adapters `text` (a name that vLLM takes for a kind of content) and `tower`."""
     folder = tmp_path_factory.mktemp(request.param)
     save_tiny_model(folder / "base", TEXTS, hidden_size=64, num_layers=3, family=request.param)
     settings = {"max_steps": 60, "save_steps": 60, "eval_strategy": "no", "learning_rate": 5e-3, "lora_r": 8}

@@ -21,6 +21,7 @@ from evaluation.engines import check_engine_options, open_engine, open_limits
 from helpers.chat_server import ChatServer, to_example
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
+from models.serving import served_names
 
 DEFAULTS = {"quantization": "none", "dtype": "float32", "min_pixels": None, "max_pixels": None, "batch_size": 8}
 LABELS = [f"This is {label}." for label in ("melanoma", "psoriasis", "vitiligo")]
@@ -234,6 +235,11 @@ def test_the_printed_request_has_the_system_turn_of_the_data(adapter, write_reco
 def test_options_that_do_not_go_together(options, processes, message):
     with pytest.raises(ValueError, match=message):
         check_engine_options(engine_args(**options), processes)
+
+
+def test_served_names_are_different_and_not_kinds_of_content():
+    names = served_names(["a/skin", "b/skin", "you/moles", "runs/text", "runs/image"])
+    assert names == ["skin-1", "skin-2", "moles", "text-adapter", "image-adapter"]
 
 
 def test_an_address_with_a_password_is_refused():
