@@ -87,6 +87,7 @@ test-vllm: install vllm
 # Runs that are really killed, many times, the slow tests, ten minutes of fuzzing, and two versions of Pillow.
 reliability: install pillow
 	$(BIN)/python -m benchmarks.reliability
+	$(BIN)/python -m benchmarks.evaluation_kills
 	$(BIN)/python -m pytest -m slow
 	FUZZ_EXAMPLES=14000 $(BIN)/python -m pytest tests/unit/test_fuzz.py tests/unit/test_fuzz_tables.py
 

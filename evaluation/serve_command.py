@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 
 from evaluation.engines import load_processors
 from evaluation.questions import load_split
-from models.serving import Serving, describe_serving, served_name, served_names
+from models.serving import Serving, describe_serving, served_name, served_names, shell_lines
 
 SERVERS = ("vllm", "transformers")
 PORT = 8000
@@ -30,17 +29,10 @@ def serve_command(adapters: list[str], base: str | None, args: argparse.Namespac
     own = [processors[name] for name in names] or [processors[None]]
     serving = describe_serving(adapters, own, base=base, quantization=args.quantization, dtype=args.dtype)
     if args.print_server == "vllm":
-        lines, model = vllm_lines(serving), next(iter(names), serving.name)
+        lines, model = serving.lines(PORT), next(iter(names), serving.name)
     else:
         lines, model = transformers_lines(adapters, serving, args)
     return "\n".join([*lines, "", *request_lines(model, args)])
-
-
-def vllm_lines(serving: Serving) -> list[str]:
-    words = [["VLLM_NO_USAGE_STATS=1", "vllm", "serve", serving.base], ["--host", "127.0.0.1", "--port", str(PORT)]]
-    for word in serving.options():
-        words.append([word]) if word.startswith("--") else words[-1].append(word)
-    return shell_lines(words)
 
 
 def transformers_lines(adapters: list[str], serving: Serving, args: argparse.Namespace) -> tuple[list[str], str]:
@@ -56,12 +48,6 @@ def transformers_lines(adapters: list[str], serving: Serving, args: argparse.Nam
         lines += shell_lines([["python", "merge_adapter.py"], ["--adapter", adapters[0]], *dtype, ["--out", model]])
     place = ["--host", "127.0.0.1", "--port", str(PORT)]
     return [*lines, *shell_lines([["transformers", "serve", model], place])], model
-
-
-def shell_lines(words: list[list[str]]) -> list[str]:
-    """Return a command with an option on each line."""
-    *first, last = [shlex.join(group) for group in words]
-    return [f"{line} \\" if n == 0 else f"    {line} \\" for n, line in enumerate(first)] + [f"    {last}"]
 
 
 def request_lines(model: str, args: argparse.Namespace) -> list[str]:

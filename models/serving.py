@@ -1,6 +1,7 @@
 """What vLLM is told of a base model and its adapters, so that it answers as they were trained."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,13 @@ class Serving:
     chat_template: str | None = None
     max_model_len: int = MAX_MODEL_LEN
 
+    def lines(self, port: int = 8000) -> list[str]:
+        """Return the lines of a shell's command that starts `vllm serve` on loopback, an option on each."""
+        words = [["VLLM_NO_USAGE_STATS=1", "vllm", "serve", self.base], ["--host", "127.0.0.1", "--port", str(port)]]
+        for word in self.options():
+            words.append([word]) if word.startswith("--") else words[-1].append(word)
+        return shell_lines(words)
+
     def options(self) -> list[str]:
         """Return the options of `vllm serve BASE`.
 
@@ -67,6 +75,12 @@ class Serving:
             words += ["--enable-tower-connector-lora"] if self.tower else []
             words += ["--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
         return words
+
+
+def shell_lines(words: list[list[str]]) -> list[str]:
+    """Return a command with a group of words on each line."""
+    first, *rest = [shlex.join(group) for group in words]
+    return [f"{line} \\" for line in [first, *(f"    {line}" for line in rest[:-1])]] + [f"    {rest[-1]}"]
 
 
 def describe_serving(

@@ -7,8 +7,10 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from common.files import EVALUATION_PLOTS, LOADING_SETTINGS
+from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS
 from common.html import TEMPLATES
+from models.families import FAMILIES
+from models.serving import Serving, adapts_tower
 from publishing import metric_notes
 from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_json, read_metrics
 
@@ -93,7 +95,8 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         **facts,
         "base": base,
         "front_matter": front_matter(base, data, metrics).to_yaml(),
-        "loading": read_json(output_dir / LOADING_SETTINGS),
+        "loading": (loading := read_json(output_dir / LOADING_SETTINGS)),
+        "serve": serve_command(adapter_dir or output_dir, base, loading),
         "metrics": metrics,
         "notes": metric_notes,
         "plots": [Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
@@ -103,6 +106,32 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
     }
     text = environment.get_template("model_card.md").render(values)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
+    """Return the lines that serve a downloaded adapter by vLLM as it was trained; None without its processor.
+
+    Args:
+        folder: holds the adapter and its processor.
+        base: as `read_base` returns it.
+        loading: how the base was loaded.
+    """
+    config, processor = (read_json(folder / name) for name in ("adapter_config.json", "processor_config.json"))
+    if not (processor and config and "r" in config and (folder / ADAPTER_WEIGHTS).is_file()):
+        return None
+    size = processor["image_processor"]["size"]
+    serving = Serving(
+        base=base["name"] if base["on_hub"] else f"path/to/{base['name']}",
+        name="base",
+        adapters={"skin": "skin"},
+        pixels={"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+        dtype=(loading or {}).get("dtype", "bfloat16"),
+        rank=max(config["r"], *(config.get("rank_pattern") or {}).values(), 0),
+        tower=any(adapts_tower(folder / ADAPTER_WEIGHTS, family.vision) for family in FAMILIES.values()),
+        revision=base["commit"] or base["revision"] if base["on_hub"] else None,
+        chat_template="skin/chat_template.jinja",
+    )
+    return "\n".join(["hf download OWNER/NAME --local-dir skin", *serving.lines()])
 
 
 def front_matter(base: dict, data: dict | None, metrics: dict | None) -> ModelCardData:
