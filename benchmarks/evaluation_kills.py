@@ -82,6 +82,7 @@ def main() -> int:
         passed["transformers"] = killed(workspace, adapter, args.kills, [], str.__eq__)
         print(f"transformers: {passed['transformers']} of {args.kills}", flush=True)
         if PYTHON.is_file():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             options = {"base": None, "quantization": "none", "dtype": "float32"}
             serving = describe_serving([str(adapter)], [load_processor(str(adapter))], **options)
             with start_server(serving, workspace.folder / "vllm.log") as client:

@@ -30,6 +30,8 @@ class Serving:
         dtype: of the weights and the arithmetic.
         rank: largest rank of the adapters; 0 without any.
         tower: whether an adapter has weights in the vision tower or its merger.
+        targets: last names of the layers that adapters have weights for; vLLM prepares these alone. Else it also takes
+            Qwen3-VL's LM head, with which vLLM 0.32 ends on a CPU when it is asked for likelihoods.
         revision: of the base.
         chat_template: file of the training's template; None for the base's own.
         max_model_len: most tokens of a request.
@@ -42,6 +44,7 @@ class Serving:
     dtype: str
     rank: int = 0
     tower: bool = False
+    targets: tuple[str, ...] = ()
     revision: str | None = None
     chat_template: str | None = None
     max_model_len: int = MAX_MODEL_LEN
@@ -73,6 +76,7 @@ class Serving:
                 str(len(self.adapters)),
             ]
             words += ["--enable-tower-connector-lora"] if self.tower else []
+            words += ["--lora-target-modules", *self.targets]
             words += ["--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
         return words
 
@@ -116,7 +120,8 @@ def describe_serving(
         if other := [n for n, value in enumerate(values) if value != values[0]]:
             raise ValueError(f"--adapter: {adapters[other[0]]} has another {key} than {adapters[0]}: one server each")
     config = load_config(bases[0], revision=settings[0].get("revision"))
-    loras = [read_lora(adapter, family_of(config).vision) for adapter in adapters]
+    vision, ranks = family_of(config).vision, [read_rank(adapter) for adapter in adapters]
+    modules = {name for adapter in adapters for name in adapted_modules(find_file(adapter, ADAPTER_WEIGHTS))}
     size = processors[0].image_processor.size
     template = find_file(adapters[0], "chat_template.jinja") if adapters else None
     return Serving(
@@ -125,8 +130,9 @@ def describe_serving(
         adapters=dict(zip(served_names(adapters), adapters, strict=True)),
         pixels={"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
         dtype=settings[0]["dtype"],
-        rank=max((rank for rank, _ in loras), default=0),
-        tower=any(tower for _, tower in loras),
+        rank=max(ranks, default=0),
+        tower=any(name.startswith(vision) for name in modules),
+        targets=last_names(modules),
         revision=settings[0].get("revision"),
         chat_template=str(template) if template else None,
         max_model_len=min(MAX_MODEL_LEN, config.get_text_config().max_position_embeddings),
@@ -148,8 +154,8 @@ def served_names(adapters: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names, 1)]
 
 
-def read_lora(adapter: str, vision: str) -> tuple[int, bool]:
-    """Return an adapter's largest rank, and whether it has weights under `vision`, the path of the vision tower.
+def read_rank(adapter: str) -> int:
+    """Return an adapter's largest rank.
 
     Raises:
         ValueError: vLLM cannot load it.
@@ -164,10 +170,15 @@ def read_lora(adapter: str, vision: str) -> tuple[int, bool]:
     rank = max(config.r, *config.rank_pattern.values(), 0)
     if rank > VLLM_RANKS[-1]:
         raise ValueError(f"--adapter: {adapter}: rank {rank}, vLLM loads at most {VLLM_RANKS[-1]}")
-    return rank, adapts_tower(find_file(adapter, ADAPTER_WEIGHTS), vision)
+    return rank
 
 
-def adapts_tower(weights: Path, vision: str) -> bool:
-    """Return whether a file of LoRA weights has some for modules under the path `vision`."""
+def adapted_modules(weights: Path) -> set[str]:
+    """Return the paths of the base's modules that a file of LoRA weights is for."""
     with safe_open(weights, "pt") as file:
-        return any(name.removeprefix("base_model.model.").startswith(vision) for name in file.keys())  # noqa: SIM118
+        names = [name.removeprefix("base_model.model.") for name in file.keys()]  # noqa: SIM118
+    return {name.partition(".lora_")[0] for name in names}
+
+
+def last_names(modules: set[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.rpartition(".")[2] for name in modules}))

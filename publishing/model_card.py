@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS
 from common.html import TEMPLATES
 from models.families import FAMILIES
-from models.serving import Serving, adapts_tower
+from models.serving import Serving, adapted_modules, last_names
 from publishing import metric_notes
 from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_json, read_metrics
 
@@ -119,7 +119,7 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
     config, processor = (read_json(folder / name) for name in ("adapter_config.json", "processor_config.json"))
     if not (processor and config and "r" in config and (folder / ADAPTER_WEIGHTS).is_file()):
         return None
-    size = processor["image_processor"]["size"]
+    size, modules = processor["image_processor"]["size"], adapted_modules(folder / ADAPTER_WEIGHTS)
     serving = Serving(
         base=base["name"] if base["on_hub"] else f"path/to/{base['name']}",
         name="base",
@@ -127,7 +127,8 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
         pixels={"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
         dtype=(loading or {}).get("dtype", "bfloat16"),
         rank=max(config["r"], *(config.get("rank_pattern") or {}).values(), 0),
-        tower=any(adapts_tower(folder / ADAPTER_WEIGHTS, family.vision) for family in FAMILIES.values()),
+        tower=any(name.startswith(tuple(family.vision for family in FAMILIES.values())) for name in modules),
+        targets=last_names(modules),
         revision=base["commit"] or base["revision"] if base["on_hub"] else None,
         chat_template="skin/chat_template.jinja",
     )
