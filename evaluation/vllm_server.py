@@ -7,13 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from evaluation.chat_client import ChatClient
-from models.serving import Serving
+from models.serving import Serving, on_cpu
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -68,11 +67,11 @@ def start_server(serving: Serving, log: Path) -> Iterator[ChatClient]:
 
 def server_command(serving: Serving, port: int) -> list[str]:
     """Return the command that starts the server; on a CPU it computes in float32 and compiles nothing."""
-    on_cpu = not torch.cuda.is_available()
-    serving = replace(serving, dtype="float32") if on_cpu else serving
+    if cpu := not torch.cuda.is_available():
+        serving = on_cpu(serving)
     module = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", serving.base]
     place = ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"]
-    return [*module, *serving.options(), *place, *(["--enforce-eager"] if on_cpu else [])]
+    return [*module, *serving.options(), *place, *(["--enforce-eager"] if cpu else [])]
 
 
 def free_port() -> int:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -30,8 +30,7 @@ class Serving:
         dtype: of the weights and the arithmetic.
         rank: largest rank of the adapters; 0 without any.
         tower: whether an adapter has weights in the vision tower or its merger.
-        targets: last names of the layers that adapters have weights for; vLLM prepares these alone. Else it also takes
-            Qwen3-VL's LM head, with which vLLM 0.32 ends on a CPU when it is asked for likelihoods.
+        targets: vLLM's names of the layers prepared for adapters, see `on_cpu`; all that it supports if empty.
         revision: of the base.
         chat_template: file of the training's template; None for the base's own.
         max_model_len: most tokens of a request.
@@ -76,7 +75,7 @@ class Serving:
                 str(len(self.adapters)),
             ]
             words += ["--enable-tower-connector-lora"] if self.tower else []
-            words += ["--lora-target-modules", *self.targets]
+            words += ["--lora-target-modules", *self.targets] if self.targets else []
             words += ["--lora-modules", *(f"{name}={path}" for name, path in self.adapters.items())]
         return words
 
@@ -132,7 +131,6 @@ def describe_serving(
         dtype=settings[0]["dtype"],
         rank=max(ranks, default=0),
         tower=any(name.startswith(vision) for name in modules),
-        targets=last_names(modules),
         revision=settings[0].get("revision"),
         chat_template=str(template) if template else None,
         max_model_len=min(MAX_MODEL_LEN, config.get_text_config().max_position_embeddings),
@@ -180,5 +178,13 @@ def adapted_modules(weights: Path) -> set[str]:
     return {name.partition(".lora_")[0] for name in names}
 
 
-def last_names(modules: set[str]) -> tuple[str, ...]:
-    return tuple(sorted({name.rpartition(".")[2] for name in modules}))
+def on_cpu(serving: Serving) -> Serving:
+    """Return how to serve the same on a CPU: in float32, and with no other layer prepared for adapters than needed.
+
+    vLLM 0.32 prepares Qwen3-VL's LM head too, and then ends on a CPU when it is asked for likelihoods. Layers of the
+    tower are named one by one: "proj" alone would also be its patch embedding.
+    """
+    weights = [find_file(adapter, ADAPTER_WEIGHTS) for adapter in serving.adapters.values()]
+    names = {name.removeprefix("model.") for path in weights for name in adapted_modules(path)}
+    targets = {name if name.startswith("visual.") else name.rpartition(".")[2] for name in names}
+    return replace(serving, dtype="float32", targets=tuple(sorted(targets)))

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS
 from common.html import TEMPLATES
 from models.families import FAMILIES
-from models.serving import Serving, adapted_modules, last_names
+from models.serving import Serving, adapted_modules
 from publishing import metric_notes
 from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_json, read_metrics
 
@@ -128,7 +128,6 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
         dtype=(loading or {}).get("dtype", "bfloat16"),
         rank=max(config["r"], *(config.get("rank_pattern") or {}).values(), 0),
         tower=any(name.startswith(tuple(family.vision for family in FAMILIES.values())) for name in modules),
-        targets=last_names(modules),
         revision=base["commit"] or base["revision"] if base["on_hub"] else None,
         chat_template="skin/chat_template.jinja",
     )
