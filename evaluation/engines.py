@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
-from collator import expand_images, load_pixels, render
+from collator import expand_images, load_pixels, opens_thought, render_prompt
 from data_prep.sizes import fit_options
 from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
 from evaluation.generation import generate, out_of_memory_advice, score_answers
@@ -119,23 +119,26 @@ class VllmEngine:
             check_prompt(example, reply["prompt_token_ids"], prompt_ids(processor, example, images))
             choice = reply["choices"][0]
             text = processor.decode(choice["token_ids"], skip_special_tokens=True)  # as ours: of broken UTF-8 too
-            return text.strip(), choice["finish_reason"] == "length"
+            return (opening + text).strip(), choice["finish_reason"] == "length"
 
         processor = self.processors[adapter]
+        opening = opens_thought(processor)  # is in the prompt, as in `generate`
         texts, cut = zip(*in_parallel(answer, examples), strict=True)
         return list(texts), list(cut)
 
     def scores(self, examples: list[dict], answers: list[list[str]], *, adapter: str | None) -> torch.Tensor:
         """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
 
-        The server reads prompt and answer as one prompt, and returns the log-likelihoods of that.
+        The server reads prompt and answer as one prompt, and returns the log-likelihoods of that. In templates with
+        thoughts, an answer without one stands behind an empty one.
         """
         processor = self.processors[adapter]
         end_token = families_of(processor)[0].end_token
 
         def score(example: dict, texts: list[str]) -> list[float]:
             images = load_pixels(example, processor)
-            messages, prompt = chat_messages(example["messages"], images), prompt_ids(processor, example, images)
+            messages = chat_messages(example["messages"], images)
+            prompt = prompt_ids(processor, example, images, skip_thought=True)
             rows = processor.tokenizer([text + end_token for text in texts])["input_ids"]
             ask = partial(self._score, example, adapter, messages, prompt)
             return [ask(text, ids) for text, ids in zip(texts, rows, strict=True)]
@@ -172,10 +175,10 @@ def in_parallel(work: Callable, *rows: list) -> list:
         pool.shutdown(cancel_futures=True)
 
 
-def prompt_ids(processor: ProcessorMixin, example: dict, images: list) -> list[int]:
+def prompt_ids(processor: ProcessorMixin, example: dict, images: list, *, skip_thought: bool = False) -> list[int]:
     """Return the ids of an example's prompt, each image's token repeated as often as it has tokens."""
     tokenizer, sizing = processor.tokenizer, processor.image_processor
-    ids = tokenizer(render(processor, example["messages"], add_generation_prompt=True))["input_ids"]
+    ids = tokenizer(render_prompt(processor, example["messages"], skip_thought=skip_thought))["input_ids"]
     area = (sizing.patch_size * sizing.merge_size) ** 2
     image_id = tokenizer.convert_tokens_to_ids(processor.image_token)
     return expand_images(ids, [image.width * image.height // area for image in images], image_id=image_id).tolist()

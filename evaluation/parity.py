@@ -6,6 +6,7 @@ from functools import partial
 
 from tqdm import tqdm
 
+from collator import opens_thought
 from data_prep.sizes import fit_options, fit_size
 from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
 from evaluation.engines import TransformersEngine, in_parallel, listed_models
@@ -43,7 +44,8 @@ def check_server(
     shares = []
     for name in engine.adapters or [None]:
         ours = own_answers(engine, name, asked, args)
-        theirs = in_parallel(partial(ask, client, models[name], args.max_new_tokens), asked)
+        opening = opens_thought(engine.processors[name])  # is in the prompt, as in `generate`
+        theirs = in_parallel(partial(ask, client, models[name], args.max_new_tokens, opening), asked)
         shares.append(report(models[name], asked, ours, theirs, args.limit))
     return int(min(shares) < args.limit)
 
@@ -63,11 +65,11 @@ def own_answers(engine: TransformersEngine, name: str | None, examples: list[dic
     return texts
 
 
-def ask(client: ChatClient, model: str, max_new_tokens: int, example: dict) -> str:
-    """Return a server's greedy answer to a question with its images as they are."""
+def ask(client: ChatClient, model: str, max_new_tokens: int, opening: str, example: dict) -> str:
+    """Return a server's greedy answer to a question with its images as they are, behind what the prompt opens."""
     messages = chat_messages(example["messages"], decode(example)["images"])
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_new_tokens}
-    return (client.request(CHAT, body)["choices"][0]["message"]["content"] or "").strip()
+    return (opening + (client.request(CHAT, body)["choices"][0]["message"]["content"] or "")).strip()
 
 
 def report(model: str, examples: list[dict], ours: list[str], theirs: list[str], limit: float) -> float:

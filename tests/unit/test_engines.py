@@ -11,17 +11,21 @@ import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
+from trl import chat_template_utils
 
 import eval_sft
 import predict
+from collator import opens_thought
 from data_prep.images import load_image
 from data_prep.sizes import fit_options, fit_size
-from evaluation.chat_client import check_url
-from evaluation.engines import check_engine_options, open_engine, open_limits
+from evaluation.chat_client import ChatClient, check_url
+from evaluation.engines import TransformersEngine, VllmEngine, check_engine_options, open_engine, open_limits
+from evaluation.parity import ask, own_answers
 from helpers.chat_server import ChatServer, to_example
 from models.loading import load_model, load_processor
 from models.lora import build_lora_config
 from models.serving import served_names
+from models.thinking import set_thinking
 
 DEFAULTS = {"quantization": "none", "dtype": "float32", "min_pixels": None, "max_pixels": None, "batch_size": 8}
 LABELS = [f"This is {label}." for label in ("melanoma", "psoriasis", "vitiligo")]
@@ -62,6 +66,28 @@ def test_both_engines_give_the_same_answers_and_scores(engine, server, adapter, 
             )
     assert engine.answers(examples, 8, adapter="default") != engine.answers(examples, 8, adapter=None)
     assert {body["temperature"] for body in server.bodies} == {0.0}
+
+
+@pytest.mark.parametrize("thinking", ["off", "on"])
+def test_both_engines_are_asked_for_thoughts_alike(engine, adapter, examples, thinking):
+    processor = load_processor(str(adapter))
+    processor.chat_template = chat_template_utils.qwen3_5_think_chat_template
+    set_thinking(processor, thinking)
+    processors = {None: processor, "default": processor}
+    ours = TransformersEngine(engine.model, engine.adapters, processors, 8)
+    with ChatServer(ours) as server:
+        names = {None: "base", "default": "adapter"}
+        theirs = VllmEngine(ChatClient(server.url), engine.adapters, names, processors)
+        answers = ours.answers(examples[:3], 8, adapter="default")
+        assert theirs.answers(examples[:3], 8, adapter="default") == answers
+        assert [text.startswith("<think>") for text in answers[0]] == [thinking == "on"] * 3
+        scores = ours.scores(examples[:3], [LABELS] * 3, adapter="default")
+        torch.testing.assert_close(
+            theirs.scores(examples[:3], [LABELS] * 3, adapter="default"), scores, atol=1e-3, rtol=0
+        )
+        rows = own_answers(ours, "default", examples[:1], argparse.Namespace(batch_size=1, max_new_tokens=8))
+        opening = opens_thought(processor)
+        assert [ask(theirs.client, "adapter", 8, opening, example) for example in examples[:1]] == rows
 
 
 def test_images_are_sent_as_training_decodes_them(engine, server, adapter, tmp_path):
