@@ -1,13 +1,42 @@
-"""Greedy answers of a model, and log-likelihoods of given answers."""
+"""Greedy answers of a model, and log-likelihoods of given answers.
+
+A prompt is read once for both. Rows of a batch do not depend on each other: in float32, texts are the same in every
+batch, and likelihoods to 1e-4. In bfloat16 a product's rounding depends on the shape of the batch, about 0.4 % of a
+value, so that an answer can change where two tokens are that close.
+"""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from transformers import Cache, ProcessorMixin, TextStreamer
+from transformers import Cache, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import collate_prompts, opens_thought
 from models.families import family_of
+
+
+@dataclass
+class Prefix:
+    """A batch of prompts that the model has read.
+
+    Attributes:
+        cache: keys and values of their tokens; layers with linear attention have states.
+        mask: 1 for tokens and 0 for the padding before them, shape (B, T).
+        logits: of the token after each prompt, shape (B, V).
+        positions: of that token, shape (B,).
+    """
+
+    cache: Cache
+    mask: torch.Tensor
+    logits: torch.Tensor
+    positions: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> "Prefix":
+        """Return a copy with these rows, each as often as it is named."""
+        cache = copy.deepcopy(self.cache)
+        cache.reorder_cache(rows)
+        return Prefix(cache, self.mask[rows], self.logits[rows], self.positions[rows])
 
 
 def encode_prompts(
@@ -36,13 +65,10 @@ def generate(
     A `streamer` prints the answer to a single example token by token.
     """
     inputs = encode_prompts(model, processor, examples)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
-    new_tokens = output[:, inputs["input_ids"].size(1) :]
-    ends = torch.tensor(model.generation_config.eos_token_id or [], device=output.device)
-    ended = torch.isin(new_tokens, ends).any(dim=1)
-    opening = opens_thought(processor)  # is in the prompt; with it, a thought that was cut is known as one
-    texts = [(opening + text).strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    return texts, (~ended).tolist()
+    if streamer is not None:
+        streamer.put(inputs["input_ids"].cpu())
+    tokens = decode(model, read_prompts(model, inputs), max_new_tokens, streamer)
+    return read_answers(model, processor, tokens)
 
 
 @torch.inference_mode()
@@ -62,44 +88,124 @@ def score_answers(
         rows: largest number of answers in one forward pass; bounds the memory for copies of the cache.
     """
     inputs = encode_prompts(model, processor, examples, skip_thought=True)
+    return score_continuations(model, processor, read_prompts(model, inputs), answers, rows=rows)
+
+
+@torch.inference_mode()
+def answer_and_score(
+    model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, answers: list[list[str]]
+) -> tuple[list[str], list[bool], list[list[float]]]:
+    """Return what `generate` does, and the log-likelihoods of each example's given answers; each prompt is read once.
+
+    Args:
+        model: base model, with or without an adapter.
+        processor: the model's processor.
+        examples: samples whose messages end with the user's turn.
+        max_new_tokens: longest answer.
+        answers: for each example K answers to score, or none.
+    """
+    scored = [n for n, texts in enumerate(answers) if texts]
+    given = [answers[n] for n in scored]
+    prefix = read_prompts(model, encode_prompts(model, processor, examples))
+    if scored and opens_thought(processor):  # scores need another prompt, see `render_prompt`
+        values = score_answers(model, processor, [examples[n] for n in scored], given)
+    elif scored:
+        every = len(scored) == len(examples)
+        rows = torch.tensor(scored, device=prefix.mask.device)
+        values = score_continuations(model, processor, prefix if every else prefix.select(rows), given)
+    scores = [[] for _ in examples]
+    for n, row in zip(scored, values.tolist() if scored else [], strict=True):
+        scores[n] = row
+    tokens = decode(model, prefix, max_new_tokens)
+    return *read_answers(model, processor, tokens), scores
+
+
+def read_prompts(model, inputs: dict[str, torch.Tensor]) -> Prefix:
+    """Let the model read a batch of `encode_prompts`."""
     positions = prompt_positions(model, inputs)
-    prefix = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
-    width = max(1, rows // len(examples))
-    chunks = [[row[start : start + width] for row in answers] for start in range(0, len(answers[0]), width)]
-    scores = [_score_chunk(model, processor.tokenizer, inputs, positions, prefix, chunk) for chunk in chunks]
-    return torch.cat(scores, dim=1)
+    output = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+    return Prefix(output.cache, inputs["attention_mask"], output.logits[:, -1], positions.amax(dim=(0, 2)) + 1)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T)."""
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+    return base_of(model).model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
 
 
-def repeat_cache(cache: Cache, size: int, count: int) -> Cache:
-    """Return a copy of the cache of `size` prompts with each `count` times; linear attention has states, no keys."""
-    copied = copy.deepcopy(cache)
-    copied.reorder_cache(torch.arange(size).repeat_interleave(count))
-    return copied
+def end_tokens(model) -> torch.Tensor:
+    """Return the ids that end an answer, shape (E,)."""
+    ids = model.generation_config.eos_token_id
+    return torch.tensor([] if ids is None else ids, dtype=torch.long, device=model.device).flatten()
 
 
-def _score_chunk(model, tokenizer, inputs: dict, positions: torch.Tensor, prefix, answers: list[list[str]]):
-    """Return the log-likelihoods of K answers to each of B prompts, shape (B, K); `prefix` is the prompts' output."""
+def decode(model, prefix: Prefix, max_new_tokens: int, streamer: TextStreamer | None = None) -> torch.Tensor:
+    """Return the likeliest continuation of each prompt, token by token, shape (B, N), N at most `max_new_tokens`.
+
+    A row is padded after its end token. Rows that have ended leave the batch; the prefix is used up.
+    """
+    ends, size = end_tokens(model), len(prefix.mask)
+    tokens = prefix.mask.new_full((size, max_new_tokens), model.generation_config.pad_token_id or 0)
+    live, token = torch.arange(size, device=tokens.device), prefix.logits.argmax(-1)
+    mask, positions, cache = prefix.mask, prefix.positions, prefix.cache
+    for step in range(max_new_tokens):
+        tokens[live, step] = token
+        if streamer is not None:
+            streamer.put(token.cpu())
+        going = (~torch.isin(token, ends)).nonzero().flatten()
+        if not len(going) or step + 1 == max_new_tokens:
+            break
+        if len(going) < len(live):
+            live, token, mask, positions = live[going], token[going], mask[going], positions[going]
+            cache.reorder_cache(going)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        output = model(**_one_token(token, mask, positions + step, cache))
+        token = output.logits[:, -1].argmax(-1)
+    if streamer is not None:
+        streamer.end()
+    return tokens[:, : step + 1]
+
+
+def _one_token(token: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache) -> dict:
+    """Return the model's arguments for one more token of each row, at `positions` (B,)."""
+    positions = positions[:, None].expand(3, -1, -1)
+    return {"input_ids": token[:, None], "attention_mask": mask, "position_ids": positions, "cache": cache}
+
+
+def read_answers(model, processor: ProcessorMixin, tokens: torch.Tensor) -> tuple[list[str], list[bool]]:
+    """Return the texts of answers, and which of them have no end."""
+    ended = torch.isin(tokens, end_tokens(model)).any(dim=1)
+    opening = opens_thought(processor)  # is in the prompt; with it, a thought that was cut is known as one
+    texts = [(opening + text).strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return texts, (~ended).tolist()
+
+
+def score_continuations(
+    model, processor: ProcessorMixin, prefix: Prefix, answers: list[list[str]], *, rows: int = 64
+) -> torch.Tensor:
+    """Return the log-likelihoods of K answers to each of B prompts, see `score_answers`; the prefix stays as it is."""
+    width = max(1, rows // len(answers))
+    chunks = [[row[start : start + width] for row in answers] for start in range(0, len(answers[0]), width)]
+    return torch.cat([_score_chunk(model, processor.tokenizer, prefix, chunk) for chunk in chunks], dim=1)
+
+
+def _score_chunk(model, tokenizer, prefix: Prefix, answers: list[list[str]]) -> torch.Tensor:
+    """Return the log-likelihoods of K answers to each of B prompts, shape (B, K)."""
     count, size = len(answers[0]), len(answers)
     texts = [text + family_of(model).end_token for row in answers for text in row]
-    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(inputs["input_ids"].device)
-    cache = repeat_cache(prefix.cache, size, count)
-    prompt_mask = inputs["attention_mask"].repeat_interleave(count, dim=0)
-    start = positions.amax(dim=(0, 2)).repeat_interleave(count) + 1  # (B K)
-    steps = start[:, None] + torch.arange(encoded["input_ids"].size(1), device=start.device)
+    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(prefix.mask.device)
+    repeated = prefix.select(torch.arange(size, device=prefix.mask.device).repeat_interleave(count))
+    steps = repeated.positions[:, None] + torch.arange(encoded["input_ids"].size(1), device=prefix.mask.device)
     output = model(
         input_ids=encoded["input_ids"],
-        attention_mask=torch.cat([prompt_mask, encoded["attention_mask"]], dim=1),
+        attention_mask=torch.cat([repeated.mask, encoded["attention_mask"]], dim=1),
         position_ids=steps.expand(3, -1, -1),
-        cache=cache,
+        cache=repeated.cache,
     )
-    first = prefix.logits[:, -1:].repeat_interleave(count, dim=0)
-    logs = torch.cat([first, output.logits[:, :-1]], dim=1).float().log_softmax(-1)
+    logs = torch.cat([repeated.logits[:, None], output.logits[:, :-1]], dim=1).float().log_softmax(-1)
     token_logs = logs.gather(2, encoded["input_ids"][:, :, None])[:, :, 0]
     return (token_logs * encoded["attention_mask"]).sum(1).view(size, count)

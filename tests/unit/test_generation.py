@@ -1,0 +1,98 @@
+"""Our decoding gives the texts of `model.generate`, in any batch, with prompts that are read once."""
+
+from demo.tiny_model import save_tiny_model
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from evaluation.generation import answer_and_score, encode_prompts, generate, score_answers
+from models.adapters import load_answering_model
+from models.families import FAMILIES
+from models.loading import load_processor
+
+TOKENS = 12
+ANSWERS = ["This is melanoma.", "It is psoriasis, vitiligo, urticaria.", "x"]
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def answering(request, tmp_path_factory):
+    """A tiny model of a family and its processor; some answers end early."""
+    folder = tmp_path_factory.mktemp(request.param)
+    texts = ["This is melanoma. It is psoriasis, vitiligo, urticaria. Is the skin dark? What is shown?"]
+    save_tiny_model(folder, texts, num_layers=FAMILIES[request.param].thinks and 2 or 3, family=request.param)
+    model = load_answering_model(None, base=str(folder), quantization="none", dtype="float32")
+    return model, load_processor(str(folder))
+
+
+@pytest.fixture
+def examples(demo_splits):
+    """Prompts of three lengths, and one without an image."""
+    samples = [demo_splits["train"][n] for n in (0, 1, 2)]
+    prompts = [{"id": s["id"], "images": s["images"], "messages": s["messages"][:-1]} for s in samples]
+    return [*prompts, {"id": "text", "images": [], "messages": [{"role": "user", "content": "Is the skin dark?"}]}]
+
+
+def expected_tokens(model, processor, examples):
+    inputs = encode_prompts(model, processor, examples)
+    output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    return output[:, inputs["input_ids"].size(1) :]
+
+
+def end_answers_early(model, processor, examples):
+    """Make tokens that the model writes at some places its end tokens, so that rows end at different steps."""
+    model.generation_config.eos_token_id = []
+    tokens = expected_tokens(model, processor, examples)
+    model.generation_config.eos_token_id = [int(tokens[0, 2]), int(tokens[1, 5])]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_texts_are_those_of_transformers(answering, examples, early):
+    model, processor = answering
+    model.generation_config.eos_token_id = [processor.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    if early:
+        end_answers_early(model, processor, examples)
+    tokens = expected_tokens(model, processor, examples)
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    texts, cut = generate(model, processor, examples, TOKENS)
+    assert [text for text in texts] == [t.strip() for t in processor.batch_decode(tokens, skip_special_tokens=True)]
+    assert cut == (~torch.isin(tokens, ends).any(1)).tolist()
+    assert not early or not all(cut)
+
+
+def test_answers_and_scores_of_one_reading_are_those_of_two(answering, examples):
+    model, processor = answering
+    asked = [ANSWERS, [], ANSWERS, ANSWERS]
+    texts, cut, scores = answer_and_score(model, processor, examples, TOKENS, asked)
+    assert (texts, cut) == generate(model, processor, examples, TOKENS)
+    scored = [examples[n] for n in (0, 2, 3)]
+    expected = score_answers(model, processor, scored, [ANSWERS] * 3)
+    assert scores[1] == []
+    assert torch.allclose(torch.tensor([scores[n] for n in (0, 2, 3)]), expected, atol=1e-4)
+
+
+def test_results_do_not_depend_on_the_batch(answering, examples):
+    model, processor = answering
+    together = answer_and_score(model, processor, examples, TOKENS, [ANSWERS] * 4)
+    alone = [answer_and_score(model, processor, [one], TOKENS, [ANSWERS]) for one in examples]
+    assert together[0] == [texts[0] for texts, _, _ in alone]
+    assert torch.allclose(torch.tensor(together[2]), torch.tensor([scores[0] for *_, scores in alone]), atol=1e-4)
+
+
+def test_a_streamer_gets_the_prompt_and_then_each_token(answering, examples):
+    class Kept(TextStreamer):
+        def __init__(self):
+            self.got = []
+
+        def put(self, value):
+            self.got.append(value.flatten().tolist())
+
+        def end(self):
+            self.got.append("end")
+
+    model, processor = answering
+    model.generation_config.eos_token_id = []
+    kept, (prompt, *_) = Kept(), encode_prompts(model, processor, examples[:1])["input_ids"]
+    generate(model, processor, examples[:1], TOKENS, kept)
+    [tokens] = expected_tokens(model, processor, examples[:1]).tolist()
+    assert kept.got == [prompt.tolist(), *[[token] for token in tokens], "end"]
