@@ -132,10 +132,16 @@ def load_pixels(example: dict, processor: ProcessorMixin) -> list[Image.Image]:
     return images
 
 
+def count_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
+    """Return `image_grid_thw` of resized images: patches in time, height and width, shape (N, 3)."""
+    patch = sizing.patch_size
+    return {"image_grid_thw": torch.tensor([(1, image.height // patch, image.width // patch) for image in images])}
+
+
 def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
     """Return `pixel_values` (P, D) and `image_grid_thw` (N, 3) of resized images, as the processor does."""
     patch, merge = sizing.patch_size, sizing.merge_size
-    grids = torch.tensor([(1, image.height // patch, image.width // patch) for image in images])
+    grids = count_patches(images, sizing)["image_grid_thw"]
     counts = grids.prod(dim=1).tolist()
     mean, std = (torch.tensor(x)[:, None] * (1 / sizing.rescale_factor) for x in (sizing.image_mean, sizing.image_std))
     # First access to so much new memory takes longer than the arithmetic. NumPy requests huge pages, which halves it.
@@ -156,8 +162,12 @@ def expand_images(ids: list[int], tokens: list[int], *, image_id: int) -> torch.
     return row.repeat_interleave(torch.ones_like(row).masked_scatter(is_image, torch.tensor(tokens, dtype=torch.long)))
 
 
-def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str) -> dict:
+def encode(
+    processor: ProcessorMixin, examples: list[dict], texts: list[str], *, padding_side: str, patches: bool = True
+) -> dict:
     """Return the model's inputs for rendered texts and the examples' images, equal to the processor's but faster.
+
+    Without `patches` there are no `pixel_values`.
 
     Returns:
         `input_ids`, `attention_mask`, `mm_token_type_ids`, each (B, T); with images also `pixel_values` (P, D), a row
@@ -185,7 +195,7 @@ def encode(processor: ProcessorMixin, examples: list[dict], texts: list[str], *,
         "input_ids": input_ids,
         "attention_mask": pad([torch.ones_like(row) for row in rows]),
         "mm_token_type_ids": (input_ids == image_id).long(),
-        **(to_patches(images, sizing) if images else {}),
+        **((to_patches(images, sizing) if patches else count_patches(images, sizing)) if images else {}),
     }
 
 
@@ -297,8 +307,8 @@ def opens_thought(processor: ProcessorMixin) -> str:
 
 
 def collate_prompts(
-    processor: ProcessorMixin, examples: list[dict], *, skip_thought: bool = False
+    processor: ProcessorMixin, examples: list[dict], *, skip_thought: bool = False, patches: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Return a left-padded batch of prompts, see `render_prompt`."""
+    """Return a left-padded batch of prompts, see `render_prompt` and `encode`."""
     texts = [render_prompt(processor, example["messages"], skip_thought=skip_thought) for example in examples]
-    return encode(processor, examples, texts, padding_side="left")
+    return encode(processor, examples, texts, padding_side="left", patches=patches)

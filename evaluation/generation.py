@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import Cache, PreTrainedModel, ProcessorMixin, TextStreamer
 
-from collator import collate_prompts, opens_thought
+from collator import collate_prompts, load_pixels, opens_thought
+from evaluation.image_features import ImageFeatures
 from models.families import family_of
 
 
@@ -40,13 +41,25 @@ class Prefix:
 
 
 def encode_prompts(
-    model, processor: ProcessorMixin, examples: list[dict], *, skip_thought: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return a left-padded batch of prompts, see `collate_prompts`, on the model's device and in its dtype."""
-    inputs = collate_prompts(processor, examples, skip_thought=skip_thought)
+    model,
+    processor: ProcessorMixin,
+    examples: list[dict],
+    *,
+    skip_thought: bool = False,
+    features: ImageFeatures | None = None,
+) -> dict[str, torch.Tensor | dict]:
+    """Return a left-padded batch of prompts, see `collate_prompts`, on the model's device and in its dtype.
+
+    With `features`, the outputs of the vision tower are in the place of its inputs.
+    """
+    if features is not None:
+        examples = [{**example, "images": load_pixels(example, processor), "fitted": True} for example in examples]
+    inputs = collate_prompts(processor, examples, skip_thought=skip_thought, patches=features is None)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    if features is not None and (images := [image for example in examples for image in example["images"]]):
+        inputs["mm_encoder_outputs"] = {"image": features(images, processor.image_processor)}
     return inputs
 
 
@@ -73,7 +86,13 @@ def generate(
 
 @torch.inference_mode()
 def score_answers(
-    model, processor: ProcessorMixin, examples: list[dict], answers: list[list[str]], *, rows: int = 64
+    model,
+    processor: ProcessorMixin,
+    examples: list[dict],
+    answers: list[list[str]],
+    *,
+    rows: int = 64,
+    features: ImageFeatures | None = None,
 ) -> torch.Tensor:
     """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
 
@@ -86,14 +105,21 @@ def score_answers(
         examples: samples whose messages end with the user's turn.
         answers: K answers for each example.
         rows: largest number of answers in one forward pass; bounds the memory for copies of the cache.
+        features: keeps the outputs of the vision tower for other batches.
     """
-    inputs = encode_prompts(model, processor, examples, skip_thought=True)
+    inputs = encode_prompts(model, processor, examples, skip_thought=True, features=features)
     return score_continuations(model, processor, read_prompts(model, inputs), answers, rows=rows)
 
 
 @torch.inference_mode()
 def answer_and_score(
-    model, processor: ProcessorMixin, examples: list[dict], max_new_tokens: int, answers: list[list[str]]
+    model,
+    processor: ProcessorMixin,
+    examples: list[dict],
+    max_new_tokens: int,
+    answers: list[list[str]],
+    *,
+    features: ImageFeatures | None = None,
 ) -> tuple[list[str], list[bool], list[list[float]]]:
     """Return what `generate` does, and the log-likelihoods of each example's given answers; each prompt is read once.
 
@@ -103,12 +129,13 @@ def answer_and_score(
         examples: samples whose messages end with the user's turn.
         max_new_tokens: longest answer.
         answers: for each example K answers to score, or none.
+        features: keeps the outputs of the vision tower for other batches.
     """
     scored = [n for n, texts in enumerate(answers) if texts]
     given = [answers[n] for n in scored]
-    prefix = read_prompts(model, encode_prompts(model, processor, examples))
+    prefix = read_prompts(model, encode_prompts(model, processor, examples, features=features))
     if scored and opens_thought(processor):  # scores need another prompt, see `render_prompt`
-        values = score_answers(model, processor, [examples[n] for n in scored], given)
+        values = score_answers(model, processor, [examples[n] for n in scored], given, features=features)
     elif scored:
         every = len(scored) == len(examples)
         rows = torch.tensor(scored, device=prefix.mask.device)

@@ -1,14 +1,12 @@
 """Our decoding gives the texts of `model.generate`, in any batch, with prompts that are read once."""
 
-from demo.tiny_model import save_tiny_model
-
 import pytest
 import torch
 from transformers import TextStreamer
 
+from demo.tiny_model import save_tiny_model
 from evaluation.generation import answer_and_score, encode_prompts, generate, score_answers
 from models.adapters import load_answering_model
-from models.families import FAMILIES
 from models.loading import load_processor
 
 TOKENS = 12
@@ -20,7 +18,7 @@ def answering(request, tmp_path_factory):
     """A tiny model of a family and its processor; some answers end early."""
     folder = tmp_path_factory.mktemp(request.param)
     texts = ["This is melanoma. It is psoriasis, vitiligo, urticaria. Is the skin dark? What is shown?"]
-    save_tiny_model(folder, texts, num_layers=FAMILIES[request.param].thinks and 2 or 3, family=request.param)
+    save_tiny_model(folder, texts, num_layers=4, family=request.param)
     model = load_answering_model(None, base=str(folder), quantization="none", dtype="float32")
     return model, load_processor(str(folder))
 
@@ -55,7 +53,7 @@ def test_the_texts_are_those_of_transformers(answering, examples, early):
     tokens = expected_tokens(model, processor, examples)
     ends = torch.tensor(model.generation_config.eos_token_id)
     texts, cut = generate(model, processor, examples, TOKENS)
-    assert [text for text in texts] == [t.strip() for t in processor.batch_decode(tokens, skip_special_tokens=True)]
+    assert texts == [t.strip() for t in processor.batch_decode(tokens, skip_special_tokens=True)]
     assert cut == (~torch.isin(tokens, ends).any(1)).tolist()
     assert not early or not all(cut)
 
