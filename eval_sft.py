@@ -21,6 +21,7 @@ from common.console import print_rank0
 from common.files import TRAINING_FACTS, check_parent
 from common.hub_client import open_repository
 from common.yaml_files import yaml_to_args
+from evaluation.batching import AUTO, batch_size
 from evaluation.clusters import cluster_samples, image_keys
 from evaluation.engines import add_engine_options, check_engine_options
 from evaluation.label_matching import describe_unread_rows
@@ -59,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as in training")
     parser.add_argument("--min-pixels", type=int, help="px^2 (default: as in training)")
     parser.add_argument("--max-pixels", type=int, help="px^2 (default: as in training)")
-    parser.add_argument("--batch-size", type=positive_int, help="questions at a time (default: 8; with vLLM 128)")
+    parser.add_argument(
+        "--batch-size", type=batch_size, default=AUTO, metavar="N",
+        help="questions at a time (default: auto, as many of similar length as memory allows; with vLLM 128)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=positive_int, default=128)
     add_engine_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,8 +1,10 @@
 """Dividing batches among processes by what they cost, so that all end at about the same time."""
 
+from collections.abc import Sequence
+
 from transformers import ProcessorMixin
 
-from data_prep.sizes import count_image_tokens, fit_options
+from evaluation.batching import prompt_lengths
 from evaluation.questions import Questions
 
 
@@ -20,7 +22,10 @@ def deal(batches: list, costs: list[float], shares: int) -> list[list]:
 
 
 def batch_costs(
-    batches: list[tuple[str, range]], runs: dict[str, Questions], processor: ProcessorMixin, max_new_tokens: int
+    batches: list[tuple[str, Sequence[int]]],
+    runs: dict[str, Questions],
+    processor: ProcessorMixin,
+    max_new_tokens: int,
 ) -> list[int]:
     """Return what each batch costs, in tokens: its rows are as long as the longest, and its answers as may be."""
     lengths = {name: prompt_lengths(questions, processor) for name, questions in runs.items()}
@@ -28,15 +33,3 @@ def batch_costs(
         len(indices) * (max(lengths[name][n] for n in indices) + (max_new_tokens if runs[name].generate else 0))
         for name, indices in batches
     ]
-
-
-def prompt_lengths(questions: Questions, processor: ProcessorMixin) -> list[int]:
-    """Return about how many tokens each prompt has: those of its texts, and of all images of its sample."""
-    options = fit_options(processor.image_processor)
-    images = [
-        sum(count_image_tokens(height, width, **options) for width, height in sizes)
-        for sizes in questions.images["image_sizes"][:]
-    ]
-    texts = ["\n".join(message["content"] for message in messages) for messages in questions.messages]
-    ids = processor.tokenizer(texts)["input_ids"] if texts else []
-    return [images[row] + len(row_ids) for row, row_ids in zip(questions.image_rows, ids, strict=True)]

@@ -1,4 +1,4 @@
-"""Who answers: the model in this process, or a vLLM server. Both have `answers` and `scores`."""
+"""Who answers: the model in this process, or a vLLM server. Both have `answers`, `scores` and `answer_and_score`."""
 
 import argparse
 import sys
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import expand_images, load_pixels, opens_thought, render_prompt
 from data_prep.sizes import fit_options
+from evaluation.batching import AUTO, FittingParts
 from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
-from evaluation.generation import generate, out_of_memory_advice, score_answers
+from evaluation.generation import answer_and_score, base_of, generate, out_of_memory_advice, score_answers
+from evaluation.image_features import ImageFeatures, is_adapted
 from evaluation.vllm_server import start_server
 from models.adapters import load_adapters, loading_settings
 from models.families import families_of
@@ -51,11 +53,15 @@ def check_engine_options(args: argparse.Namespace, processes: int = 1) -> None:
     if args.engine == "vllm" and processes > 1 and not args.server:
         rule = "start one process, or one server for all (--data-parallel-size, see --print-server) and --server"
         raise ValueError(f"--engine vllm: {processes} processes would start {processes} servers; {rule}")
-    args.batch_size = args.batch_size or BATCH_SIZES[args.engine]
+    if args.batch_size is None or (args.engine == "vllm" and args.batch_size == AUTO):
+        args.batch_size = BATCH_SIZES[args.engine]
 
 
 class TransformersEngine:
     """The model in this process.
+
+    A batch of `scores` and `answer_and_score` that memory does not hold is divided. With a frozen vision tower they
+    read an image once for adapter and base.
 
     Args:
         model: base model, with the adapters on it.
@@ -65,10 +71,12 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, adapters: dict[str, str], processors: dict, batch_size: int
+        self, model: PreTrainedModel | PeftModel, adapters: dict[str, str], processors: dict, batch_size: int | str
     ):
         self.model, self.adapters, self.processors = model, adapters, processors
-        self.advice = out_of_memory_advice(batch_size)
+        self.advice = out_of_memory_advice(1 if batch_size == AUTO else batch_size)
+        self.features = None if is_adapted(base_of(model)) else ImageFeatures(base_of(model))
+        self.answering, self.scoring = FittingParts(self._answer_rows), FittingParts(self._score_rows)
 
     def answers(
         self, examples: list[dict], max_new_tokens: int, *, adapter: str | None, streamer: TextStreamer | None = None
@@ -79,8 +87,30 @@ class TransformersEngine:
 
     def scores(self, examples: list[dict], answers: list[list[str]], *, adapter: str | None) -> torch.Tensor:
         """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32."""
+        rows = list(zip(examples, answers, strict=True))
         with self._use(adapter), readable_out_of_memory(self.advice):
-            return score_answers(self.model, self.processors[adapter], examples, answers)
+            return torch.stack(self.scoring(rows, self.processors[adapter]))
+
+    def answer_and_score(
+        self, examples: list[dict], max_new_tokens: int, answers: list[list[str]], *, adapter: str | None
+    ) -> tuple[list[str], list[bool], list[list[float]]]:
+        """Return what `answers` does, and the log-likelihoods of each example's given answers, if it has any.
+
+        Each prompt is read once for both.
+        """
+        rows = list(zip(examples, answers, strict=True))
+        with self._use(adapter), readable_out_of_memory(self.advice):
+            texts, cut, scores = zip(*self.answering(rows, self.processors[adapter], max_new_tokens), strict=True)
+        return list(texts), list(cut), list(scores)
+
+    def _answer_rows(self, rows: list[tuple], processor: ProcessorMixin, max_new_tokens: int) -> list[tuple]:
+        examples, answers = map(list, zip(*rows, strict=True))
+        found = answer_and_score(self.model, processor, examples, max_new_tokens, answers, features=self.features)
+        return list(zip(*found, strict=True))
+
+    def _score_rows(self, rows: list[tuple], processor: ProcessorMixin) -> list[torch.Tensor]:
+        examples, answers = map(list, zip(*rows, strict=True))
+        return list(score_answers(self.model, processor, examples, answers, features=self.features))
 
     def _use(self, adapter: str | None):
         """Return a context in which the model has this adapter, or none."""
@@ -145,6 +175,13 @@ class VllmEngine:
 
         return torch.tensor(in_parallel(score, examples, answers))
 
+    def answer_and_score(
+        self, examples: list[dict], max_new_tokens: int, answers: list[list[str]], *, adapter: str | None
+    ) -> tuple[list[str], list[bool], list[list[float]]]:
+        """Return what `answers` does, and the log-likelihoods of each example's given answers, if it has any."""
+        texts, cut = self.answers(examples, max_new_tokens, adapter=adapter)
+        return texts, cut, score_given(self, examples, answers, adapter=adapter)
+
     def _score(self, example: dict, adapter: str | None, messages: list, prompt: list, text: str, ids: list) -> float:
         """Return the log-likelihood of the tokens `ids` of one answer after the prompt's."""
         turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
@@ -164,6 +201,16 @@ class VllmEngine:
             return self.client.request(CHAT, body | options)
         except ValueError as error:
             raise ValueError(f"sample {example.get('id')!r}: {error}") from error
+
+
+def score_given(engine, examples: list[dict], answers: list[list[str]], *, adapter: str | None) -> list[list[float]]:
+    """Return the log-likelihoods of each example's given answers; an example without any has an empty list."""
+    scores, scored = [[] for _ in examples], [n for n, texts in enumerate(answers) if texts]
+    if scored:
+        values = engine.scores([examples[n] for n in scored], [answers[n] for n in scored], adapter=adapter)
+        for n, row in zip(scored, values.tolist(), strict=True):
+            scores[n] = row
+    return scores
 
 
 def in_parallel(work: Callable, *rows: list) -> list:

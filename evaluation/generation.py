@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import collate_prompts, load_pixels, opens_thought
 from evaluation.image_features import ImageFeatures
+from evaluation.static_decoding import decode_static, open_decoder
 from models.families import family_of
 
 
@@ -28,7 +29,7 @@ class Prefix:
         positions: of that token, shape (B,).
     """
 
-    cache: Cache
+    cache: Cache | None
     mask: torch.Tensor
     logits: torch.Tensor
     positions: torch.Tensor
@@ -91,7 +92,7 @@ def score_answers(
     examples: list[dict],
     answers: list[list[str]],
     *,
-    rows: int = 64,
+    rows: int | None = None,
     features: ImageFeatures | None = None,
 ) -> torch.Tensor:
     """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
@@ -104,7 +105,8 @@ def score_answers(
         processor: the model's processor.
         examples: samples whose messages end with the user's turn.
         answers: K answers for each example.
-        rows: largest number of answers in one forward pass; bounds the memory for copies of the cache.
+        rows: largest number of answers in one forward pass, which bounds the memory for copies of the cache; 64, or
+            two for each example, when None.
         features: keeps the outputs of the vision tower for other batches.
     """
     inputs = encode_prompts(model, processor, examples, skip_thought=True, features=features)
@@ -173,8 +175,26 @@ def end_tokens(model) -> torch.Tensor:
 def decode(model, prefix: Prefix, max_new_tokens: int, streamer: TextStreamer | None = None) -> torch.Tensor:
     """Return the likeliest continuation of each prompt, token by token, shape (B, N), N at most `max_new_tokens`.
 
-    A row is padded after its end token. Rows that have ended leave the batch; the prefix is used up.
+    A row is padded after its end token. The prefix is used up.
     """
+    decoder = open_decoder(model, prefix, max_new_tokens) if streamer is None else None
+    if decoder is None:
+        return decode_step_by_step(model, prefix, max_new_tokens, streamer)
+    prefix.cache, ends = None, end_tokens(model)  # the decoder has a copy
+    tokens = decode_static(model, decoder, len(prefix.mask), max_new_tokens, ends)
+    return pad_after_end(tokens, ends, model.generation_config.pad_token_id or 0)
+
+
+def pad_after_end(tokens: torch.Tensor, ends: torch.Tensor, pad: int) -> torch.Tensor:
+    """Return tokens (B, N) with padding after the first end token of each row."""
+    is_end = torch.isin(tokens, ends).long()
+    return tokens.masked_fill(is_end.cumsum(1) > is_end, pad)
+
+
+def decode_step_by_step(
+    model, prefix: Prefix, max_new_tokens: int, streamer: TextStreamer | None = None
+) -> torch.Tensor:
+    """Return what `decode` does; rows that have ended leave the batch."""
     ends, size = end_tokens(model), len(prefix.mask)
     tokens = prefix.mask.new_full((size, max_new_tokens), model.generation_config.pad_token_id or 0)
     live, token = torch.arange(size, device=tokens.device), prefix.logits.argmax(-1)
@@ -212,10 +232,10 @@ def read_answers(model, processor: ProcessorMixin, tokens: torch.Tensor) -> tupl
 
 
 def score_continuations(
-    model, processor: ProcessorMixin, prefix: Prefix, answers: list[list[str]], *, rows: int = 64
+    model, processor: ProcessorMixin, prefix: Prefix, answers: list[list[str]], *, rows: int | None = None
 ) -> torch.Tensor:
     """Return the log-likelihoods of K answers to each of B prompts, see `score_answers`; the prefix stays as it is."""
-    width = max(1, rows // len(answers))
+    width = max(1, (rows or max(64, 2 * len(answers))) // len(answers))
     chunks = [[row[start : start + width] for row in answers] for start in range(0, len(answers[0]), width)]
     return torch.cat([_score_chunk(model, processor.tokenizer, prefix, chunk) for chunk in chunks], dim=1)
 

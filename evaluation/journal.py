@@ -60,7 +60,7 @@ class Journal:
         for path in [path for path in (self.folder / PREDICTIONS_FILE, *others) if path.is_file()]:
             self.rows |= {(row["run"], row["index"]): row for row in _read_lines(path)}
 
-    def has(self, run: str, indices: range) -> bool:
+    def has(self, run: str, indices: Iterable[int]) -> bool:
         """Return whether a batch is complete; an incomplete one is repeated, as answers depend on their batch."""
         return all((run, index) in self.rows for index in indices)
 

@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,12 +15,13 @@ from transformers import ProcessorMixin
 from common.console import print_rank0
 from common.files import ADAPTER_WEIGHTS
 from data_prep.sizes import fit_options, fit_size
+from evaluation.batching import AUTO, load_ahead, order_batches, token_budget
 from evaluation.dealing import batch_costs, deal
-from evaluation.engines import ENGINES, open_engine
+from evaluation.engines import ENGINES, open_engine, score_given
 from evaluation.journal import Journal
 from evaluation.questions import Questions
-from models.adapters import loading_settings
-from models.loading import load_processor
+from models.adapters import loading_settings, read_adapter_config, read_run_facts
+from models.loading import load_config, load_processor
 from publishing.model_card import RUN_TITLES
 from publishing.run_facts import adapter_digest
 
@@ -77,19 +79,15 @@ def answer_questions(
     args: argparse.Namespace, runs: dict[str, Questions], journal: Journal, state: PartialState
 ) -> None:
     """Answer this process's share of the batches that the journal lacks, or whose scores are of other candidates."""
-    batches = [
-        (name, range(start, min(start + args.batch_size, len(questions.rows))))
-        for name, questions in runs.items()
-        for start in range(0, len(questions.rows), args.batch_size)
-    ]
-    missing = [(name, indices) for name, indices in batches if not _is_complete(journal, runs[name], name, indices)]
     end_process_group(state)
-    if not missing:
+    if all(_is_complete(journal, questions, name, range(len(questions.rows))) for name, questions in runs.items()):
         return
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     processor = load_processor(args.adapter or args.model, **limits)
     check_image_sizes(list(runs.values()), processor)
     warn_of_long_references(processor, runs["adapter"], args.max_new_tokens)
+    batches = order_batches(runs, processor, args, choose_budget(args))
+    missing = [(name, indices) for name, indices in batches if not _is_complete(journal, runs[name], name, indices)]
     if share := _own_share(missing, runs, processor, args.max_new_tokens, state):
         adapters = [args.adapter] if args.adapter else []
         with open_engine(adapters, args.base or args.model, args, journal.folder / "vllm.log") as engine:
@@ -98,6 +96,17 @@ def answer_questions(
                 journal.add(rows)
     if state.is_main_process:
         wait_for_others(journal, runs, missing)
+
+
+def choose_budget(args: argparse.Namespace) -> int:
+    """Return how many tokens a batch may have, see `token_budget`; 0 where the number of questions is given."""
+    if args.batch_size != AUTO:
+        return 0
+    base, revision = args.base or args.model, None
+    if base is None:
+        base = read_adapter_config(args.adapter).base_model_name_or_path
+        revision = read_run_facts(args.adapter).get("revision")
+    return token_budget(load_config(base, revision=revision))
 
 
 def end_process_group(state: PartialState) -> None:
@@ -136,7 +145,7 @@ def collect_rows(runs: dict[str, Questions], journal: Journal) -> dict[str, list
     )
 
 
-def _is_complete(journal: Journal, questions: Questions, name: str, indices: range) -> bool:
+def _is_complete(journal: Journal, questions: Questions, name: str, indices: Sequence[int]) -> bool:
     return journal.has(name, indices) and all(
         journal.rows[name, index].get("candidates") == candidates and "scores" in journal.rows[name, index]
         for index in indices
@@ -178,37 +187,37 @@ def _answer_batches(
 
     Answers in the journal are kept: such a batch has new labels, and is only scored.
     """
-    for name, indices in batches:
+    examples_of = ([runs[name][index] for index in indices] for name, indices in batches)
+    loaded = load_ahead(examples_of, engine.processors[None])
+    for (name, indices), examples in zip(batches, loaded, strict=True):
         questions = runs[name]
-        examples = [questions[index] for index in indices]
         rows = [{"run": name, "index": index, **questions.columns(index)} for index in indices]
         for row, example in zip(rows, examples, strict=True):
             if questions.image_rows[row["index"]] != questions.samples[row["index"]]:
                 row["image_of"] = example["image_of"]
         adapter = next(iter(engine.adapters), None) if questions.adapter else None
-        if questions.generate and journal.has(name, indices):
-            for row in rows:
+        candidates = [questions.candidates[index] if questions.candidates else {} for index in indices]
+        texts = [
+            list(answers.values()) if len(answers) > 1 else [] for answers in candidates
+        ]  # else nothing to choose
+        if questions.generate and not journal.has(name, indices):
+            predictions, cut, scores = engine.answer_and_score(examples, args.max_new_tokens, texts, adapter=adapter)
+            for row, prediction, is_cut in zip(rows, predictions, cut, strict=True):
+                row |= {"prediction": prediction, **({"cut": True} if is_cut else {})}
+        else:
+            for row in rows if questions.generate else []:
                 answered = journal.rows[name, row["index"]]
                 row |= {key: answered[key] for key in ("prediction", "cut") if key in answered}
-        elif questions.generate:
-            answers = engine.answers(examples, args.max_new_tokens, adapter=adapter)
-            for row, text, cut in zip(rows, *answers, strict=True):
-                row |= {"prediction": text, **({"cut": True} if cut else {})}
-        if questions.candidates:
-            _add_scores(engine, adapter, examples, [questions.candidates[index] for index in indices], rows)
+            scores = score_given(engine, examples, texts, adapter=adapter)
+        for row, answers, values in zip(rows, candidates, scores, strict=True):
+            if values:
+                check_finite(row["id"], values)
+                row["scores"] = dict(zip(answers, values, strict=True))
         yield rows
 
 
-def _add_scores(
-    engine, adapter: str | None, examples: list[dict], candidates: list[dict[str, str]], rows: list[dict]
-) -> None:
-    """Add `scores`, the log-likelihood of each candidate by label, to the rows of samples with candidates."""
-    if scored := [n for n, answers in enumerate(candidates) if len(answers) > 1]:
-        answers = [list(candidates[n].values()) for n in scored]
-        scores = engine.scores([examples[n] for n in scored], answers, adapter=adapter)
-        for n, values in zip(scored, scores, strict=True):
-            if not values.isfinite().all():
-                problem = f"sample {examples[n]['id']!r}: the likelihoods of the labels are not finite"
-                raise ValueError(f"{problem}; compute in another dtype (--dtype bfloat16 or float32)")
-        for n, values in zip(scored, scores.tolist(), strict=True):
-            rows[n]["scores"] = dict(zip(candidates[n], values, strict=True))
+def check_finite(sample: str, scores: list[float]) -> None:
+    """Raise ValueError for likelihoods that are no numbers, as a model in float16 can have."""
+    if not all(map(isfinite, scores)):
+        problem = f"sample {sample!r}: the likelihoods of the labels are not finite"
+        raise ValueError(f"{problem}; compute in another dtype (--dtype bfloat16 or float32)")

@@ -147,7 +147,7 @@ def test_answers_made_with_other_settings_are_not_mixed(evaluated, adapter, demo
     changed = options(adapter, demo_data, tmp_path, "--batch-size", 4)
     assert run(lambda: eval_sft.main(changed)) == 1
     error = capsys.readouterr().err
-    assert "holds answers made with other settings, batch_size was 8 and is 4; add --overwrite" in error
+    assert "holds answers made with other settings, batch_size was 'auto' and is 4; add --overwrite" in error
     assert run(lambda: eval_sft.main([*changed, "--overwrite"])) == 0
     assert (tmp_path / "kept.txt").read_text() == "mine"
 
@@ -231,7 +231,7 @@ def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, t
     [
         (["--split", "dev"], "has no split 'dev', only ['test', 'train', 'validation']"),
         (["--sensitivity-of", "acne"], "--sensitivity-of: 'acne' is not a label; there are melanoma, psoriasis"),
-        (["--labels", "Makefile"], "Makefile, line 11, column 1: not YAML"),
+        (["--labels", "Makefile"], "Makefile, line 13, column 1: not YAML"),
         (["--labels", "gone.yaml"], "--labels: no file gone.yaml"),
         (["--config", "gone.yaml"], "--config: no file gone.yaml"),
         (["--out", "Makefile/x"], "Makefile is a file"),

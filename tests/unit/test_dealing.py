@@ -5,7 +5,8 @@ from itertools import chain
 
 import pytest
 
-from evaluation.dealing import batch_costs, deal, prompt_lengths
+from evaluation.batching import prompt_lengths
+from evaluation.dealing import batch_costs, deal
 from evaluation.questions import read_questions
 
 

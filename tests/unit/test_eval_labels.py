@@ -25,19 +25,25 @@ def asked(monkeypatch):
     """Replace the engine: it answers "Yes", or what `answer` says; counts what it answers and keeps what it scores."""
     counts = SimpleNamespace(answered=0, scored=[], answer="Yes\u2028indeed\x85")
 
-    def answers(examples, *args, **options):
-        counts.answered += len(examples)
-        return [counts.answer for _ in examples], [False for _ in examples]
-
     def scores(examples, candidates, **options):
         counts.scored += candidates
         return torch.tensor([[-float(len(text)) for text in texts] for texts in candidates])
 
-    engine = SimpleNamespace(adapters={"default": ""}, processors={None: None}, answers=answers, scores=scores)
+    def answer_and_score(examples, max_new_tokens, candidates, **options):
+        counts.answered += len(examples)
+        found = [scores(examples, [texts]).tolist()[0] if texts else [] for texts in candidates]
+        return [counts.answer for _ in examples], [False for _ in examples], found
+
+    engine = SimpleNamespace(
+        adapters={"default": ""}, processors={None: None}, answer_and_score=answer_and_score, scores=scores
+    )
     monkeypatch.setattr("evaluation.runner.open_engine", lambda *args, **options: nullcontext(engine))
     monkeypatch.setattr("evaluation.runner.load_processor", lambda *args, **options: None)
     for check in ("check_image_sizes", "warn_of_long_references"):  # these need the processor
         monkeypatch.setattr(f"evaluation.runner.{check}", lambda *args: None)
+    monkeypatch.setattr("evaluation.runner.load_ahead", lambda batches, processor: batches)
+    monkeypatch.setattr("evaluation.batching.prompt_lengths", lambda questions, processor: [9] * len(questions.rows))
+    monkeypatch.setattr("evaluation.runner.choose_budget", lambda args: 10**6)
     return counts
 
 

@@ -5,7 +5,17 @@ import torch
 from transformers import TextStreamer
 
 from demo.tiny_model import save_tiny_model
-from evaluation.generation import answer_and_score, encode_prompts, generate, score_answers
+from evaluation.generation import (
+    answer_and_score,
+    decode,
+    encode_prompts,
+    end_tokens,
+    generate,
+    pad_after_end,
+    read_prompts,
+    score_answers,
+)
+from evaluation.static_decoding import StaticDecoders, decode_static
 from models.adapters import load_answering_model
 from models.loading import load_processor
 
@@ -56,6 +66,36 @@ def test_the_texts_are_those_of_transformers(answering, examples, early):
     assert texts == [t.strip() for t in processor.batch_decode(tokens, skip_special_tokens=True)]
     assert cut == (~torch.isin(tokens, ends).any(1)).tolist()
     assert not early or not all(cut)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_cache_of_fixed_size_gives_the_same_tokens(answering, examples, early):
+    """What a GPU captures, here without capturing: rows filled up, the decoder used again."""
+    model, processor = answering
+    model.generation_config.eos_token_id = []
+    if early:
+        end_answers_early(model, processor, examples)
+    decoder = StaticDecoders().get(model, 5, 400)
+    assert (decoder.rows, decoder.length) == (8, 448)
+    for batch in (examples, examples[1:], examples[3:]):
+        inputs = encode_prompts(model, processor, batch)
+        with torch.inference_mode():
+            expected = decode(model, read_prompts(model, inputs), TOKENS)
+            decoder.load(read_prompts(model, inputs))
+            ends = end_tokens(model)
+            found = decode_static(model, decoder, len(batch), TOKENS, ends)
+        found = pad_after_end(found, ends, model.generation_config.pad_token_id or 0)
+        assert torch.equal(found, expected)
+
+
+def test_a_decoder_serves_batches_that_need_at_least_half_of_it(answering):
+    decoders = StaticDecoders()
+    first = decoders.get(answering[0], 16, 500)
+    assert (first.rows, first.length) == (16, 512)
+    assert decoders.get(answering[0], 9, 300) is first and decoders.get(answering[0], 16, 257) is first
+    assert decoders.get(answering[0], 8, 200) is not first
+    alone = decoders.get(answering[0], 1, 200)
+    assert (alone.rows, list(decoders.kept)) == (1, [(8, 256), (1, 256)])
 
 
 def test_answers_and_scores_of_one_reading_are_those_of_two(answering, examples):
