@@ -19,7 +19,7 @@ from evaluation.questions import Questions
 
 AUTO = "auto"
 SIZES = (128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # few, as each has captured graphs of its own on a GPU
-MOST_ON_CPU = 32
+MOST_ON_CPU = 32  # 96 take as long
 CPU_TOKENS = 8192  # of a batch
 SHARE = 0.25  # of the GPU's memory for what grows with a batch; weights and other processes have the rest
 CACHE_COPIES = 4  # at a time: the prompts', that of decoding, and while likelihoods are computed two of repeated rows

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_7b, train_step
+from benchmarks import gpu_7b, gpu_answers, train_step
 
 
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
@@ -30,6 +30,16 @@ def test_the_gpu_benchmark_takes_other_shapes(shapes, setting, tmp_path):
     gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out), "--shapes", shapes, "--only", setting])
     [row] = json.loads(out.read_text())["models"][shapes]["rows"]
     assert row["flops"] > row["useful_flops"] > 0
+
+
+def test_the_benchmark_of_answers_counts_all_runs_and_times_their_parts(tmp_path):
+    out = tmp_path / "answers.json"
+    gpu_answers.main(["--tiny", "--batch-size", "8", "--max-new-tokens", "4", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert (result["answers"], result["batch"], result["graphs"]) == (36, 8, 0)
+    parts = result["parts_seconds"]
+    assert set(parts) == {"image decoding", "tower and tokens", "prefill", "scoring", "decoding"}
+    assert result["answers_per_second"] == pytest.approx(36 / result["seconds"][0], rel=0.05)
 
 
 def test_the_gpu_benchmark_names_unknown_shapes():
