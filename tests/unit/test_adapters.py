@@ -160,7 +160,7 @@ def test_an_entry_that_cannot_work_is_said_in_a_line(damaged, demo_raw, capsys, 
     [
         ("[1]", "run.json is damaged: expected an object, found [1]"),
         ("{", "run.json is damaged: not JSON"),
-        ('{"quantization": "int3"}', "run.json: 'quantization': expected (None, 'nf4'), found 'int3'"),
+        ('{"quantization": "int3"}', "run.json: 'quantization': expected (None, 'nf4', 'stored'), found 'int3'"),
         ('{"dtype": "bfloat17"}', "run.json: 'dtype': expected ('bfloat16', 'float16', 'float32'), found 'bfloat17'"),
         ('{"dtype": ["x"]}', "run.json: 'dtype': expected"),
         ('{"revision": 5}', "run.json: 'revision': expected a text, found 5"),
