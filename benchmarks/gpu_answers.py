@@ -44,6 +44,7 @@ from evaluation.generation import (
 from evaluation.image_features import ImageFeatures
 from evaluation.static_decoding import decoders_of
 from models.adapters import decode_greedily
+from models.attention import use_varlen
 from models.lora import build_lora_config
 from training.lengths import measure_lengths
 
@@ -57,6 +58,7 @@ RUNS = {"adapter": (True, 0), "base": (False, 0), "shuffled": (True, 1)}  # adap
 def build_adapted(processor, args: argparse.Namespace, device: torch.device) -> PeftModel:
     """Return the shapes with an adapter that changes answers, whose answers have no end."""
     base = build_model(processor, args.tiny, device, args.shapes)
+    use_varlen(base)  # as the recipes train
     model = get_peft_model(base, build_lora_config(base, r=16, lora_alpha=32, lora_dropout=0.0)).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
