@@ -178,7 +178,7 @@ def test_out_of_memory_is_words_and_the_question_can_be_asked_again(engine, demo
     def fail(**inputs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(engine.model, "generate", fail)
+    monkeypatch.setattr(engine.model, "forward", fail)
     list(actions.ask(session, question, engine, None, base=False))
     assert session.messages[0].startswith("out of memory: lower --max-pixels or --max-new-tokens")
     assert session.conversation.turns == [] and len(session.conversation.pending) == 1
