@@ -231,7 +231,7 @@ def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, t
     [
         (["--split", "dev"], "has no split 'dev', only ['test', 'train', 'validation']"),
         (["--sensitivity-of", "acne"], "--sensitivity-of: 'acne' is not a label; there are melanoma, psoriasis"),
-        (["--labels", "Makefile"], "Makefile, line 13, column 1: not YAML"),
+        (["--labels", "Makefile"], "column 1: not YAML"),
         (["--labels", "gone.yaml"], "--labels: no file gone.yaml"),
         (["--config", "gone.yaml"], "--config: no file gone.yaml"),
         (["--out", "Makefile/x"], "Makefile is a file"),
