@@ -80,6 +80,8 @@ def test_sigterm_leaves_no_folder(write_records, tmp_path):
 
 @pytest.mark.parametrize("command", ["import common.cli", "import data_prep"])
 def test_ctrl_c_during_imports_is_one_line(command):
-    script = f"{command}; import os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)"
+    # Where the tests run in the background, SIGINT is ignored, and would be in the script too.
+    handler = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"{command}; import os, signal, time; {handler}; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "interrupted\n")
