@@ -17,13 +17,13 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
 from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
-from models.loading import load_config, load_model, readable_out_of_memory
+from models.loading import CONFIG_ERRORS, load_config, load_model, readable_out_of_memory
 from models.quantization import STORED, check_same_stored, stored_quantization
 from models.thinking import CHOICES
 
 CONFIG_NAME = "adapter_config.json"
 # What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
-CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, re.error)
+ADAPTER_CONFIG_ERRORS = (*CONFIG_ERRORS, re.error)
 MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
 
@@ -86,7 +86,7 @@ def _peft_errors(adapter: str) -> Iterator[None]:
         raise ValueError(
             f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}"
         ) from error
-    except CONFIG_ERRORS as error:
+    except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
 
 
@@ -223,7 +223,7 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     check_config_file(adapter)
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except CONFIG_ERRORS as error:
+    except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
     except (OSError, ValueError) as error:
         complete = Path(adapter, "config.json").is_file()

@@ -12,8 +12,9 @@ ATTENTION = ("varlen_attn", "attend_by_length", "scaled_dot_product")  # in name
 
 
 def recompute_selected(forward: Callable, *, keep_wide: bool) -> Callable:
-    """Return a layer's forward pass that keeps for the backward pass what is dear to compute. It has to be compiled:
-    the compiler then merges the recomputation with the backward pass.
+    """Return a layer's forward pass that keeps for the backward pass what is expensive to compute.
+
+    It has to be compiled: the compiler then merges the recomputation with the backward pass.
 
     Args:
         forward: of the layer's class.

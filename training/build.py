@@ -92,14 +92,14 @@ def decide_checkpointing(
         return "selective"
     enough, reason = True, "there is no GPU"
     if args.device.type == "cuda":
-        batch = largest(processor, data, settings)
+        batch = collate_largest(processor, data, settings)
         # one process that lacks the memory decides for all
         enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
     print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
     return not enough
 
 
-def largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
+def collate_largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
     """Return the largest batch of training, collated."""
     packed, lengths = settings.pack_tokens is not None, data.lengths["train"].total
     options = {"batch_size": settings.training.per_device_train_batch_size, "pack_tokens": settings.pack_tokens}
@@ -120,7 +120,7 @@ def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingDa
     """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
     count = layers = len(language_layers(model))
     if settings.training.device.type == "cuda":
-        batch, options = largest(processor, data, settings), step_options(settings)
+        batch, options = collate_largest(processor, data, settings), step_options(settings)
         used, free = try_step(model, batch, **options)
         size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
         room = 0 if used is None else ((1 - SPARE) * free - used) / size

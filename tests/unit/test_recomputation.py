@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
-from models import compilation  # registers the operation of 4-bit layers
+import models.attention
+import models.compilation  # noqa: F401
 from models.recomputation import choose, hashed, is_wide, make_seeded, recompute_selected
 
 MM, NF4 = torch.ops.aten.mm.default, torch.ops.skin.nf4_linear.default
@@ -82,4 +83,3 @@ def test_wide_products_are_stored_only_when_asked_and_gradients_are_the_same():
     assert sizes[True] - sizes[False] == 32 * 64 and sizes[False] == 32 * 16
     for wide in (False, True):
         torch.testing.assert_close(gradients[wide], gradients[None])
-    assert compilation.takes_whole_layers  # imported for its operation
