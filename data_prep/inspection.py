@@ -18,7 +18,6 @@ from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
 from .containers import find_damage
 from .images import check_file, decode, open_image
 from .metadata import private_metadata
-from .sizes import check_size
 
 CHUNK = 16  # images that a process gets at a time
 TURNED = range(2, 9)  # orientations; all others than these and 1 are invalid, and viewers ignore them
@@ -61,10 +60,9 @@ def inspect_image(path: str) -> ImageInfo | str:
         check_file(Path(path))
         data = Path(path).read_bytes()
         with open_image(io.BytesIO(data)) as stored:
-            check_size(stored.width, stored.height)  # first: to look for its EXIF data, Pillow decodes a PNG
-            mode, turned = stored.mode, stored.getexif().get(ORIENTATION) in TURNED
+            mode, upright = stored.mode, decode(stored)  # first, so that a broken file has the error of `load_image`
+            turned = stored.getexif().get(ORIENTATION) in TURNED
             private, profile = private_metadata(stored, data), profile_name(stored)
-            upright = decode(stored)
             bits = used_bits(stored) if mode in SIXTEEN_BIT_MODES else None
     except (ValueError, OSError) as error:
         return str(error)
