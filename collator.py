@@ -75,6 +75,11 @@ def mrope_positions(input_ids: torch.Tensor, grids: torch.Tensor, *, image_id: i
     return torch.cat(parts, dim=1)
 
 
+def answer_rows(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places in a row of labels (1, T) that predict a label: those before it, shape (K,)."""
+    return (labels[0, 1:] != -100).nonzero().flatten()
+
+
 def render(processor: ProcessorMixin, messages: list[dict], *, add_generation_prompt: bool = False) -> str:
     """Return the sample's text in the processor's chat template, one image token for each image."""
     return processor.apply_chat_template(chat_of(processor, messages), add_generation_prompt=add_generation_prompt)
@@ -248,8 +253,9 @@ class VisionSFTCollator:
         Returns:
             `input_ids` and `labels` (1, T); `position_ids` (4, 1, T): tokens counted from each sample's start, then
             time, height and width; `text_cu_seqlens` (B + 1), the samples' boundaries, and `text_max_seqlen` for
-            `varlen_attention`, which the vision tower would use without "text_"; `pixel_values` and
-            `image_grid_thw` unchanged. There is no mask, as SDPA would then not look at the positions.
+            `varlen_attention`, which the vision tower would use without "text_"; `answer_rows` (K,), for
+            `spare_last_layer`; `pixel_values` and `image_grid_thw` unchanged. There is no mask, as SDPA would then not
+            look at the positions.
         """
         kept = batch.pop("attention_mask").bool()
         lengths = kept.sum(dim=1)
@@ -264,6 +270,7 @@ class VisionSFTCollator:
             mrope_positions(row["input_ids"][0, a:b], g, **options) for (a, b), g in zip(spans, grids, strict=True)
         ]
         counts = torch.cat([torch.arange(b - a) for a, b in spans])
+        row["answer_rows"] = answer_rows(row["labels"])
         row["position_ids"] = torch.cat([counts[None], torch.cat(mrope, dim=1)])[:, None]
         images = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
         return {**row, **images, "text_cu_seqlens": cu_seqlens, "text_max_seqlen": int(lengths.max())}

@@ -41,6 +41,7 @@ from transformers.utils import is_flash_linear_attention_available
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from benchmarks.step_profile import ProfileCallback
 from collator import VisionSFTCollator
 from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
@@ -209,6 +210,8 @@ def quantise(layer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 class StepTimer(TrainerCallback):
     """Record when each optimizer step ends."""
 
+    profiled: int | None = None  # a step
+
     def __init__(self, device: torch.device):
         self.device, self.ends = device, []
 
@@ -241,7 +244,8 @@ def make_trainer(
         dataloader_num_workers=4 if timer.device.type == "cuda" else 0,
         dataset_kwargs={"skip_prepare_dataset": True}, accelerator_config={"even_batches": False},
     )  # fmt: skip
-    common = {"model": model, "args": args, "processing_class": processor, "callbacks": [timer]}
+    callbacks = [timer] if timer.profiled is None else [timer, ProfileCallback(timer.profiled)]
+    common = {"model": model, "args": args, "processing_class": processor, "callbacks": callbacks}
     if setting.stock:
         collator = DataCollatorForVisionLanguageModeling(processor)
         return SFTTrainer(**common, train_dataset=stock_examples(train), data_collator=collator)
@@ -275,12 +279,13 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
     torch.compiler.reset()
     trainer = None
     try:
-        trainer = make_trainer(setting, model, processor, train, lengths, timer, steps, folder)
+        count = steps + (timer.profiled is not None)
+        trainer = make_trainer(setting, model, processor, train, lengths, timer, count, folder)
         if setting.stock:
             pin_trainable_to_float32(trainer.model)
         with torch.compiler.set_stance("default" if setting.compiled else "force_eager"):
             trainer.train()
-        seconds = statistics.median(b - a for a, b in pairwise(timer.ends[-4:]))
+        seconds = statistics.median(b - a for a, b in pairwise(timer.ends[:steps][-4:]))
         tokens = tokens_a_step(trainer, setting, lengths)
         memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
         return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "memory_gb": memory}
@@ -413,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="two narrow layers and small images, on a CPU too")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="settings whose name contains one of these words")
+    parser.add_argument("--profile", action="store_true", help="profile one more step of each compiled setting")
     parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each setting")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -465,6 +471,7 @@ def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) 
             if args.only and not any(word in setting.name for word in args.only):
                 continue
             steps = args.steps if setting.compiled else min(args.steps, 4)  # the first ones are spent on compiling
+            StepTimer.profiled = steps + 1 if args.profile and setting.compiled else None
             result = measure(setting, base, processor, train, lengths.total, steps, Path(folder) / "run")
             if "error" not in result:
                 result["flops"] = flops_per_second(base, setting, result, image_share)

@@ -26,12 +26,14 @@ from collator import VisionSFTCollator
 from demo.tiny_model import build_processor
 from models.attention import takes_gqa, use_varlen
 from models.compilation import compile_layers, keep_wide_products, language_layers
+from models.last_layer import spare_last_layer
 from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
 from training.lengths import measure_lengths
 
 LIMIT = 240  # s a part
-# name: recompute every n-th language layer (0: none), how the layers are compiled, whether the tower is sped up
+# name: recompute every n-th language layer (0: none), how the layers are compiled, whether the tower is sped up and
+# the last layer's MLP spared
 SPEED = {
     "selective": (0, 28, True),  # a number: of layers that keep wide products
     "selective-12": (0, 12, True),
@@ -39,7 +41,7 @@ SPEED = {
     "no-recompute": (0, "layers", True),
     "layers": (1, "layers", True),
     "half": (2, "layers", True),
-    "no-recompute-plain-tower": (0, "layers", False),
+    "no-recompute-plain-ends": (0, "layers", False),
     "parts": (1, "parts", True),
     "eager": (1, None, True),
 }
@@ -88,6 +90,8 @@ def exact(tiny: bool, *, compiled: bool) -> dict:
     compare("the same again")
     speed_up_frozen_tower(base)
     compare("tower")
+    spare_last_layer(model)
+    compare("last layer")
     if compiled:
         start = time.perf_counter()
         compile_layers(base)
@@ -106,9 +110,11 @@ def exact(tiny: bool, *, compiled: bool) -> dict:
 class Prepare(gpu_7b.StepTimer):
     """Compile the layers and recompute every `every`-th language layer."""
 
-    every, compiled = 1, None
+    every, compiled, ends = 1, None, False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.ends:
+            spare_last_layer(model)
         if self.compiled is not None:
             selective = isinstance(self.compiled, int)
             compile_layers(model, whole=self.compiled != "parts", selective=selective)
@@ -118,13 +124,15 @@ class Prepare(gpu_7b.StepTimer):
             layer.gradient_checkpointing = layer.gradient_checkpointing and number % self.every == 0
 
 
-def speed(name: str, tiny: bool, pack_tokens: int, steps: int) -> dict:
-    every, compiled, tower = SPEED[name]
+def speed(name: str, tiny: bool, pack_tokens: int, steps: int, profiled: bool) -> dict:
+    every, compiled, ends = SPEED[name]
     base, processor, train, device = prepare(tiny)
     measured = measure_lengths(train, processor)
-    if tower:
+    Prepare.ends = ends
+    if ends:
         speed_up_frozen_tower(base)
     Prepare.every, Prepare.compiled = max(every, 1), compiled
+    Prepare.profiled = steps + 1 if profiled else None
     gpu_7b.StepTimer = Prepare
     setting = gpu_7b.Setting(
         name, pack_tokens=pack_tokens, varlen=True, compiled=compiled is not None, checkpointing=every > 0
@@ -148,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, on a CPU too")
     parser.add_argument("--pack-tokens", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--profile", action="store_true", help="profile one more step")
     parser.add_argument("--here", action="store_true", help="run the one named part in this process")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
@@ -158,11 +167,17 @@ def main(argv: list[str] | None = None) -> None:
         [name] = args.parts
         size = 256 if args.tiny else args.pack_tokens
         result = (
-            exact(args.tiny, compiled=not args.tiny) if name == "exact" else speed(name, args.tiny, size, args.steps)
+            exact(args.tiny, compiled=not args.tiny)
+            if name == "exact"
+            else speed(name, args.tiny, size, args.steps, args.profile)
         )
         print(json.dumps({"part": name, **result}), flush=True)
         return
-    options = ["--tiny"] * args.tiny + ["--pack-tokens", str(args.pack_tokens), "--steps", str(args.steps)]
+    options = (
+        ["--tiny"] * args.tiny
+        + ["--profile"] * args.profile
+        + ["--pack-tokens", str(args.pack_tokens), "--steps", str(args.steps)]
+    )
     for name in args.parts or PARTS:
         command = [sys.executable, "-m", "benchmarks.gpu_speed", name, "--here", *options]
         try:

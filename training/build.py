@@ -16,6 +16,7 @@ from models.compat import ignore_in_ddp
 from models.compilation import compile_layers, keep_wide_products, language_layers, takes_whole_layers, wide_bytes
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
+from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from models.quantization import describe_stored, format_stored, resolve_quantization
@@ -205,6 +206,7 @@ def build_trainer(
         recompute: see `decide_checkpointing`.
     """
     speed_up_frozen_tower(model.get_base_model())
+    spare_last_layer(model)
     if settings.training.compile_layers:
         print_rank0("the layers are compiled during the first steps, which then take a minute or two")
         sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"

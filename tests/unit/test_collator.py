@@ -289,8 +289,11 @@ def test_a_pack_is_the_concatenation_of_the_samples(pack, collate):
             "image_grid_thw",
             "text_cu_seqlens",
             "text_max_seqlen",
+            "answer_rows",
         )
     }
+    learnt = (row["labels"] != -100)[0].nonzero().flatten()
+    assert torch.equal(row["answer_rows"], learnt - 1)
 
 
 def test_positions_are_those_of_the_model(pack, collate, model):
