@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_7b, gpu_answers, train_step
+from benchmarks import gpu_7b, gpu_answers, gpu_peers, train_step
 
 
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
@@ -58,3 +58,12 @@ def test_the_benchmark_of_training_steps_gives_each_side_every_sample_once(capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-3:]] == ["ours", "stock TRL", "plain loop"]
     assert lines[-3].endswith(" 1.00")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_peers_says_what_did_not_run(capsys):
+    """Stock TRL runs in a process of its own, from files; Unsloth's packages are not here."""
+    results = gpu_peers.main(["--tiny", "--only", "unsloth", "batch 4"])
+    assert results["trl, flash attention 2, batch 4"]["tokens_per_second"] > 0
+    assert "unsloth" in results["unsloth, batch 16"]["error"]
+    assert "did not run" in capsys.readouterr().out.splitlines()[-2]

@@ -1,0 +1,209 @@
+"""This pipeline beside stock TRL and Unsloth on one GPU: the same weights, photographs and LoRA, one call.
+
+    python -m benchmarks.gpu_peers --trl DIR --unsloth DIR --out peers.json   # one GPU with 80 GB, under 10 minutes
+    python -m benchmarks.gpu_peers --only ours unsloth
+    python -m benchmarks.gpu_peers --tiny                                     # the same code on a CPU, without Unsloth
+
+DIR is a folder with a side's packages (`pip install --target DIR`), before others on its PYTHONPATH; rows with flash
+attention 2 need flash-attn in it. Each side runs in a process of its own; its tokens are those of the samples, without
+padding, its memory is what PyTorch reserved. What did not run is said.
+
+Ours is `train_sft.py` with the recipe of the name; the seconds to the tenth step count from the start of the command.
+"""
+
+import argparse
+import importlib.machinery
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from common.cli import run
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_shapes, draw_samples, matmul_ceiling
+from benchmarks.peers.measure import TIMED
+
+ROOT, PEERS = Path(__file__).parents[1], Path(__file__).parent / "peers"
+STEPS, LIMIT = 12, 240  # of ours; s a side
+TENTH = 10
+SELECTIVE = {"pack_tokens": 8192, "gradient_accumulation_steps": 1, "compile_layers": "true"}
+OURS = {  # name: settings beside configs/skin.yaml
+    "configs/skin.yaml": {},
+    "packs of 8,192, selective": SELECTIVE | {"gradient_checkpointing": "selective"},
+    "packs of 8,192, selective, no dropout": SELECTIVE | {"gradient_checkpointing": "selective", "lora_dropout": 0},
+    "packs of 8,192, all recomputed": SELECTIVE | {"gradient_checkpointing": "true"},
+}
+
+
+class Side(NamedTuple):
+    """One line of the table: a script in `peers`, the batch, and which attention it wants."""
+
+    script: str
+    batch: int
+    flash: bool
+
+
+SIDES = {
+    "unsloth, batch 16": Side("unsloth_steps.py", 16, True),
+    "trl, flash attention 2, batch 32": Side("trl_steps.py", 32, True),
+    "trl, flash attention 2, batch 4": Side("trl_steps.py", 4, True),
+    "trl, its default, batch 16": Side("trl_steps.py", 16, False),
+}
+
+
+def save_inputs(folder: Path, *, tiny: bool) -> None:
+    """Write random weights of the 7B's shapes, photographs, and the samples as each side reads them."""
+    processor, device = build_demo_processor(DEFAULT_SHAPES), "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = build_shapes(processor, DEFAULT_SHAPES, tiny)
+        base = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    base.save_pretrained(folder / "base", max_shard_size="4GB")
+    processor.save_pretrained(folder / "base")
+    (folder / "images").mkdir()
+    rows, records = [], []
+    for row in draw_samples(24 if tiny else 400, (112, 84) if tiny else (600, 450)):
+        name, [asked, answered] = f"{row['id']}.jpg", row["messages"]
+        (folder / "images" / name).write_bytes(row["images"][0]["bytes"])
+        question = asked["content"].removeprefix("<image>")
+        rows.append({"image": name, "question": question, "answer": answered["content"]})
+        turns = [("human", asked["content"]), ("gpt", answered["content"])]
+        conversation = [{"from": role, "value": text} for role, text in turns]
+        records.append({"id": row["id"], "image": name, "conversations": conversation})
+    (folder / "samples.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "annotations.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> dict:
+    """Return what a side's script printed last, and the attention it ran with."""
+    has_flash = packages is not None and importlib.machinery.PathFinder.find_spec("flash_attn", [str(packages)])
+    if side.flash and not has_flash and not tiny:
+        return {"error": f"no flash-attn in {packages}" if packages else "no folder with its packages was given"}
+    attention = "flash_attention_2" if side.flash and has_flash else "sdpa"
+    size = build_demo_processor(DEFAULT_SHAPES).image_processor.size
+    settings = {"folder": str(folder), "attention": attention, "size": dict(size), "steps": TIMED + 3}
+    settings["batch"] = 2 if tiny else side.batch
+    paths = [str(packages)] if packages else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(PEERS / side.script), json.dumps(settings)]
+    done = subprocess.run(command, env=environment, timeout=LIMIT, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "attention": attention}
+
+
+def run_ours(settings: dict, folder: Path, *, tiny: bool) -> dict:
+    """Return the speed of the last steps of `train_sft.py`, its memory, and the seconds to its tenth step."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        options = {
+            "model_name_or_path": folder / "base", "dataset_path": folder / "annotations.json",
+            "image_dir": folder / "images", "output_dir": Path(output) / "run", "max_steps": STEPS,
+            "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", **settings,
+        }  # fmt: skip
+        if tiny:
+            options |= {"pack_tokens": 256, "max_length": 256, "compile_layers": "false", "use_cpu": "true"}
+            options |= {"gradient_checkpointing": "true", "gradient_accumulation_steps": 1}
+        command = [sys.executable, str(ROOT / "train_sft.py"), "--config", str(ROOT / "configs" / "skin.yaml")]
+        command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        start, tenth, lines = time.perf_counter(), None, []
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        watchdog = threading.Timer(LIMIT, process.kill)
+        watchdog.start()
+        for line in process.stdout:
+            lines.append(line.strip())
+            if f"{TENTH}/{STEPS} " in line and tenth is None:
+                tenth = time.perf_counter() - start
+        code = process.wait()
+        watchdog.cancel()
+        if code == -signal.SIGKILL:
+            return {"error": f"not done within {LIMIT} s"}
+        if code:
+            return {"error": (lines or ["no message"])[-1][:200]}
+        return {**last_steps(Path(output) / "run" / "metrics.jsonl"), "seconds_to_tenth_step": tenth}
+
+
+def last_steps(metrics: Path) -> dict:
+    """Return the median speed and the memory of the last steps in a run's metrics."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "tokens_per_second" in row][-TIMED:]
+    median = {
+        key: statistics.median(row[key] for row in rows) for key in ("tokens_per_second", "mfu") if key in rows[0]
+    }
+    return {**median, "memory_gb": rows[-1].get("reserved_gb")}
+
+
+def table(results: dict[str, dict]) -> str:
+    """Return a line for each side, beside Unsloth."""
+    base = results.get("unsloth, batch 16", {}).get("tokens_per_second")
+    lines = [f"{'':<42}{'tokens/s':>10}{'x Unsloth':>11}{'GB':>7}{'10th step, s':>14}"]
+    for name, result in results.items():
+        if "error" in result:
+            lines.append(f"{name:<42}  did not run: {result['error']}")
+            continue
+        speed, memory, tenth = (result.get(k) for k in ("tokens_per_second", "memory_gb", "seconds_to_tenth_step"))
+        ratio, memory, tenth = (
+            f"{x:.{n}f}" if x else "" for x, n in ((base and speed / base, 2), (memory, 1), (tenth, 0))
+        )
+        lines.append(f"{name:<42}{speed:>10,.0f}{ratio:>11}{memory:>7}{tenth:>14}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict] | None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, help="folder with stock TRL's packages; this environment's when left out")
+    parser.add_argument("--unsloth", type=Path, help="folder with Unsloth's packages")
+    parser.add_argument("--only", nargs="+", default=[""], help="sides whose name contains one of these words")
+    parser.add_argument(
+        "--folder", type=Path, help="where 17 GB of weights are kept meanwhile (default: the system's)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="few narrow layers, on a CPU too")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each side")
+    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.save:
+        return save_inputs(args.save, tiny=args.tiny)
+    gpu = torch.cuda.is_available()
+    if not gpu and not args.tiny:
+        raise ValueError("no GPU here: --tiny runs the same code on a CPU")
+    results = {}
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", name]
+        subprocess.run(save + ["--tiny"] * args.tiny, check=True)  # a process of its own gives the GPU's memory back
+        chosen = [name for name in (*(f"ours, {x}" for x in OURS), *SIDES) if any(word in name for word in args.only)]
+        for name in chosen:
+            results[name] = run_side(name, args, folder)
+            print(json.dumps({name: results[name]}), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if gpu:
+        ceiling = matmul_ceiling(torch.device("cuda"))
+        machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        print(f"{machine}, bf16 matmul ceiling {ceiling / 1e12:.0f} TFLOP/s")
+    print(table(results))
+    return results
+
+
+def run_side(name: str, args: argparse.Namespace, folder: Path) -> dict:
+    """Run one line of the table; what ends it is its result."""
+    try:
+        if name not in SIDES:
+            return run_ours(OURS[name.removeprefix("ours, ")], folder, tiny=args.tiny)
+        packages = args.unsloth if name.startswith("unsloth") else args.trl
+        return run_peer(SIDES[name], packages, folder, tiny=args.tiny)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {LIMIT} s"}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,42 @@
+"""What the scripts of this folder measure; imports what every side's environment has."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from transformers import TrainerCallback
+
+TIMED = 4  # the last steps
+
+
+class Clock(TrainerCallback):
+    """Records when each optimizer step ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def count_tokens(collate: Callable, seen: list[int]) -> Callable:
+    """Return a collator that notes each batch's tokens in `seen`, without padding."""
+
+    def counting(examples):
+        batch = collate(examples)
+        seen.append(int(batch["attention_mask"].sum()))
+        return batch
+
+    return counting
+
+
+def report(clock: Clock, seen: list[int]) -> None:
+    seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
+    tokens = statistics.mean(seen)
+    memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+    print(json.dumps({"tokens_per_second": tokens / seconds, "seconds": seconds, "memory_gb": memory}), flush=True)
