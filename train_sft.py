@@ -20,7 +20,7 @@ from training.build import build_model, build_trainer, decide_checkpointing
 from training.config import parse_config
 from training.config_checks import check_base
 from training.data import load_data, open_processor
-from training.distributed import barrier_and_shutdown, check_distributed, own_output, shard_layers
+from training.distributed import barrier_and_shutdown, check_distributed, own_output
 from training.memory_probe import out_of_memory_advice
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
@@ -48,7 +48,6 @@ def train(settings: Settings) -> int | None:
     family = family_of(config)
     if settings.training.packing:
         check_packing(family)
-    shard_layers(family.decoder_layer)
     repo_id = claim_repository(settings)
 
     # Data

@@ -24,7 +24,7 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: boo
     Args:
         model: with LoRA.
         whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
-            (complete ones took minutes to compile then), and weights that come and go during a step, as with FSDP2.
+            (complete ones took minutes to compile then), and weights that come and go during a step, as sharded ones.
             Of models that `takes_whole_layers` refuses, parts are compiled in any case.
         selective: let complete layers recompute what is cheap, see `recompute_selected` and `keep_wide_products`.
 
@@ -142,6 +142,8 @@ def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -
     """Return the weight and bitsandbytes' description of it, the reverse of `pack_state`."""
     weight, absmax, code, *nested = tensors
     settings = {"shape": torch.Size(shape), "code": code, "blocksize": 64, "quant_type": "nf4", "dtype": dtype}
+    # of sharded weights they are bytes under another dtype, and a byte longer where there would be an odd number
+    absmax = absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // 64)]
     if nested:
         offset, absmax_of_absmax, code_of_absmax = nested
         state2 = QuantState(absmax_of_absmax, code=code_of_absmax, blocksize=256, dtype=torch.float32)

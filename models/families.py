@@ -52,7 +52,6 @@ class Family:
 
     name: str  # in messages
     processor: type[ProcessorMixin]  # families may share one
-    decoder_layer: str  # class name of a language layer
     token_side: int  # side of the square that one token covers, px
     pixel_limits: tuple[int, int]  # smallest and largest image area of the published processors, px^2
     shapes: dict[str, Shape]  # by published model
@@ -110,7 +109,6 @@ FAMILIES = {
         **_QWEN2,
         name="Qwen2-VL",
         processor=Qwen2VLProcessor,
-        decoder_layer="Qwen2VLDecoderLayer",
         shapes={
             "Qwen2-VL-2B": Shape((1536, 8960, 28, 12, 2, 151936, True)),
             "Qwen2-VL-7B": Shape((3584, 18944, 28, 28, 4, 152064, False)),
@@ -123,7 +121,6 @@ FAMILIES = {
         **_QWEN2,
         name="Qwen2.5-VL",
         processor=Qwen2_5_VLProcessor,
-        decoder_layer="Qwen2_5_VLDecoderLayer",
         shapes={
             "Qwen2.5-VL-3B": Shape((2048, 11008, 36, 16, 2, 151936, True), _TOWER_3420),
             "Qwen2.5-VL-7B": Shape((3584, 18944, 28, 28, 4, 152064, False), _TOWER_3420),
@@ -135,7 +132,6 @@ FAMILIES = {
     "qwen3_vl": Family(
         name="dense Qwen3-VL",
         processor=Qwen3VLProcessor,
-        decoder_layer="Qwen3VLTextDecoderLayer",
         token_side=32,
         pixel_limits=(65536, 16777216),
         shapes={
@@ -163,7 +159,6 @@ FAMILIES = {
     "qwen3_5": Family(
         name="dense Qwen3.5, 3.6 and 3.8",
         processor=Qwen3VLProcessor,
-        decoder_layer="Qwen3_5DecoderLayer",
         token_side=32,
         pixel_limits=(65536, 16777216),
         shapes={
@@ -208,7 +203,6 @@ _QWEN3_VL, _QWEN3_5 = FAMILIES["qwen3_vl"], FAMILIES["qwen3_5"]
 FAMILIES["qwen3_vl_moe"] = replace(
     _QWEN3_VL,
     name="Qwen3-VL with experts",
-    decoder_layer="Qwen3VLMoeTextDecoderLayer",
     shapes={
         "Qwen3-VL-30B-A3B": Shape(
             (2048, 6144, 48, 32, 4, 151936, False),
@@ -231,7 +225,6 @@ _SHAPE_35B = Shape((2048, 512, 40, 16, 2, 248320, False))
 FAMILIES["qwen3_5_moe"] = replace(
     _QWEN3_5,
     name="Qwen3.5 and 3.6 with experts",
-    decoder_layer="Qwen3_5MoeDecoderLayer",
     shapes={"Qwen3.5-35B-A3B": _SHAPE_35B, "Qwen3.6-35B-A3B": _SHAPE_35B},
     experts="mlp.experts",
     tiny_text={**_QWEN3_5.tiny_text, **_TINY_EXPERTS, "shared_expert_intermediate_size": 64},

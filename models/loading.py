@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
@@ -36,8 +37,9 @@ from models.quantization import (
     stored_readings,
     use_stored_precision,
 )
+from models.sharding import ShardedLinear4bit, shard_model
 from models.thinking import set_thinking
-from models.tower import multiply_patches
+from models.tower import multiply_patches, speed_up_frozen_tower
 
 # What transformers raises, besides ValueError, for values of a kind that an entry of a configuration cannot have.
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
@@ -155,8 +157,10 @@ def load_model(
     revision: str | None = None,
     keep_dtype: bool = False,
     quant_storage: str = "uint8",
+    shard: bool = False,
+    frozen_tower: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model on this process's device.
+    """Load the base model on this process's device, or this process's part of it.
 
     Args:
         model_name_or_path: Hub id or local folder.
@@ -167,33 +171,54 @@ def load_model(
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
         revision: Hub branch, tag or commit.
         keep_dtype: use `dtype` on a CPU too: for weights that will be saved.
-        quant_storage: dtype that holds NF4's bits, "uint8" or `dtype`: FSDP2 shards float dtypes only.
+        quant_storage: dtype that holds NF4's bits, "uint8" or `dtype`.
+        shard: spread the frozen weights over all processes, see `shard_model`.
+        frozen_tower: the tower will not train; its modules are made faster before they are sharded.
 
     Raises:
         ValueError: no model there or one of an unknown family, an unknown quantization, or a layer has another
             precision than requested, or than its config.json says.
     """
-    config = load_config(model_name_or_path, revision=revision)
-    quantization = resolve_quantization(model_name_or_path, config, quantization)
-    device = PartialState().device
+    name, device = model_name_or_path, PartialState().device
+    config = load_config(name, revision=revision)
+    quantization = resolve_quantization(name, config, quantization)
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
-    options = {"revision": revision, "dtype": dtype, "device_map": {"": device}}
-    if quantization == "nf4":
-        options["quantization_config"] = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage)
+    nf4 = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage)
+    nf4 = nf4 if quantization == "nf4" else None
+    options = {"revision": revision, "dtype": dtype, "device_map": {"": "cpu" if shard else device}}
+    if nf4 is not None and not shard:
+        options["quantization_config"] = nf4
     if attn_implementation != VARLEN:
         options["attn_implementation"] = attn_implementation
-    if quantization == STORED:
-        model = _load_stored(model_name_or_path, config, options)
-    else:
-        model = _load_weights(model_name_or_path, options)
-    check_quantized(model, quantization)
+    model = _load_stored(name, config, options) if quantization == STORED else _load_weights(name, options)
     multiply_patches(model)
-    use_frozen_experts(model)
-    if attn_implementation == VARLEN:
-        use_varlen(model)
-    if device.type == "cpu":
-        keep_trainable_on_cpu(model)
+    if shard:
+        _shard(model, device, nf4, frozen_tower=frozen_tower)
+    check_quantized(model, quantization)
+    _choose_implementations(model, varlen=attn_implementation == VARLEN)
     return model
+
+
+def _choose_implementations(model: PreTrainedModel, *, varlen: bool) -> None:
+    """Let the model compute as training needs it."""
+    use_frozen_experts(model)
+    if varlen:
+        use_varlen(model)
+    if model.device.type == "cpu":
+        keep_trainable_on_cpu(model)
+
+
+def _shard(
+    model: PreTrainedModel, device: torch.device, nf4: BitsAndBytesConfig | None, *, frozen_tower: bool
+) -> None:
+    if frozen_tower:
+        model.requires_grad_(False)
+        speed_up_frozen_tower(model)
+    shard_model(model, device, nf4)
+    if nf4 is not None:
+        model.is_loaded_in_4bit = True  # as from_pretrained leaves it, for PEFT and TRL
+    if hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": device}
 
 
 def _nf4_of(config: PreTrainedConfig, dtype: torch.dtype, *, double_quant: bool, storage: str) -> BitsAndBytesConfig:
@@ -325,7 +350,7 @@ def check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
     if quantization:
         readings = stored_readings(model) if quantization == STORED else [set(linear_names(model, prefix))]
     for name in in_4_bit:
-        if layers[name].weight.device.type != "meta" and layers[name].weight.quant_state is None:
+        if layers[name].weight.device.type != "meta" and _state_of(layers[name]) is None:
             raise ValueError(f"{name} has no weights in 4 bit in the files of the model")
     for path, layer in expert_layers(model).items():
         for name in WEIGHTS:
@@ -336,3 +361,8 @@ def check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
     wrong = sorted(in_4_bit ^ readings[0])
     rule = "the precision that config.json says" if quantization == STORED else "the requested precision"
     raise ValueError(f"{len(wrong)} layers do not have {rule}, the first is {wrong[0]}")
+
+
+def _state_of(layer: Linear4bit) -> QuantState | None:
+    """Return bitsandbytes' description of a 4-bit weight; a sharded weight has none of its own."""
+    return layer.quant_state if isinstance(layer, ShardedLinear4bit) else layer.weight.quant_state

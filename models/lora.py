@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from models.experts import WEIGHTS, stand_ins
 from models.families import family_of
 from models.loading import linear_names
+from models.sharding import hidden_weights
 
 
 def build_lora_config(
@@ -78,7 +79,7 @@ def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> N
 def count_parameters(model: PeftModel) -> tuple[int, int]:
     """Return how many parameters train, and how many there are."""
     trainable, total = model.get_nb_trainable_parameters()
-    return trainable, total - sum(zeros.numel() for zeros in stand_ins(model).values())
+    return trainable, total + hidden_weights(model) - sum(zeros.numel() for zeros in stand_ins(model).values())
 
 
 def check_trainable(

@@ -20,6 +20,7 @@ from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from models.quantization import describe_stored, format_stored, resolve_quantization
+from models.sharding import is_sharded
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
 from training.data import TrainingData
@@ -35,10 +36,11 @@ from training.trainer import SafeSFTTrainer
 
 def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel:
     """Load the base model and add LoRA to exactly the layers that the settings name; `checkpoint` has to fit it."""
-    # changes no result, and no other command shards
-    storage, options = settings.model.bnb_4bit_quant_storage or "uint8", settings.loading_options()
+    # what changes no result, and no other command needs
+    own = {"quant_storage": settings.model.bnb_4bit_quant_storage or "uint8", "shard": settings.training.shard_base}
+    own["frozen_tower"] = settings.data.freeze_vision_encoder and not settings.data.train_merger
     print_experts(settings)
-    model = load_model(settings.model.model_name_or_path, **options, quant_storage=storage)
+    model = load_model(settings.model.model_name_or_path, **settings.loading_options(), **own)
     if stored := describe_stored(model):
         print_rank0(f"{'4 bit':<10} {format_stored(stored)}")
     lora = settings.lora_options()
@@ -81,18 +83,20 @@ def decide_checkpointing(
         ValueError: "selective" for layers that cannot be compiled as a whole.
     """
     args = settings.training
-    sharded = requested_sharding(args.deepspeed_plugin) == "FSDP2"
+    sharded = args.shard_base
     selects = args.compile_layers and takes_whole_layers(model) and not sharded
     choice = args.gradient_checkpointing
     if choice == "selective" and not selects:
-        name = "FSDP2" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
+        name = "shard_base: true" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
         raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
     if choice != "auto":
         return choice
     if selects:
         return "selective"
     enough, reason = True, "there is no GPU"
-    if args.device.type == "cuda":
+    if sharded:  # a process that runs out of memory in a trial would leave the others waiting
+        enough, reason = False, "shard_base is for models that need the memory"
+    elif args.device.type == "cuda":
         batch = collate_largest(processor, data, settings)
         # one process that lacks the memory decides for all
         enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
@@ -184,11 +188,14 @@ def eval_sampler(lengths: SampleLengths | None, args: TrainingSettings, pack_tok
     return PaddedSampler(order, args.per_device_eval_batch_size, processes=args.world_size)
 
 
-def needs_dummy_image(model: PeftModel, lengths: SampleLengths) -> bool:
-    """Return whether batches without images must be given a dummy one: a trained vision tower that one process does
-    not call would have no gradients there, which the others wait for."""
+def needs_dummy_image(model: PeftModel, data: TrainingData) -> bool:
+    """Return whether batches without images must be given a dummy one: the other processes would wait for one that
+    does not call the vision tower, for its gradients where it trains, for its part of the weights where it is sharded.
+    """
+    if is_sharded(model):
+        return any(0 in lengths.image for lengths in data.lengths.values())
     counts = count_trainable(model)
-    return 0 in lengths.image and counts["vision tower"] + counts["merger"] > 0
+    return 0 in data.lengths["train"].image and counts["vision tower"] + counts["merger"] > 0
 
 
 def build_trainer(
@@ -209,11 +216,11 @@ def build_trainer(
     spare_last_layer(model)
     if settings.training.compile_layers:
         print_rank0("the layers are compiled during the first steps, which then take a minute or two")
-        sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
-        compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
+        whole = not (recompute is True or settings.training.shard_base)
+        compile_layers(model, whole=whole, selective=recompute == "selective")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
-    options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])
+    options["dummy_image"] = needs_dummy_image(model, data)
     trainer = SafeSFTTrainer(
         model=model,
         args=args,

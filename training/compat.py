@@ -3,14 +3,19 @@
 from collections.abc import Callable
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from trl import SFTTrainer
+
+from models.compat import ignore_in_ddp
+from models.sharding import is_sharded
 
 
 class HookTrainer(SFTTrainer):
-    """`SFTTrainer` with a hook around the saving of a checkpoint, and one for the gradients' norm.
+    """`SFTTrainer` with a hook around the saving of a checkpoint, one for the gradients' norm, and DDP of its own.
 
     transformers has callbacks after a save, but it deletes old checkpoints before them, and an error while saving
-    reaches no callback. The norm it computes over all parameters, frozen ones included, and tells no callback.
+    reaches no callback. It leaves DDP to accelerate, which refuses models with sharded weights. The norm it computes
+    over all parameters, frozen ones included, and tells no callback.
 
     Attributes:
         trained: the parameters whose gradients are clipped; None lets transformers look through the model.
@@ -19,6 +24,19 @@ class HookTrainer(SFTTrainer):
 
     trained: list[torch.nn.Parameter] | None = None
     grad_norm: torch.Tensor | float | None = None
+
+    def _wrap_model(self, model, training: bool = True, dataloader=None):
+        wrapped = super()._wrap_model(model, training, dataloader)
+        if not training or wrapped is not model or not is_sharded(model):
+            return wrapped
+        return self._replicate_trained(model)
+
+    def _replicate_trained(self, model) -> DistributedDataParallel:
+        """DDP for what trains, beside sharded weights, which accelerate would refuse."""
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)  # autocast only
+        ignore_in_ddp(model, [name for name, p in model.named_parameters() if not p.requires_grad])
+        options = self.accelerator.ddp_handler.to_kwargs()
+        return DistributedDataParallel(model, **{**options, "gradient_as_bucket_view": True})
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
         """Save a checkpoint by calling `save`, in every process."""

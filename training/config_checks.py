@@ -12,7 +12,6 @@ from trl import ModelConfig
 from models.attention import VARLEN
 from models.families import family_of
 from models.quantization import stored_quantization
-from training.distributed import requested_sharding
 from training.settings import DataArguments, TrainingSettings
 from training.trackers import TRACKERS
 
@@ -46,8 +45,8 @@ WITHOUT_EFFECT = {
     "eval_packing": "validation samples are packed when training samples are",
     "padding_free": "use packing: packs hold no padding",
     "logging_nan_inf_filter": "a run stops at the first gradients that are not finite",
-    "fsdp": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
-    "fsdp_config": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
+    "fsdp": "set shard_base: true",
+    "fsdp_config": "set shard_base: true",
     "deepspeed": "accelerate's configuration decides: configs/accelerate/zero2.yaml",
     "torch_compile": "use compile_layers",
     "torch_compile_backend": "use compile_layers",
@@ -78,6 +77,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     if model.load_in_4bit and model.bnb_4bit_quant_type != "nf4":
         raise ValueError(f"bnb_4bit_quant_type: expected 'nf4', found {model.bnb_4bit_quant_type!r}")
     _check_storage(model)
+    if training.shard_base and model.use_dora:
+        raise ValueError("use_dora: DoRA needs complete weights; set it to false, or shard_base: false")
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
     for settings in (data, training, model):
@@ -136,8 +137,8 @@ def check_base(settings: tuple[DataArguments, TrainingSettings, ModelConfig], co
     stored, name = stored_quantization(config), model.model_name_or_path
     if data.lora_target_experts and not family_of(config).experts:
         raise ValueError(f"lora_target_experts: {name} has no experts")
-    if family_of(config).experts and requested_sharding(training.deepspeed_plugin) == "FSDP2":
-        raise ValueError(f"FSDP2: {name} has experts, which are not sharded here; use DDP (accelerate_config.yaml)")
+    if family_of(config).experts and training.shard_base:
+        raise ValueError(f"shard_base: {name} has experts, which are not sharded here; set it to false")
     if stored is None:
         return
     if not model.load_in_4bit:
@@ -157,7 +158,7 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def _check_storage(model: ModelConfig) -> None:
-    """4-bit weights are stored as bytes, or in the dtype of the others, which FSDP2 needs to shard them."""
+    """4-bit weights are stored as bytes, or in the dtype of the others."""
     storage, dtype = model.bnb_4bit_quant_storage, "bfloat16" if model.dtype == "auto" else model.dtype
     if storage is not None and not model.load_in_4bit:
         raise ValueError("bnb_4bit_quant_storage: would have no effect without load_in_4bit: true")

@@ -1,4 +1,4 @@
-"""Several processes: how accelerate shards the model over them, and whether all see the same output folder."""
+"""Several processes: what they can share, and whether all see the same output folder."""
 
 import os
 import time
@@ -10,7 +10,6 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
-    FullyShardedDataParallelPlugin,
     broadcast_object_list,
     gather_object,
     parse_flag_from_env,
@@ -20,68 +19,39 @@ from common.files import locked
 from training.settings import Settings
 
 UNSHARDED = "none"
-FSDP2_FILE = "configs/accelerate/fsdp2.yaml"
 LOCK = "training.lock"
 FILE_TIMEOUT = 10.0  # s; network file systems may take a moment to show a new file elsewhere
 
 
 def requested_sharding(deepspeed: DeepSpeedPlugin | None) -> str:
-    """Return how accelerate's configuration shards the model: "none", "FSDP1", "FSDP2" or "ZeRO-n"."""
-    if deepspeed is not None:
-        return f"ZeRO-{deepspeed.zero_stage}"
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return f"FSDP{FullyShardedDataParallelPlugin().fsdp_version}"
-    return UNSHARDED
+    """Return how accelerate's configuration shards what trains: "none" or "ZeRO-n"."""
+    return UNSHARDED if deepspeed is None else f"ZeRO-{deepspeed.zero_stage}"
 
 
 def check_distributed(settings: Settings) -> None:
-    """Refuse what accelerate's configuration requests and would go wrong, before anything slow starts."""
-    args, model = settings.training, settings.model
-    storage = (model.bnb_4bit_quant_storage or "uint8") if model.load_in_4bit else None
-    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    check_sharding(requested_sharding(args.deepspeed_plugin), storage=storage, mixed=mixed)
+    """Refuse what would go wrong with several processes, before anything slow starts.
 
-
-def check_sharding(requested: str, *, storage: str | None, mixed: str | None) -> None:
-    """Raise ValueError for a configuration of accelerate under which a run would go wrong, or save no adapter.
-
-    Args:
-        requested: as `requested_sharding` returns it.
-        storage: dtype that the 4-bit weights are kept in; None without such weights.
-        mixed: dtype of mixed precision; None without it.
+    Raises:
+        ValueError: accelerate's configuration shards the base model, or `shard_base` cannot.
     """
+    args, requested = settings.training, requested_sharding(settings.training.deepspeed_plugin)
     if requested == "ZeRO-3":
-        raise ValueError(f"zero_stage: expected 1 or 2, found 3; {FSDP2_FILE} shards the weights too")
-    if requested == "FSDP1":
-        raise ValueError("fsdp_version: expected 2, found 1")
-    if requested != "FSDP2":
+        raise ValueError("zero_stage: expected 1 or 2, found 3; shard_base: true shards the weights too")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        rule = "launch with accelerate_config.yaml and set shard_base: true"
+        raise ValueError(f"accelerate's configuration: its FSDP loads the whole base model in each process; {rule}")
+    if not args.shard_base:
         return
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading: expected false; true leaves all weights but process 0's empty"
-        )
-    if plugin.state_dict_type.name != "FULL_STATE_DICT":
-        name = plugin.state_dict_type.name
-        raise ValueError(f"fsdp_state_dict_type: expected FULL_STATE_DICT, found {name}; no adapter would be saved")
-    if storage == "uint8" or (storage and mixed and storage != mixed):
-        expected = mixed or "the recipe's dtype"
-        raise ValueError(f"bnb_4bit_quant_storage: FSDP2 needs {expected} to shard 4-bit weights, found {storage}")
-
-
-def shard_layers(decoder_layer: str) -> None:
-    """Tell accelerate to fetch the weights of one language layer at a time; before the trainer sets it up.
-
-    The vision tower is not divided: a process without an image in its batch does not call it, and the others would
-    wait for that process in each of its layers.
-    """
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = decoder_layer
+    if requested != UNSHARDED:
+        raise ValueError(f"shard_base: not with {requested}; launch with accelerate_config.yaml")
+    if args.world_size == 1:
+        raise ValueError("shard_base: needs several processes, found 1; see --num_processes of accelerate launch")
 
 
 def check_sharded(accelerator: Accelerator, requested: str) -> None:
     """Raise ValueError unless the trainer's accelerator shards as requested; on a CPU or alone it does not."""
     zero = accelerator.state.deepspeed_plugin
-    actual = "FSDP2" if accelerator.is_fsdp2 else UNSHARDED if zero is None else f"ZeRO-{zero.zero_stage}"
+    actual = UNSHARDED if zero is None else f"ZeRO-{zero.zero_stage}"
     if actual != requested:
         raise ValueError(f"accelerate's configuration: {requested} needs several GPUs, and {actual} is on")
 

@@ -64,6 +64,9 @@ class TrainingSettings(SFTConfig):
     compile_layers: bool = field(
         default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
     )
+    shard_base: bool = field(
+        default=False, metadata={"help": "several GPUs: each holds a part of the base model, by FSDP2"}
+    )
     max_skipped_steps: int = field(
         default=20, metadata={"help": "float16: end the run after so many steps in a row that overflow"}
     )
@@ -82,6 +85,11 @@ class TrainingSettings(SFTConfig):
         if not self.use_cpu:
             self._check_gpu()
         super().__post_init__()
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """False keeps the trainer from moving a sharded model, which is where it belongs."""
+        return False if self.shard_base else super().place_model_on_device
 
     def _check_gpu(self) -> None:
         """Raise ValueError, with what to do, where mixed precision finds no GPU, or one without bfloat16."""

@@ -37,7 +37,7 @@ TIMEOUT = 120  # s; what takes longer hangs
 
 
 def pretend(kind: str) -> None:
-    """Have accelerate take the ranks for GPUs once the model is about to be built: "MULTI_GPU", or "DEEPSPEED"."""
+    """Have accelerate take the ranks for GPUs once the model is about to be built, as DeepSpeed's are: "DEEPSPEED"."""
     build = train_sft.build_model
 
     def build_after(*args):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -18,8 +17,8 @@ from safetensors.torch import load_file
 from collator import VisionSFTCollator
 from data_prep import load_splits
 from helpers.runs import rows_of, train_args
+from helpers.stored import save_stored
 from training.checkpoints import read_manifest
-from training.distributed import check_sharding, shard_layers
 from training.samplers import EpochOrder
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +26,9 @@ ADAPTER = "adapter_model.safetensors"
 TOWER = {"freeze_vision_encoder": "false", "train_merger": "true"}
 PACKED = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
 FORMS = {"padded": {}, "packed": PACKED}
-FSDP2, ZERO2, NODES = (ROOT / "configs" / "accelerate" / f"{name}.yaml" for name in ("fsdp2", "zero2", "multi_node"))
-SHARDED = {"save_steps": 6, "max_steps": 12, "save_total_limit": 5, "bnb_4bit_quant_storage": "float32"}
+ZERO2, NODES = (ROOT / "configs" / "accelerate" / f"{name}.yaml" for name in ("zero2", "multi_node"))
+SAVED = {"save_steps": 6, "max_steps": 12, "save_total_limit": 5}
+SHARDED = {**SAVED, "shard_base": "true"}
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
@@ -164,73 +164,70 @@ def launcher(config, *options):
     return _validate_launch_command(args)[0]
 
 
-def fsdp_environment(*options):
-    """Return what `accelerate launch` tells the processes through their environment."""
-    environment = prepare_multi_gpu_env(launcher(FSDP2, *options))
-    return {key: x for key, x in environment.items() if key.startswith("FSDP_") or key == "ACCELERATE_USE_FSDP"}
+# what is quantised, how the batches are made, and what trains
+SHARDED_FORMS = {
+    "4 bit, packed": PACKED,
+    "4 bit, padded, tower trains": TOWER,
+    "whole weights, packed, tower trains": {**PACKED, **TOWER, "load_in_4bit": "false"},
+    "simple scales, recomputed": {"use_bnb_nested_quant": "false", "gradient_checkpointing": "true"},
+}
 
 
-@pytest.mark.parametrize("form", ["whole weights, packed", "4 bit, packed", "4 bit, padded"])
-def test_a_model_that_fsdp2_shards_learns_as_in_one_process(train, tmp_path, form):
-    settings = {**SHARDED, **TOWER, **FORMS[form.split(", ")[1]]}
-    if "whole" in form:
-        settings = {**settings, "load_in_4bit": "false"}
-        del settings["bnb_4bit_quant_storage"]
-    done(train(tmp_path / "one", {**settings, "gradient_accumulation_steps": 2}))
-    sharded = {"env": fsdp_environment(), "pretend": "MULTI_GPU"}
-    done(train(tmp_path / "two", settings, settings, **sharded))
-    assert_same_curves(tmp_path / "one", tmp_path / "two", steps=12)
-    one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
-    assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in two.items()}
-    shutil.copytree(tmp_path / "two" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
-    done(train(tmp_path / "resumed", settings, settings, **sharded))
-    resumed = load_file(tmp_path / "resumed" / ADAPTER)
-    assert all(torch.equal(two[name], resumed[name]) for name in two)
-    codes, [text] = train(tmp_path / "two", settings)
-    assert codes == [1] and "sharding was 'FSDP2' and is None now; its weights do not fit" in text
+@pytest.mark.parametrize("form", SHARDED_FORMS)
+def test_a_sharded_model_learns_as_in_one_process_and_with_ddp(train, tmp_path, form):
+    plain = {**SAVED, **SHARDED_FORMS[form], "eval_strategy": "steps", "eval_steps": 6}
+    done(train(tmp_path / "one", {**plain, "gradient_accumulation_steps": 2}))
+    done(train(tmp_path / "ddp", plain, plain))
+    settings = {**plain, "shard_base": "true"}
+    done(train(tmp_path / "sharded", settings, settings))
+    assert_same_curves(tmp_path / "one", tmp_path / "sharded", steps=12)
+    assert_same_curves(tmp_path / "ddp", tmp_path / "sharded", steps=12)
+    assert_same_curves(tmp_path / "ddp", tmp_path / "sharded", steps=2, keys=("eval_loss",))
+    ddp, sharded = (load_file(tmp_path / name / ADAPTER) for name in ("ddp", "sharded"))
+    assert {name: (x.shape, x.dtype) for name, x in ddp.items()} == {n: (x.shape, x.dtype) for n, x in sharded.items()}
+    for name in ddp:
+        torch.testing.assert_close(ddp[name], sharded[name], atol=1e-4, rtol=0)
+    shutil.copytree(tmp_path / "sharded" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
+    done(train(tmp_path / "resumed", settings, settings))
+    assert (tmp_path / "sharded" / ADAPTER).read_bytes() == (tmp_path / "resumed" / ADAPTER).read_bytes()
+
+
+def test_a_sharded_base_that_comes_in_4_bit_learns_as_with_ddp(train, tiny_base, tmp_path):
+    stored = save_stored(tiny_base, tmp_path / "stored", ["lm_head", "layers.0.mlp"])  # the tower is in 4 bit too
+    settings = {**SAVED, "model_name_or_path": stored}
+    done(train(tmp_path / "ddp", settings, settings))
+    settings["shard_base"] = "true"
+    done(train(tmp_path / "sharded", settings, settings))
+    assert_same_curves(tmp_path / "ddp", tmp_path / "sharded", steps=12)
+
+
+def test_a_sharded_run_goes_on_without_sharding(train, tmp_path):
+    done(train(tmp_path / "sharded", SHARDED, SHARDED))
+    shutil.copytree(tmp_path / "sharded" / "checkpoint-6", tmp_path / "ddp" / "checkpoint-6")
+    done(train(tmp_path / "ddp", SAVED, SAVED))
+    assert_same_curves(tmp_path / "sharded", tmp_path / "ddp", steps=12)
 
 
 def test_gradients_that_are_not_finite_end_all_processes_of_a_sharded_model(train, tmp_path):
-    sharded = {"env": fsdp_environment(), "pretend": "MULTI_GPU"}
-    codes, texts = train(tmp_path / "out", SHARDED, SHARDED, spoil=8, **sharded)
+    codes, texts = train(tmp_path / "out", SHARDED, SHARDED, spoil=8)
     assert codes == [1, 1]
     assert all("step 9: the gradients are not finite" in text for text in texts)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_a_configuration_that_accelerate_passes_over_is_refused(train, tmp_path):
-    codes, [text] = train(tmp_path / "out", SHARDED, env=fsdp_environment())
-    assert codes == [1] and "error: accelerate's configuration: FSDP2 needs several GPUs, and none is on" in text
+@pytest.mark.parametrize(
+    "settings, environment, expected",
+    [
+        (SHARDED, {}, "shard_base: needs several processes, found 1; see --num_processes"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "launch with accelerate_config.yaml and set shard_base: true"),
+    ],
+)
+def test_sharding_that_would_go_wrong_is_refused(train, tmp_path, settings, environment, expected):
+    codes, [text] = train(tmp_path / "out", settings, env=environment)
+    assert codes == [1] and expected in text
 
 
-def test_what_would_go_wrong_when_sharded_is_refused(monkeypatch):
-    for key, value in fsdp_environment().items():
-        monkeypatch.setenv(key, value)
-    check_sharding("FSDP2", storage="bfloat16", mixed="bfloat16")
-    check_sharding("FSDP2", storage=None, mixed="bfloat16")
-    for storage in ("uint8", "float32"):
-        with pytest.raises(ValueError, match=f"FSDP2 needs bfloat16 to shard 4-bit weights, found {storage}"):
-            check_sharding("FSDP2", storage=storage, mixed="bfloat16")
-    with pytest.raises(ValueError, match="zero_stage: expected 1 or 2, found 3; configs/accelerate"):
-        check_sharding("ZeRO-3", storage="uint8", mixed=None)
-    with pytest.raises(ValueError, match="fsdp_version: expected 2, found 1"):
-        check_sharding("FSDP1", storage="uint8", mixed=None)
-    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
-    with pytest.raises(ValueError, match="fsdp_state_dict_type: expected FULL_STATE_DICT, found SHARDED_STATE_DICT"):
-        check_sharding("FSDP2", storage=None, mixed=None)
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: expected false"):
-        check_sharding("FSDP2", storage=None, mixed=None)
-
-
-def test_fsdp2_shards_the_layers_that_the_run_names(monkeypatch):
-    for key, value in {**fsdp_environment(), "FSDP_TRANSFORMER_CLS_TO_WRAP": "Other"}.items():
-        monkeypatch.setenv(key, value)
-    shard_layers("DecoderLayer")
-    assert FullyShardedDataParallelPlugin().transformer_cls_names_to_wrap == ["DecoderLayer"]
-
-
-@pytest.mark.parametrize("config", [FSDP2, ZERO2, NODES, ROOT / "accelerate_config.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [ZERO2, NODES, ROOT / "accelerate_config.yaml"], ids=lambda path: path.stem)
 def test_accelerate_reads_the_configuration(config):
     found = load_config_from_file(str(config))
     assert found.mixed_precision == "no" or config == ZERO2

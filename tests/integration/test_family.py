@@ -33,6 +33,7 @@ from models.attention import use_varlen
 from models.families import FAMILIES, NAMES
 from models.loading import load_config, load_model, load_processor
 from models.lora import build_lora_config, check_trainable, count_trainable
+from models.sharding import sharded_units
 from planning.shapes import weight_bytes
 from training.lengths import measure_lengths
 
@@ -374,11 +375,15 @@ def test_scored_answers_have_the_likelihoods_of_complete_sequences(base, process
             assert logs.gather(1, ids[:, None]).sum().item() == pytest.approx(score.item(), abs=1e-4)
 
 
-def test_fsdp2_finds_the_layers_that_it_shards(plain, family):
-    layers = [
-        name for name, module in plain.named_modules() if type(module).__name__ == FAMILIES[family].decoder_layer
-    ]
-    assert layers == [f"model.language_model.layers.{n}" for n in range(LAYERS)]
+def test_fsdp2_shards_all_matrices_and_a_layer_at_a_time(plain):
+    units = sharded_units(plain)
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    outside = {
+        name.removeprefix("model.language_model."): p for name, p in plain.named_parameters() if id(p) not in inside
+    }
+    assert {name: p.ndim for name, p in outside.items()} == {"embed_tokens.weight": 2, "norm.weight": 1}  # tied
+    layers = [plain.get_submodule(f"model.language_model.layers.{n}") for n in range(LAYERS)]
+    assert [unit for unit in units if unit in layers] == layers
 
 
 @pytest.mark.parametrize("kind", ["qwen3_omni_moe", "qwen2", "llava", "qwen2_5_omni"])

@@ -30,3 +30,10 @@ def test_the_trainer_clips_by_methods_of_these_names_and_passes_the_norm_on():
     source = inspect.getsource(Trainer._run_epoch)
     assert "grad_norm = self._clip_grad_norm(model)" in source, "transformers clips elsewhere; see training/compat.py"
     assert "self._get_grad_norm(model, grad_norm=grad_norm)" in source, "the norm's path changed; training/compat.py"
+
+
+def test_the_trainer_leaves_a_model_that_was_wrapped_to_its_wrapper():
+    found = list(inspect.signature(Trainer._wrap_model).parameters)
+    assert found == ["self", "model", "training", "dataloader"], f"_wrap_model takes {found}; see training/compat.py"
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert "use_accelerator_prepare = model is self.model" in source, "sharded models would be refused by accelerate"

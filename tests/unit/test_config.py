@@ -102,7 +102,11 @@ def test_options_override_the_recipe(parse):
             "load_in_4bit: true\ndtype: bfloat16\nbnb_4bit_quant_storage: float32\n",
             "bnb_4bit_quant_storage: expected uint8 or the dtype bfloat16, found 'float32'",
         ),
-        ("fsdp: full_shard\n", "fsdp: would have no effect; accelerate's configuration decides"),
+        (
+            "shard_base: true\nuse_dora: true\n",
+            "use_dora: DoRA needs complete weights; set it to false, or shard_base",
+        ),
+        ("fsdp: full_shard\n", "fsdp: would have no effect; set shard_base: true"),
         ("lora_target_modules: [q_proj, 5]\n", "lora_target_modules: did not expect the list ['q_proj', 5]"),
         ("seed:\n", "recipe.yaml: seed: expected one value, found None"),
         ("seed: {a: 1}\n", "recipe.yaml: seed: expected one value, found {'a': 1}"),

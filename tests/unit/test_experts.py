@@ -223,16 +223,14 @@ def test_settings_that_lora_on_experts_lacks_are_refused(options, rule):
         parse_config([*words, "--router_aux_loss_coef", "0.001"])
 
 
-def test_experts_that_a_model_does_not_have_are_refused(base, tiny_base, monkeypatch):
+def test_experts_that_a_model_does_not_have_are_refused(base, tiny_base):
     words = ["--config", "configs/demo.yaml", "--dataset_path", "x", "--lora_dropout", "0"]
     words += ["--lora_target_experts", "true", "--model_name_or_path"]
     check_base(parse_config([*words, str(base)]), load_config(str(base)))
     with pytest.raises(ValueError, match=r"lora_target_experts: .* has no experts"):
         check_base(parse_config([*words, str(tiny_base)]), load_config(str(tiny_base)))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match=r"FSDP2: .* has experts, which are not sharded here; use DDP"):
-        check_base(parse_config([*words, str(base)]), load_config(str(base)))
+    with pytest.raises(ValueError, match=r"shard_base: .* has experts, which are not sharded here; set it to false"):
+        check_base(parse_config([*words, str(base), "--shard_base", "true"]), load_config(str(base)))
 
 
 def test_weights_of_another_shape_are_one_line(base, tmp_path):
