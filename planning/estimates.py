@@ -30,6 +30,10 @@ HIGH_RATE, HIGH_RATE_SMALL, FEW_SAMPLES = 2e-4, 1e-4, 8  # for LoRA on a pretrai
 CHARACTERS_PER_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # for estimates without a tokenizer
 
 
+# Complete language layers under FSDP2: the one that runs, the next one, and the buffer that the next one arrives in.
+FETCHED = 3
+
+
 @dataclass
 class MemoryPlan:
     """GPU memory of one combination of quantisation and checkpointing.
@@ -86,6 +90,19 @@ def trained_bytes(count: int, optim: str, *, mixed: bool) -> dict[str, int]:
     """
     each = 4 + 4 + (2 if mixed else 0)
     return {"LoRA and its gradients": count * each, "optimizer": round(count * optimizer_bytes(optim))}
+
+
+def divide_weights(parts: dict[str, int], processes: int, *, layers: int) -> dict[str, int]:
+    """Return what one of several processes holds of the weights that FSDP2 shards.
+
+    Args:
+        parts: bytes of the weights, as `planning.shapes.weight_bytes` names them.
+        processes: that share them.
+        layers: of the language model.
+    """
+    divided = {name: size if name == "norms and biases" else size // processes for name, size in parts.items()}
+    language = sum(size for name, size in parts.items() if name.startswith("language layers"))
+    return {**divided, "complete layers": FETCHED * language // layers}
 
 
 def estimate_lengths(split: Dataset, *, token_side: int, min_pixels: int, max_pixels: int) -> SampleLengths:

@@ -21,6 +21,7 @@ from planning.estimates import (
     MemoryPlan,
     count_flop,
     describe_lengths,
+    divide_weights,
     estimate_lengths,
     find_warnings,
     format_duration,
@@ -91,9 +92,10 @@ def find_processor(settings: Settings, *, offline: bool) -> ProcessorMixin | Non
 
 def print_plan(
     settings: Settings, splits: DatasetDict | None, processor: ProcessorMixin | None, *, gpu: float | None = None,
-    offline: bool = False,
+    offline: bool = False, processes: int = 2,
 ) -> int:  # fmt: skip
-    """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`."""
+    """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`.
+    With `shard_base`, so many processes share the base model."""
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
@@ -108,7 +110,7 @@ def print_plan(
     longest = max(lengths.total) if lengths is not None else args.max_length or 4096
     batch = settings.pack_tokens or args.per_device_train_batch_size * longest
     steps = print_steps(lengths, settings)
-    plans = plan_memory(config, settings, share, batch)
+    plans = plan_memory(config, settings, share, batch, processes)
     chosen = choose_plan(plans, args.gradient_checkpointing, settings.model.load_in_4bit, batch, gpu)
     needed = longest if settings.pack_tokens else batch
     print_memory(plans, chosen, batch, needed)
@@ -198,11 +200,11 @@ def print_steps(lengths: SampleLengths | None, settings: Settings) -> Steps:
 
 
 def plan_memory(
-    config: PreTrainedConfig, settings: Settings, share: float, batch: int
+    config: PreTrainedConfig, settings: Settings, share: float, batch: int, processes: int = 2
 ) -> dict[tuple[bool, bool], MemoryPlan]:
     """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train.
 
-    A base that comes in 4 bit has no plans without quantisation.
+    A base that comes in 4 bit has no plans without quantisation. With `shard_base`, so many processes share the base.
     """
     dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant
     counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
@@ -213,7 +215,10 @@ def plan_memory(
         step = {"tokens": batch, "image_tokens": int(share * batch), "checkpointing": checkpointing}
         traced[checkpointing] = trace_model(config, lora, dtype=dtype, **step)
     for quantized in (True,) if stored_quantization(config) else (True, False):
-        fixed[quantized] = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype) | trained
+        weights = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype)
+        if settings.training.shard_base:
+            weights = divide_weights(weights, processes, layers=config.text_config.num_hidden_layers)
+        fixed[quantized] = weights | trained
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize
     sizes = {"tokens": batch, "text_share": 1 - share}
     sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}

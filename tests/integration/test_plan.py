@@ -225,6 +225,15 @@ def test_each_recipe_fits_the_gpu_that_it_states(path):
     assert plan.total(batch) / 1e9 <= 0.95 * stated  # the driver and the screen take some
 
 
+def test_processes_that_share_the_base_hold_their_part_and_three_layers():
+    shard = plan_recipes_model("Qwen/Qwen2.5-VL-32B-Instruct", ("--shard_base", "true"))[True, True].fixed
+    whole = plan_recipes_model("Qwen/Qwen2.5-VL-32B-Instruct", ())[True, True].fixed
+    language = whole["language layers, NF4"]
+    assert shard.pop("complete layers") == 3 * language // 64
+    halved = {"vision tower", "embeddings, LM head", "language layers, NF4"}
+    assert shard == {name: size // 2 if name in halved else size for name, size in whole.items()}
+
+
 def test_the_largest_batch_just_fits():
     plan = plan_small()
     tokens = plan.largest(2e9)
