@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_7b, gpu_answers, gpu_peers, train_step
+from benchmarks import gpu_7b, gpu_answers, gpu_fsdp, gpu_peers, train_step
 
 
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
@@ -40,6 +40,14 @@ def test_the_benchmark_of_answers_counts_all_runs_and_times_their_parts(tmp_path
     parts = result["parts_seconds"]
     assert set(parts) == {"image decoding", "tower and tokens", "prefill", "scoring", "decoding"}
     assert result["answers_per_second"] == pytest.approx(36 / result["seconds"][0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_several_gpus_finds_the_same_losses_in_all_parts(tmp_path):
+    gpu_fsdp.main(["--tiny", "--steps", "4", "--out", str(tmp_path / "results.json")])
+    one, ddp, sharded = json.loads((tmp_path / "results.json").read_text())
+    assert one["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
+    assert one["losses"] == pytest.approx(sharded["losses"], abs=1e-4)
 
 
 def test_the_gpu_benchmark_names_unknown_shapes():
