@@ -75,7 +75,7 @@ def shard_model(model: PreTrainedModel, device: torch.device, nf4: BitsAndBytesC
             quantise_linears(unit, device, nf4)
         move_weights(unit, device)
         join_scales(unit)
-        fully_shard(unit, mesh=mesh, ignored_params=kept_whole(unit))
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=kept_whole(unit))
         annotate_for_peft(unit)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a unit's complete weights; what is reserved counts as used
