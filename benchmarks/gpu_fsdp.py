@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     args.pack_tokens = args.pack_tokens or (256 if args.tiny else 4096)
     if published_config(args.shapes) is None:
         raise ValueError(f"--shapes: unknown {args.shapes}; models/families.py has the known ones")
-    if not args.tiny and torch.cuda.device_count() < args.processes:
+    if args.parts and not args.tiny and torch.cuda.device_count() < args.processes:
         raise ValueError(f"{torch.cuda.device_count()} GPUs here: --tiny runs the same code on a CPU")
     with tempfile.TemporaryDirectory() as temporary:
         measure_parts(args.folder or Path(temporary), args)
