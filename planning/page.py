@@ -36,11 +36,12 @@ from planning.shapes import (
     read_config,
     weight_bytes,
 )
+from training.choices import is_long_enough
 from training.config_checks import check_base
 from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, check_pack_limit, find_too_long, measure_lengths, select_lengths
 from training.memory_probe import SPARE
-from training.settings import Settings, TrainingSettings
+from training.settings import AUTO, Settings, TrainingSettings
 
 IMAGE_SHARE = 0.8  # of the tokens, if there is no data
 PLAN_NAMES = {  # by (quantised, checkpointing)
@@ -253,10 +254,14 @@ def print_time(
         patches=config.vision_config.spatial_merge_size**2,
         tower_passes=1 if settings.data.freeze_vision_encoder else passes,
     )  # fmt: skip
-    share = SHARE_OF_PEAK[settings.training.compile_layers]
+    compiled, reason = settings.training.compile_layers, "as the recipe says"
+    if compiled == AUTO:
+        compiled, reason = is_long_enough(lengths, settings, weights.language)
+    share = SHARE_OF_PEAK[compiled]
     times = [f"{name} {format_duration(epochs * flop / (peak * share))}" for name, peak in GPUS.items()]
     print(f"\ntime       {', '.join(times)}")
     print(f"           at {100 * share:.0f} % of their peak, which an H100 reaches with packs of 8,192 tokens")
+    print(f"compiling  {'on' if compiled else 'off'}: {reason}")
 
 
 def print_warnings(splits: DatasetDict | None, args: TrainingSettings, steps: Steps) -> None:

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 from pathlib import Path
 
-import torch
-from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
@@ -13,7 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
 from collator import VisionSFTCollator
 from common.console import print_rank0
 from models.compat import ignore_in_ddp
-from models.compilation import compile_layers, keep_wide_products, language_layers, takes_whole_layers, wide_bytes
+from models.compilation import compile_layers
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
 from models.loading import load_config, load_model, resolve_dtype
@@ -21,10 +19,10 @@ from models.lora import build_lora_config, check_targets, check_trainable, count
 from models.quantization import describe_stored, format_stored, resolve_quantization
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
+from training.choices import keep_what_fits
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
-from training.memory_probe import SPARE, fits, largest_batch, try_step
 from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
 from training.settings import Settings, TrainingSettings
@@ -68,65 +66,6 @@ def attach_lora(model: PreTrainedModel, lora: dict) -> PeftModel:
     ignore_in_ddp(model, list(stand_ins(model)))
     check_trainable(model, **{name: lora[name] for name in ("train_vision", "train_merger", "target_experts")})
     return model
-
-
-def decide_checkpointing(
-    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
-) -> bool | str:
-    """Return whether activations are recomputed: True, False or "selective"; `auto` takes the last for complete
-    compiled layers, else True where the largest batch would not fit otherwise.
-
-    Raises:
-        ValueError: "selective" for layers that cannot be compiled as a whole.
-    """
-    args = settings.training
-    sharded = requested_sharding(args.deepspeed_plugin) == "FSDP2"
-    selects = args.compile_layers and takes_whole_layers(model) and not sharded
-    choice = args.gradient_checkpointing
-    if choice == "selective" and not selects:
-        name = "FSDP2" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
-        raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
-    if choice != "auto":
-        return choice
-    if selects:
-        return "selective"
-    enough, reason = True, "there is no GPU"
-    if args.device.type == "cuda":
-        batch = collate_largest(processor, data, settings)
-        # one process that lacks the memory decides for all
-        enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
-    print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
-    return not enough
-
-
-def collate_largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
-    """Return the largest batch of training, collated."""
-    packed, lengths = settings.pack_tokens is not None, data.lengths["train"].total
-    options = {"batch_size": settings.training.per_device_train_batch_size, "pack_tokens": settings.pack_tokens}
-    samples = [data.splits["train"][n] for n in largest_batch(lengths, **options)]
-    return VisionSFTCollator(processor, packed=packed)(samples)
-
-
-def step_options(settings: Settings) -> dict:
-    """Return the keywords of `try_step`."""
-    args = settings.training
-    return {
-        "dtype": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        "optim": str(args.optim.value),
-    }
-
-
-def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> None:
-    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
-    count = layers = len(language_layers(model))
-    if settings.training.device.type == "cuda":
-        batch, options = collate_largest(processor, data, settings), step_options(settings)
-        used, free = try_step(model, batch, **options)
-        size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
-        room = 0 if used is None else ((1 - SPARE) * free - used) / size
-        count = min(gather_object([max(0, min(layers, int(room)))]))
-    print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
-    keep_wide_products(model, count)
 
 
 def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingSettings:
@@ -205,8 +144,7 @@ def build_trainer(
         recompute: see `decide_checkpointing`.
     """
     speed_up_frozen_tower(model.get_base_model())
-    if settings.training.compile_layers:
-        print_rank0("the layers are compiled during the first steps, which then take a minute or two")
+    if settings.training.compile_layers is True:
         sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
         compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens

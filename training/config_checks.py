@@ -90,7 +90,7 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
-    if training.gradient_checkpointing == "selective" and not training.compile_layers:
+    if training.gradient_checkpointing == "selective" and training.compile_layers is False:
         raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
     _check_targets(model.lora_target_modules)
     _check_output(data, training, model)
@@ -126,7 +126,7 @@ def _check_experts(data: DataArguments, training: TrainingSettings, model: Model
             raise ValueError(
                 f"{name}: LoRA on experts has none; set it to {type(value)(0)}, or lora_target_experts: false"
             )
-    if training.compile_layers:
+    if training.compile_layers is True:
         raise ValueError("compile_layers: not with lora_target_experts: true; PEFT changes such layers in each pass")
 
 

@@ -24,7 +24,8 @@ from data_prep.sources import Source
 from helpers.runs import train_args
 from models.loading import load_processor
 from publishing.run_facts import describe_base
-from training.build import build_model, build_trainer, decide_checkpointing
+from training.build import build_model, build_trainer
+from training.choices import decide
 from training.config import parse_config
 from training.data import load_data, open_processor
 from training.resume import describe_identity
@@ -59,7 +60,7 @@ def make_trainer(base, data, out, **settings):
     identity = describe_identity(settings, describe_base(str(base), None), data.splits["train"])
     torch.manual_seed(settings.training.seed)
     model = build_model(settings)
-    recompute = decide_checkpointing(model, processor, data, settings)
+    settings, recompute = decide(model, processor, data, settings)
     return build_trainer(model, processor, data, settings, identity=identity, recompute=recompute)
 
 

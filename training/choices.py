@@ -1,0 +1,154 @@
+"""What `auto` becomes in a run: decided once at its start, printed, and kept when it resumes."""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import ProcessorMixin
+
+from collator import VisionSFTCollator
+from common.console import print_rank0
+from models.compilation import (
+    check_compiler,
+    keep_wide_products,
+    language_layers,
+    takes_whole_layers,
+    tokens_to_repay,
+    wide_bytes,
+)
+from models.families import family_of
+from models.flops import language_weights
+from training.checkpoints import read_identity
+from training.data import TrainingData
+from training.distributed import requested_sharding
+from training.lengths import SampleLengths
+from training.memory_probe import SPARE, fits, largest_batch, try_step
+from training.settings import AUTO, Settings
+
+COMPILING_LINE = "the layers are compiled during the first steps, which then take a minute or two"
+
+
+def keep_choices(settings: Settings, checkpoint: Path | None) -> Settings:
+    """Return settings in which what `auto` became before the checkpoint stands in its place."""
+    if checkpoint is None:
+        return settings
+    before = read_identity(checkpoint)["settings"]
+    if settings.training.compile_layers == AUTO and isinstance(before.get("compile_layers"), bool):
+        settings = settings.decided(compile_layers=before["compile_layers"])
+    return settings
+
+
+def decide(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> tuple[Settings, bool | str]:
+    """Return settings without `auto`, and what `decide_checkpointing` returns."""
+    settings = choose_compiling(model, data, settings)
+    return settings, decide_checkpointing(model, processor, data, settings)
+
+
+def choose_compiling(model: PeftModel, data: TrainingData, settings: Settings) -> Settings:
+    """Return settings that say whether layers are compiled, after a line about it."""
+    chosen = settings.training.compile_layers
+    if chosen == AUTO:
+        answers = gather_object([repays_compiling(model, data.lengths["train"], settings)])
+        chosen, reason = min(answers)  # one process without a compiler decides for all
+        print_rank0(f"compiling {'on' if chosen else 'off'}: {reason}")
+    if chosen:
+        print_rank0(COMPILING_LINE)
+    return settings.decided(compile_layers=chosen)
+
+
+def repays_compiling(model: PeftModel, lengths: SampleLengths, settings: Settings) -> tuple[bool, str]:
+    """Return whether compiling the layers saves more time than it takes, and a phrase that says why."""
+    args = settings.training
+    if args.device.type != "cuda":
+        return False, "there is no GPU"
+    if requested_sharding(args.deepspeed_plugin) == "FSDP2":
+        return False, "not with FSDP2, unless compile_layers: true"
+    if settings.data.lora_target_experts:
+        return False, "not with lora_target_experts: true"
+    if args.gradient_checkpointing == "selective":
+        return True, "gradient_checkpointing: selective needs it"
+    pays, phrase = is_long_enough(lengths, settings, language_weights(model))
+    if pays:
+        try:
+            check_compiler()
+        except ValueError as error:
+            return False, str(error).removeprefix("compile_layers: ")
+    return pays, phrase
+
+
+def is_long_enough(lengths: SampleLengths, settings: Settings, weights: int) -> tuple[bool, str]:
+    """Return whether a run trains on enough tokens for compiling to pay, and a phrase that says so."""
+    tokens, enough = tokens_a_gpu(lengths, settings), tokens_to_repay(weights)
+    phrase = f"{tokens / 1e6:,.1f} million tokens on each GPU, and it pays from {enough / 1e6:,.1f} million on"
+    return tokens >= enough, phrase
+
+
+def tokens_a_gpu(lengths: SampleLengths, settings: Settings) -> float:
+    """Return how many tokens each GPU trains on in the whole run, also where a part of it is done."""
+    args, tokens = settings.training, sum(lengths.total)
+    if args.max_steps <= 0:
+        return args.num_train_epochs * tokens / args.world_size
+    row = settings.pack_tokens or args.per_device_train_batch_size * tokens / len(lengths.total)
+    return args.max_steps * args.gradient_accumulation_steps * row
+
+
+def decide_checkpointing(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> bool | str:
+    """Return whether activations are recomputed: True, False or "selective"; `auto` takes the last for complete
+    compiled layers, else True where the largest batch would not fit otherwise.
+
+    Raises:
+        ValueError: "selective" for layers that cannot be compiled as a whole.
+    """
+    args = settings.training
+    sharded = requested_sharding(args.deepspeed_plugin) == "FSDP2"
+    selects = args.compile_layers is True and takes_whole_layers(model) and not sharded
+    choice = args.gradient_checkpointing
+    if choice == "selective" and not selects:
+        name = "FSDP2" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
+        raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
+    if choice != AUTO:
+        return choice
+    if selects:
+        return "selective"
+    enough, reason = True, "there is no GPU"
+    if args.device.type == "cuda":
+        batch = collate_largest(processor, data, settings)
+        # one process that lacks the memory decides for all
+        enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
+    print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
+    return not enough
+
+
+def collate_largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
+    """Return the largest batch of training, collated."""
+    packed, lengths = settings.pack_tokens is not None, data.lengths["train"].total
+    options = {"batch_size": settings.training.per_device_train_batch_size, "pack_tokens": settings.pack_tokens}
+    samples = [data.splits["train"][n] for n in largest_batch(lengths, **options)]
+    return VisionSFTCollator(processor, packed=packed)(samples)
+
+
+def step_options(settings: Settings) -> dict:
+    """Return the keywords of `try_step`."""
+    args = settings.training
+    return {
+        "dtype": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        "optim": str(args.optim.value),
+    }
+
+
+def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> None:
+    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
+    count = layers = len(language_layers(model))
+    if settings.training.device.type == "cuda":
+        batch, options = collate_largest(processor, data, settings), step_options(settings)
+        used, free = try_step(model, batch, **options)
+        size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
+        room = 0 if used is None else ((1 - SPARE) * free - used) / size
+        count = min(gather_object([max(0, min(layers, int(room)))]))
+    print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
+    keep_wide_products(model, count)
