@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from common.console import print_rank0
 from models.families import family_of
-from models.linear_attention import check_packing
+from models.linear_attention import check_kernels
 from models.loading import load_config
 from planning.smoke_test import dry_run
 from publishing.hub import BackgroundPush
@@ -50,8 +50,7 @@ def train(settings: Settings) -> int | None:
     config = load_config(settings.model.model_name_or_path, revision=settings.model.model_revision)
     check_base(settings, config)
     family = family_of(config)
-    if settings.training.packing:
-        check_packing(family)
+    check_kernels(family, packed=settings.training.packing)
     shard_layers(family.decoder_layer)
     repo_id = claim_repository(settings)
 

@@ -49,6 +49,7 @@ WITHOUT_EFFECT = {
     "fsdp": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
     "fsdp_config": "accelerate's configuration decides: configs/accelerate/fsdp2.yaml",
     "deepspeed": "accelerate's configuration decides: configs/accelerate/zero2.yaml",
+    "use_liger_kernel": "the loss is fused already, compile_layers fuses the layers; Liger's kernels fail beside them",
     "torch_compile": "use compile_layers",
     "torch_compile_backend": "use compile_layers",
     "torch_compile_mode": "use compile_layers",

@@ -107,6 +107,10 @@ def test_options_override_the_recipe(parse):
         ("seed:\n", "recipe.yaml: seed: expected one value, found None"),
         ("seed: {a: 1}\n", "recipe.yaml: seed: expected one value, found {'a': 1}"),
         ("dtype: float33\n", "dtype: expected one of auto, bfloat16, float16, float32, found 'float33'"),
+        (
+            "use_liger_kernel: true\n",
+            "use_liger_kernel: would have no effect; the loss is fused already, comp",
+        ),
         ("lora_r: 0\n", "lora_r: expected at least 1, found 0"),
         ("max_pixels: 0\n", "max_pixels: expected at least 1, found 0"),
         ("learning_rate: nan\n", "learning_rate: expected a number, found nan"),
