@@ -17,8 +17,8 @@ from models.loading import load_config
 from planning.smoke_test import dry_run
 from publishing.hub import BackgroundPush
 from publishing.run_facts import describe_base
-from training.build import build_model, build_trainer
-from training.choices import decide, keep_choices
+from training.build import build_model, build_trainer, decide
+from training.choices import keep_choices
 from training.config import parse_config
 from training.config_checks import check_base
 from training.data import load_data, open_processor

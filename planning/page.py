@@ -41,6 +41,7 @@ from training.config_checks import check_base
 from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, check_pack_limit, find_too_long, measure_lengths, select_lengths
 from training.memory_probe import SPARE
+from training.packing import possible_packs
 from training.settings import AUTO, Settings, TrainingSettings
 
 IMAGE_SHARE = 0.8  # of the tokens, if there is no data
@@ -98,18 +99,20 @@ def print_plan(
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
-        check_pack_limit(args.max_length, settings.pack_tokens, None)
+        check_pack_limit(args.max_length, settings.pack_limit, None)
         path = settings.data.dataset_path
         print(f"data       none at {path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
     else:
         lengths = count_lengths(splits["train"], processor, config, settings)
-        check_pack_limit(args.max_length, settings.pack_tokens, max(lengths.total))
+        check_pack_limit(args.max_length, settings.pack_limit, max(lengths.total))
         lengths = print_data(splits, lengths, settings, estimated=processor is None)
         share = sum(lengths.image) / sum(lengths.total)
     longest = max(lengths.total) if lengths is not None else args.max_length or 4096
+    plans = plan_memory(config, settings, share, settings.pack_limit or args.per_device_train_batch_size * longest)
+    if settings.pack_tokens == AUTO:
+        settings = settings.with_packs(plan_packs(plans, settings, longest, gpu))
     batch = settings.pack_tokens or args.per_device_train_batch_size * longest
     steps = print_steps(lengths, settings)
-    plans = plan_memory(config, settings, share, batch)
     chosen = choose_plan(plans, args.gradient_checkpointing, settings.model.load_in_4bit, batch, gpu)
     needed = longest if settings.pack_tokens else batch
     print_memory(plans, chosen, batch, needed)
@@ -223,6 +226,15 @@ def plan_memory(
         for key, name in PLAN_NAMES.items()
         if key[0] in fixed
     }
+
+
+def plan_packs(plans: dict[tuple[bool, bool], MemoryPlan], settings: Settings, longest: int, gpu: float | None) -> int:
+    """Return the packs that `pack_tokens: auto` becomes: the largest that fit, the smallest if `gpu` is None."""
+    least = min(longest, settings.pack_limit)  # what is longer is reported elsewhere
+    smallest, *larger = possible_packs(settings.training.gradient_accumulation_steps, least)
+    plan = plans[settings.model.load_in_4bit, settings.training.gradient_checkpointing is not False]
+    fitting = [size for size in larger if gpu is not None and plan.total(size) <= (1 - SPARE) * gpu * GB]
+    return max(fitting, default=smallest)
 
 
 def choose_plan(

@@ -18,7 +18,7 @@ from planning.page import print_plan
 from planning.shapes import read_config
 from training.build import train_sampler
 from training.data import load_data, open_processor
-from training.settings import Settings
+from training.settings import AUTO, Settings
 
 LAYERS = 2
 VISION_WIDTH = 64  # of the tower's only head; divisible by 4, as rows and columns get a half each
@@ -84,6 +84,8 @@ def dry_run(settings: Settings) -> None:
     processor = open_processor(settings)
     data = load_data(settings, processor)
     print_plan(settings, data.splits, processor)
+    if settings.pack_tokens == AUTO:
+        settings = settings.with_packs(settings.pack_limit)
     args, packed = settings.training, settings.pack_tokens is not None
     collate = VisionSFTCollator(processor, max_length=args.max_length, packed=packed)
     order = itertools.islice(train_sampler(data.lengths["train"], args, settings.pack_tokens), BATCHES)

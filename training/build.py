@@ -19,13 +19,19 @@ from models.lora import build_lora_config, check_targets, check_trainable, count
 from models.quantization import describe_stored, format_stored, resolve_quantization
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
-from training.choices import keep_what_fits
+from training.choices import (
+    choose_compiling,
+    choose_packs,
+    choose_recomputation,
+    keep_what_fits,
+    needs_recomputation,
+)
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
 from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
-from training.settings import Settings, TrainingSettings
+from training.settings import AUTO, Settings, TrainingSettings
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
@@ -66,6 +72,26 @@ def attach_lora(model: PreTrainedModel, lora: dict) -> PeftModel:
     ignore_in_ddp(model, list(stand_ins(model)))
     check_trainable(model, **{name: lora[name] for name in ("train_vision", "train_merger", "target_experts")})
     return model
+
+
+def decide(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> tuple[Settings, bool | str]:
+    """Decide what is `auto` in a recipe, and prepare the model's layers for it.
+
+    Returns:
+        Settings without `auto`, and whether activations are recomputed: True, False or "selective".
+    """
+    settings = choose_compiling(model, data, settings)
+    recompute = choose_recomputation(model, settings)
+    speed_up_frozen_tower(model.get_base_model())
+    if settings.training.compile_layers:
+        sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
+        compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
+    settings = choose_packs(model, processor, data, settings, recompute)
+    if recompute == AUTO:
+        recompute = needs_recomputation(model, processor, data, settings)
+    return settings, recompute
 
 
 def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingSettings:
@@ -136,17 +162,13 @@ def build_trainer(
     """Wire model, data and collator into TRL's trainer.
 
     Args:
-        model: see `build_model`.
+        model: see `build_model` and `decide`.
         processor: the model's.
         data: see `load_data`.
-        settings: of the run.
+        settings: of the run, without `auto`.
         identity: what a run that resumes from a checkpoint must have in common with this one.
-        recompute: see `decide_checkpointing`.
+        recompute: see `decide`.
     """
-    speed_up_frozen_tower(model.get_base_model())
-    if settings.training.compile_layers is True:
-        sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
-        compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data.lengths["train"])

@@ -23,7 +23,8 @@ from training.checkpoints import read_identity
 from training.data import TrainingData
 from training.distributed import requested_sharding
 from training.lengths import SampleLengths
-from training.memory_probe import SPARE, fits, largest_batch, try_step
+from training.memory_probe import SPARE, fits, largest_batch, recomputing, try_step
+from training.packing import PACK_SIZES, possible_packs
 from training.settings import AUTO, Settings
 
 COMPILING_LINE = "the layers are compiled during the first steps, which then take a minute or two"
@@ -36,15 +37,12 @@ def keep_choices(settings: Settings, checkpoint: Path | None) -> Settings:
     before = read_identity(checkpoint)["settings"]
     if settings.training.compile_layers == AUTO and isinstance(before.get("compile_layers"), bool):
         settings = settings.decided(compile_layers=before["compile_layers"])
+    tokens = before.get("pack_tokens")
+    if settings.pack_tokens is None:
+        return settings.decided(pack_tokens=tokens)  # without effect; earlier versions wrote 8192
+    if settings.pack_tokens == AUTO and tokens in possible_packs(settings.training.gradient_accumulation_steps):
+        return settings.with_packs(tokens)  # those of another size are a change, see `check_resumable`
     return settings
-
-
-def decide(
-    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
-) -> tuple[Settings, bool | str]:
-    """Return settings without `auto`, and what `decide_checkpointing` returns."""
-    settings = choose_compiling(model, data, settings)
-    return settings, decide_checkpointing(model, processor, data, settings)
 
 
 def choose_compiling(model: PeftModel, data: TrainingData, settings: Settings) -> Settings:
@@ -91,15 +89,14 @@ def tokens_a_gpu(lengths: SampleLengths, settings: Settings) -> float:
     args, tokens = settings.training, sum(lengths.total)
     if args.max_steps <= 0:
         return args.num_train_epochs * tokens / args.world_size
-    row = settings.pack_tokens or args.per_device_train_batch_size * tokens / len(lengths.total)
+    row = PACK_SIZES[0] if settings.pack_tokens == AUTO else settings.pack_tokens
+    row = row or args.per_device_train_batch_size * tokens / len(lengths.total)
     return args.max_steps * args.gradient_accumulation_steps * row
 
 
-def decide_checkpointing(
-    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
-) -> bool | str:
-    """Return whether activations are recomputed: True, False or "selective"; `auto` takes the last for complete
-    compiled layers, else True where the largest batch would not fit otherwise.
+def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
+    """Return what the backward pass computes again: True, False, "selective" where complete layers are compiled, or
+    `AUTO` where a trial has to decide between the first two, see `needs_recomputation`.
 
     Raises:
         ValueError: "selective" for layers that cannot be compiled as a whole.
@@ -111,17 +108,54 @@ def decide_checkpointing(
     if choice == "selective" and not selects:
         name = "FSDP2" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
         raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
-    if choice != AUTO:
-        return choice
-    if selects:
-        return "selective"
+    return "selective" if choice == AUTO and selects else choice
+
+
+def choose_packs(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings, recompute: bool | str
+) -> Settings:
+    """Return settings with the largest pack that fits, after a line about it.
+
+    Args:
+        model: as it will train, compiled or not.
+        processor: the model's.
+        data: of the run.
+        settings: of the run.
+        recompute: see `choose_recomputation`; where that is open, everything is recomputed.
+    """
+    if settings.pack_tokens != AUTO:
+        return settings
+    longest = max(max(lengths.total) for lengths in data.lengths.values())
+    chosen, *larger = possible_packs(settings.training.gradient_accumulation_steps, longest)
+    reason = "larger ones are not possible" if not larger else "larger ones are for GPUs"
+    for size in reversed(larger if settings.training.device.type == "cuda" else ()):
+        with recomputing(model, True if recompute == AUTO else recompute):
+            enough, phrase = largest_fits(model, processor, data, settings.decided(pack_tokens=size))
+        reason = f"with {size:,}, {phrase}"
+        if enough:
+            chosen = size
+            break
+    settings = settings.with_packs(chosen)
+    print_rank0(f"packs of {chosen:,} tokens, {settings.training.gradient_accumulation_steps} a step: {reason}")
+    return settings
+
+
+def needs_recomputation(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> bool:
+    """Return whether the largest batch fits only if activations are recomputed, after a line about it."""
     enough, reason = True, "there is no GPU"
-    if args.device.type == "cuda":
-        batch = collate_largest(processor, data, settings)
-        # one process that lacks the memory decides for all
-        enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
+    if settings.training.device.type == "cuda":
+        with recomputing(model, False):
+            enough, reason = largest_fits(model, processor, data, settings)
     print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
     return not enough
+
+
+def largest_fits(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
+) -> tuple[bool, str]:
+    """Return what `fits` does of the largest batch; one process that lacks the memory decides for all."""
+    answer = fits(model, collate_largest(processor, data, settings), **step_options(settings))
+    return min(gather_object([answer]))
 
 
 def collate_largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:

@@ -192,7 +192,7 @@ def _check_setting(setting: dataclasses.Field, value) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: expected a number, found {value}")
-    if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
+    if name in AT_LEAST and not isinstance(value, str | None) and value < AT_LEAST[name]:
         raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {value}")
     if name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError(f"{name}: expected a number above 0, found {value}")

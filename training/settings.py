@@ -10,6 +10,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
 
 from models.thinking import CHOICES
+from training.packing import possible_packs
 
 AUTO = "auto"  # in the place of a value that the run decides, see training/choices.py
 FLOAT16 = "set fp16: true, bf16: false, dtype: float16"
@@ -32,8 +33,9 @@ class DataArguments:
     )
     min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
     max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
-    pack_tokens: int = field(
-        default=8192, metadata={"help": "with packing: most tokens in a row, all its samples and images together"}
+    pack_tokens: str = field(
+        default=AUTO,
+        metadata={"help": "with packing: most tokens in a row, images included; auto takes what fits"},
     )
     too_long: str = field(
         default="error",
@@ -48,6 +50,12 @@ class DataArguments:
     lora_target_experts: bool = field(
         default=False, metadata={"help": "of mixture-of-experts models: adapt each expert as well"}
     )
+
+    def __post_init__(self):
+        if (found := str(self.pack_tokens)) != AUTO:
+            if not found.removeprefix("-").isdecimal():
+                raise ValueError(f"pack_tokens: expected a whole number or auto, found {found!r}")
+            object.__setattr__(self, "pack_tokens", int(found))
 
 
 @dataclass
@@ -113,9 +121,16 @@ class Settings(NamedTuple):
         return Path(self.training.output_dir)
 
     @property
-    def pack_tokens(self) -> int | None:
-        """Most tokens of a pack; None without packing."""
+    def pack_tokens(self) -> int | str | None:
+        """Most tokens of a pack; None without packing, `AUTO` before the run has decided it."""
         return self.data.pack_tokens if self.training.packing else None
+
+    @property
+    def pack_limit(self) -> int | None:
+        """Most tokens that a pack may have, also where that is not decided; None without packing."""
+        if self.pack_tokens == AUTO:
+            return max(possible_packs(self.training.gradient_accumulation_steps))
+        return self.pack_tokens
 
     @property
     def order_seed(self) -> int:
@@ -134,6 +149,11 @@ class Settings(NamedTuple):
                 setattr(training, name, value)
         data = replace(self.data, **{name: value for name, value in values.items() if name in names})
         return self._replace(data=data, training=training)
+
+    def with_packs(self, tokens: int) -> "Settings":
+        """Return settings with packs of this size, one of `possible_packs`, in the place of `auto`."""
+        packs = possible_packs(self.training.gradient_accumulation_steps)
+        return self.decided(pack_tokens=tokens, gradient_accumulation_steps=packs[tokens])
 
     def loading_options(self) -> dict:
         """Return the keywords of `load_model`: how the base is loaded in training, and later for its adapter."""

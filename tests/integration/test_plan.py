@@ -31,6 +31,7 @@ from planning.smoke_test import tiny_config
 from training.config import parse_config
 from training.lengths import SampleLengths
 from training.memory_probe import optimizer_bytes
+from training.settings import AUTO
 
 RECIPES = sorted(Path("configs").glob("skin*.yaml"))
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
@@ -216,10 +217,13 @@ def plan_recipes_model(name, settings):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_fits_the_gpu_that_it_states(path):
-    data, training, model = parse_config(["--config", str(path), "--use_cpu", "true", "--fp16", "false"])
+    settings = parse_config(["--config", str(path), "--use_cpu", "true", "--fp16", "false"])
+    _, training, model = settings
     stated = int(re.search(r"on one GPU with (\d+) GB", path.read_text().splitlines()[0])[1])
     plans = plan_recipes_model(model.model_name_or_path, ("--config", "configs/skin.yaml"))
-    batch = data.pack_tokens
+    batch = settings.pack_tokens
+    if batch == AUTO:
+        batch = page.plan_packs(plans, settings, 4096, stated)
     plan = page.choose_plan(plans, training.gradient_checkpointing, model.load_in_4bit, batch, stated)
     print(f"{path.stem}: {plan.total(batch) / 1e9:.1f} of {stated} GB, {plan.name}")
     assert plan.total(batch) / 1e9 <= 0.95 * stated  # the driver and the screen take some

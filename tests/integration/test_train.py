@@ -24,8 +24,7 @@ from data_prep.sources import Source
 from helpers.runs import train_args
 from models.loading import load_processor
 from publishing.run_facts import describe_base
-from training.build import build_model, build_trainer
-from training.choices import decide
+from training.build import build_model, build_trainer, decide
 from training.config import parse_config
 from training.data import load_data, open_processor
 from training.resume import describe_identity
