@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
@@ -14,6 +15,7 @@ from models.compat import ignore_in_ddp
 from models.compilation import compile_layers
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
+from models.flops import matmul_ceiling, work_of
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from models.quantization import describe_stored, format_stored, resolve_quantization
@@ -23,8 +25,10 @@ from training.choices import (
     choose_compiling,
     choose_packs,
     choose_recomputation,
+    is_sharded,
     keep_what_fits,
     needs_recomputation,
+    step_options,
 )
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
@@ -32,6 +36,7 @@ from training.lengths import SampleLengths
 from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
 from training.settings import AUTO, Settings, TrainingSettings
+from training.speed import SpeedCallback
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
@@ -86,8 +91,8 @@ def decide(
     recompute = choose_recomputation(model, settings)
     speed_up_frozen_tower(model.get_base_model())
     if settings.training.compile_layers:
-        sharded = requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
-        compile_layers(model, whole=not (recompute is True or sharded), selective=recompute == "selective")
+        whole = not (recompute is True or is_sharded(settings))
+        compile_layers(model, whole=whole, selective=recompute == "selective")
     settings = choose_packs(model, processor, data, settings, recompute)
     if recompute == AUTO:
         recompute = needs_recomputation(model, processor, data, settings)
@@ -181,13 +186,17 @@ def build_trainer(
         processing_class=processor,
         callbacks=[CurvesCallback],
         identity=identity,
+        speed=SpeedCallback(work_of(model), device=args.device),
         train_batches=train_sampler(data.lengths["train"], args, pack_tokens),
         eval_batches=eval_sampler(data.lengths.get("validation"), args, pack_tokens),
         keep_checkpoints=settings.training.save_total_limit,
         max_skipped_steps=settings.training.max_skipped_steps,
     )
+    trainer.speed.recomputed = 1.0 if recompute is True else 0.0
     if recompute == "selective":
-        keep_what_fits(model, processor, data, settings)
+        trainer.speed.recomputed = keep_what_fits(model, processor, data, settings)
+    if args.device.type == "cuda":
+        trainer.speed.ceiling = matmul_ceiling(args.device, step_options(settings)["dtype"] or torch.float32)
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries

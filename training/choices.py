@@ -18,7 +18,7 @@ from models.compilation import (
     wide_bytes,
 )
 from models.families import family_of
-from models.flops import language_weights
+from models.flops import language_weights, wide_share
 from training.checkpoints import read_identity
 from training.data import TrainingData
 from training.distributed import requested_sharding
@@ -45,6 +45,11 @@ def keep_choices(settings: Settings, checkpoint: Path | None) -> Settings:
     return settings
 
 
+def is_sharded(settings: Settings) -> bool:
+    """Return whether each GPU has a part of the model's weights."""
+    return requested_sharding(settings.training.deepspeed_plugin) == "FSDP2"
+
+
 def choose_compiling(model: PeftModel, data: TrainingData, settings: Settings) -> Settings:
     """Return settings that say whether layers are compiled, after a line about it."""
     chosen = settings.training.compile_layers
@@ -59,15 +64,14 @@ def choose_compiling(model: PeftModel, data: TrainingData, settings: Settings) -
 
 def repays_compiling(model: PeftModel, lengths: SampleLengths, settings: Settings) -> tuple[bool, str]:
     """Return whether compiling the layers saves more time than it takes, and a phrase that says why."""
-    args = settings.training
-    if args.device.type != "cuda":
+    if settings.training.gradient_checkpointing == "selective":
+        return True, "gradient_checkpointing: selective needs it"
+    if settings.training.device.type != "cuda":
         return False, "there is no GPU"
-    if requested_sharding(args.deepspeed_plugin) == "FSDP2":
+    if is_sharded(settings):
         return False, "not with FSDP2, unless compile_layers: true"
     if settings.data.lora_target_experts:
         return False, "not with lora_target_experts: true"
-    if args.gradient_checkpointing == "selective":
-        return True, "gradient_checkpointing: selective needs it"
     pays, phrase = is_long_enough(lengths, settings, language_weights(model))
     if pays:
         try:
@@ -102,7 +106,7 @@ def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
         ValueError: "selective" for layers that cannot be compiled as a whole.
     """
     args = settings.training
-    sharded = requested_sharding(args.deepspeed_plugin) == "FSDP2"
+    sharded = is_sharded(settings)
     selects = args.compile_layers is True and takes_whole_layers(model) and not sharded
     choice = args.gradient_checkpointing
     if choice == "selective" and not selects:
@@ -127,8 +131,9 @@ def choose_packs(
         return settings
     longest = max(max(lengths.total) for lengths in data.lengths.values())
     chosen, *larger = possible_packs(settings.training.gradient_accumulation_steps, longest)
-    reason = "larger ones are not possible" if not larger else "larger ones are for GPUs"
-    for size in reversed(larger if settings.training.device.type == "cuda" else ()):
+    reason = "larger ones are not possible" if not larger else "larger ones are for GPUs, without FSDP2"
+    tried = settings.training.device.type == "cuda" and not is_sharded(settings)  # a trial needs the whole model
+    for size in reversed(larger if tried else ()):
         with recomputing(model, True if recompute == AUTO else recompute):
             enough, phrase = largest_fits(model, processor, data, settings.decided(pack_tokens=size))
         reason = f"with {size:,}, {phrase}"
@@ -175,8 +180,12 @@ def step_options(settings: Settings) -> dict:
     }
 
 
-def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> None:
-    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
+def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> float:
+    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU.
+
+    Returns:
+        The share of the language layers' products that is computed again.
+    """
     count = layers = len(language_layers(model))
     if settings.training.device.type == "cuda":
         batch, options = collate_largest(processor, data, settings), step_options(settings)
@@ -186,3 +195,4 @@ def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingDa
         count = min(gather_object([max(0, min(layers, int(room)))]))
     print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
     keep_wide_products(model, count)
+    return wide_share(model) * (1 - count / layers)

@@ -79,6 +79,7 @@ def seven_billion():
         (on_gpu(world_size=2), 6400, False, "1.0 million tokens on each GPU"),
         (on_gpu(device=torch.device("cpu")), 6400, False, "there is no GPU"),
         (on_gpu("--gradient_checkpointing", "selective"), 1, True, "selective needs it"),
+        (on_gpu("--gradient_checkpointing", "selective", device=torch.device("cpu")), 1, True, "selective needs it"),
         (on_gpu("--lora_target_experts", "--lora_dropout", "0"), 6400, False, "not with lora_target_experts: true"),
     ],
 )
