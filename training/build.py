@@ -93,7 +93,7 @@ def decide(
     if settings.training.compile_layers:
         whole = not (recompute is True or is_sharded(settings))
         compile_layers(model, whole=whole, selective=recompute == "selective")
-    settings = choose_packs(model, processor, data, settings, recompute)
+    settings, recompute = choose_packs(model, processor, data, settings, recompute)
     if recompute == AUTO:
         recompute = needs_recomputation(model, processor, data, settings)
     return settings, recompute

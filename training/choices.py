@@ -117,32 +117,46 @@ def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
 
 def choose_packs(
     model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings, recompute: bool | str
-) -> Settings:
-    """Return settings with the largest pack that fits, after a line about it.
+) -> tuple[Settings, bool | str]:
+    """Return settings with the largest pack that fits, and what is recomputed, after a line about it.
+
+    Packs of the smallest size without recomputation are faster than larger ones with it (benchmarks/README.md).
 
     Args:
         model: as it will train, compiled or not.
         processor: the model's.
         data: of the run.
         settings: of the run.
-        recompute: see `choose_recomputation`; where that is open, everything is recomputed.
+        recompute: see `choose_recomputation`; `AUTO` stays what it is without a trial.
     """
     if settings.pack_tokens != AUTO:
-        return settings
+        return settings, recompute
     longest = max(max(lengths.total) for lengths in data.lengths.values())
-    chosen, *larger = possible_packs(settings.training.gradient_accumulation_steps, longest)
-    reason = "larger ones are not possible" if not larger else "larger ones are for GPUs, without FSDP2"
-    tried = settings.training.device.type == "cuda" and not is_sharded(settings)  # a trial needs the whole model
-    for size in reversed(larger if tried else ()):
-        with recomputing(model, True if recompute == AUTO else recompute):
+    sizes = sorted(possible_packs(settings.training.gradient_accumulation_steps, longest))
+    size, mode, reason = sizes[0], recompute, "larger ones are for GPUs, without FSDP2"
+    if settings.training.device.type == "cuda" and not is_sharded(settings):  # a trial needs the whole model
+        modes = (False, True) if recompute == AUTO else (recompute,)
+        size, mode, reason = first_that_fits(
+            model, processor, data, settings, [(size, mode) for mode in modes for size in reversed(sizes)]
+        )
+    settings = settings.with_packs(size)
+    print_rank0(f"packs of {size:,} tokens, {settings.training.gradient_accumulation_steps} a step: {reason}")
+    return settings, mode
+
+
+def first_that_fits(
+    model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings,
+    choices: list[tuple[int, bool | str]],
+) -> tuple[int, bool | str, str]:  # fmt: skip
+    """Return the first pack and recomputation whose largest batch fits, else the last, and a phrase that says why."""
+    reason = "no other is possible"
+    for size, mode in choices[:-1]:
+        with recomputing(model, mode):
             enough, phrase = largest_fits(model, processor, data, settings.decided(pack_tokens=size))
-        reason = f"with {size:,}, {phrase}"
+        reason = f"with {size:,}{' and nothing recomputed' if mode is False else ''}, {phrase}"
         if enough:
-            chosen = size
-            break
-    settings = settings.with_packs(chosen)
-    print_rank0(f"packs of {chosen:,} tokens, {settings.training.gradient_accumulation_steps} a step: {reason}")
-    return settings
+            return size, mode, reason
+    return *choices[-1], reason
 
 
 def needs_recomputation(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> bool:

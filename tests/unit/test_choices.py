@@ -16,6 +16,7 @@ from models.families import FAMILIES, published_config
 from models.flops import language_weights
 from models.loading import load_model
 from models.lora import build_lora_config
+from planning import page
 from planning.shapes import build_without_weights, count_weights
 from training import build, choices, packing
 from training.config import parse_config
@@ -108,7 +109,7 @@ def test_a_run_says_what_auto_became_and_keeps_it_when_it_resumes(tiny_base, dem
     monkeypatch.setattr(choices, "PACK_SIZES", (256, 512))
     monkeypatch.setattr(packing, "PACK_SIZES", (256, 512))
     words[words.index("--max_length") + 1] = "256"
-    chosen = lambda model, processor, data, settings, recompute: settings.with_packs(512)  # noqa: E731
+    chosen = lambda *args: (args[3].with_packs(512), args[4])  # noqa: E731
     monkeypatch.setattr(build, "choose_packs", chosen)
     train_sft.main([*words, "--max_steps", "2"])
     assert "compiling off: there is no GPU" in capsys.readouterr().out.splitlines()
@@ -172,10 +173,46 @@ def test_the_largest_pack_that_fits_is_taken_and_a_cpu_takes_the_smallest(monkey
 
     monkeypatch.setattr(choices, "largest_fits", fits)
     monkeypatch.setattr(choices, "recomputing", lambda model, recompute: nullcontext())
-    chosen = choices.choose_packs(None, None, data_of(100, longest), settings, "selective")
+    chosen, recompute = choices.choose_packs(None, None, data_of(100, longest), settings, "selective")
+    assert recompute == "selective"
     assert (chosen.pack_tokens, chosen.training.gradient_accumulation_steps) == found
     assert settings.pack_tokens in ("auto", 1024)  # nothing is changed in place
     assert set(tried) <= {8192}  # the smallest needs no trial: there is no other choice
+
+
+@pytest.mark.parametrize(
+    ("room", "found", "trials"),
+    [
+        (80, (8192, False), 1),
+        (40, (4096, False), 2),  # faster than larger packs that are recomputed
+        (20, (8192, True), 3),
+        (10, (4096, True), 3),  # what is left needs no trial
+    ],
+)
+def test_packs_without_recomputation_come_before_larger_ones_with_it(monkeypatch, room, found, trials):
+    modes, tried = [], []
+    needs = {(8192, False): 70, (4096, False): 35, (8192, True): 13}
+
+    def fits(model, processor, data, candidate):
+        tried.append((candidate.pack_tokens, modes[-1]))
+        return needs[tried[-1]] <= room, "the largest batch needs so much"
+
+    monkeypatch.setattr(choices, "largest_fits", fits)
+    monkeypatch.setattr(choices, "recomputing", lambda model, recompute: nullcontext(modes.append(recompute)))
+    chosen, recompute = choices.choose_packs(None, None, data_of(400), on_gpu(), "auto")
+    assert (chosen.pack_tokens, recompute) == found and len(tried) == trials
+    plans = {
+        (True, mode): PlanOf({size: need for (size, kind), need in needs.items() if kind == mode})
+        for mode in (False, True)
+    }
+    assert page.plan_packs(plans, on_gpu(), 400, room / 0.9) == found[0]
+
+
+class PlanOf(dict):
+    """The memory of a plan, GB."""
+
+    def total(self, tokens):
+        return 1e9 * self.get(tokens, 9)
 
 
 @pytest.mark.parametrize(("recompute", "runs"), [(True, 2), (False, 1), ("selective", 1)])
