@@ -1,7 +1,6 @@
 """Packed samples in layers with linear attention: recurrence and convolution start anew at each of them."""
 
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distributions, version
 
 import torch
 from packaging.version import Version
@@ -32,10 +31,14 @@ def check_kernels(family: Family, *, packed: bool) -> None:
         )
 
 
+def is_installed(package: str) -> bool:
+    return any(distributions(name=package))
+
+
 def check_triton(family: Family, triton: str, capability: tuple[int, int]) -> None:
     """Raise ValueError for a version of Triton with which the kernels refuse the backward pass on such a GPU."""
     first, right = map(Version, WRONG_TRITON)
-    if capability[0] >= HOPPER and first <= Version(triton) < right and find_spec("tilelang") is None:
+    if capability[0] >= HOPPER and first <= Version(triton) < right and not is_installed("tilelang"):
         raise ValueError(
             f"{family.name}: flash-linear-attention does not train with Triton {triton} on a GPU of compute "
             f"capability {capability[0]}.{capability[1]}, where Triton {first} to before {right} has wrong gradients: "
