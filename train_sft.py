@@ -12,11 +12,13 @@ from transformers import set_seed
 
 from common.console import print_rank0
 from models.families import family_of
-from models.linear_attention import check_packing
+from models.linear_attention import check_kernels
 from models.loading import load_config
 from planning.smoke_test import dry_run
+from publishing.hub import BackgroundPush
 from publishing.run_facts import describe_base
-from training.build import build_model, build_trainer, decide_checkpointing
+from training.build import build_model, build_trainer, decide
+from training.choices import keep_choices
 from training.config import parse_config
 from training.config_checks import check_base
 from training.data import load_data, open_processor
@@ -27,7 +29,8 @@ from training.resume import check_resumable, check_same_everywhere, choose_start
 from training.run_record import describe_run, finish_card, report_unsaved, tracked_facts, write_run_record
 from training.settings import Settings
 from training.signals import StopCallback, end_early
-from training.trackers import TrackCallback, start_trackers
+from training.trackers import TrackCallback, start_trackers, track_facts
+from training.trainer import SafeSFTTrainer
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -43,11 +46,11 @@ def main(argv: list[str] | None = None) -> int | None:
 def train(settings: Settings) -> int | None:
     # Checkpoint and repository: what can be refused within a second
     checkpoint = choose_start(settings)
+    settings = keep_choices(settings, checkpoint)
     config = load_config(settings.model.model_name_or_path, revision=settings.model.model_revision)
     check_base(settings, config)
     family = family_of(config)
-    if settings.training.packing:
-        check_packing(family)
+    check_kernels(family, packed=settings.training.packing)
     repo_id = claim_repository(settings)
 
     # Data
@@ -57,14 +60,16 @@ def train(settings: Settings) -> int | None:
     identity = describe_identity(settings, base, data.splits["train"])
     check_same_everywhere(identity)
     check_resumable(checkpoint, identity, allow_change=settings.training.allow_config_change)
-    trackers = start_trackers(settings, tracked_facts(settings, base, data.facts), resumed=checkpoint is not None)
+    trackers = start_trackers(settings, resumed=checkpoint is not None)
 
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
     with out_of_memory_advice(settings, loading=True):
         model = build_model(settings, checkpoint)
+    settings, recompute = decide(model, processor, data, settings)
+    identity = describe_identity(settings, base, data.splits["train"])
     write_run_record(settings, model, base, data.facts)
-    recompute = decide_checkpointing(model, processor, data, settings)
+    track_facts(trackers, tracked_facts(settings, base, data.facts))
 
     # Trainer
     trainer = build_trainer(model, processor, data, settings, identity=identity, recompute=recompute)
@@ -80,8 +85,10 @@ def train(settings: Settings) -> int | None:
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()
         return end_early(stop, trainer.state.global_step, settings.output_dir, unsaved=trainer.unsaved)
+    return save_and_publish(trainer, background, settings)
 
-    # Save and publish
+
+def save_and_publish(trainer: SafeSFTTrainer, background: BackgroundPush | None, settings: Settings) -> int:
     trainer.save_final()
     barrier_and_shutdown()
     finish_card(trainer)

@@ -6,9 +6,9 @@
 
 Needs no weights: the shapes are those of models/families.py, the NF4 weights are random, the tokenizer is the demo's,
 the images are drawn at 600 x 450 px. Each setting trains a few steps through its trainer; the last three are timed.
-Tokens are those of the samples, without padding. FLOPs are those of the linear layers: HFU counts those executed
-(forward, recomputation, backward of activations), MFU leaves recomputation out, both as a share of the data sheet's
-peak. Qwen3.5 is packed where flash-linear-attention is installed.
+Tokens are those of the samples, without padding. FLOPs are counted by models/flops.py: HFU has those executed, MFU
+leaves recomputation out, both as a share of the data sheet's peak. Qwen3.5 is packed where flash-linear-attention is
+installed.
 """
 
 import argparse
@@ -47,14 +47,16 @@ from data_prep.convert import FEATURES
 from demo.tiny_model import build_config, build_processor
 from models.attention import use_varlen
 from models.compilation import compile_layers
-from models.experts import WEIGHTS, add_stand_ins, count_active, expert_layers, nf4_name, use_frozen_experts
+from models.experts import WEIGHTS, add_stand_ins, nf4_name, use_frozen_experts
 from models.families import FAMILIES, published_config
+from models.flops import matmul_ceiling, recomputed_flop, shape_of_samples, useful_flop, work_of
 from models.lora import build_lora_config
 from models.thinking import set_thinking
 from models.tower import multiply_patches
 from planning.estimates import GPUS
-from training.lengths import measure_lengths
+from training.lengths import SampleLengths, measure_lengths
 from training.samplers import EpochOrder, PackSampler, PaddedSampler, count_epochs
+from training.speed import SpeedCallback
 from training.trainer import SafeSFTTrainer, pin_trainable_to_float32
 
 DEFAULT_SHAPES = "Qwen2.5-VL-7B"
@@ -255,7 +257,8 @@ def make_trainer(
     else:
         multiple = setting.accumulate
         batches = PackSampler(lengths, setting.pack_tokens, multiple=multiple, epochs=count_epochs(args, 1))
-    return SafeSFTTrainer(**common, train_dataset=train, data_collator=collator, identity={}, train_batches=batches)
+    options = {"identity": {}, "train_batches": batches, "speed": SpeedCallback(work_of(model), device=timer.device)}
+    return SafeSFTTrainer(**common, train_dataset=train, data_collator=collator, **options)
 
 
 def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: int, folder: Path) -> dict:
@@ -308,33 +311,14 @@ def tokens_a_step(trainer: SFTTrainer, setting: Setting, lengths: list[int]) -> 
     return statistics.mean(lengths) * setting.batch * setting.accumulate
 
 
-def flops_per_second(base, setting: Setting, result: dict, image_share: float, *, recomputed: bool = True) -> float:
-    """Return the FLOP/s of the linear layers: 2 per weight and token for the forward pass, 2 for the backward of
-    activations, 2 for recomputation unless it is left out (`recomputed`); the frozen tower runs forward only, on four
-    patches per image token."""
-    linear = sum(m.in_features * m.out_features for m in base.modules() if isinstance(m, Linear4bit))
-    linear += count_active(base.config, sum(weight.quant_state.shape.numel() for weight in nf4_experts(base)))
-    tower = sum(p.numel() for p in base.model.visual.parameters())
-    passes = 3 if setting.checkpointing and recomputed else 2
-    return result["tokens_per_second"] * (2 * passes * linear + image_share * 4 * 2 * tower)
-
-
-def nf4_experts(base) -> list[Params4bit]:
-    """Return the weights of all experts."""
-    return [getattr(layer, nf4_name(name)) for layer in expert_layers(base).values() for name in WEIGHTS]
-
-
-def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
-    """Return the FLOP/s of a large bf16 matrix product."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(12):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[2:])
+def flops_per_second(
+    base, setting: Setting, result: dict, lengths: SampleLengths, *, recomputed: bool = True
+) -> float:
+    """Return the FLOP/s of a setting by the count of `models.flops`, with or without what is computed twice."""
+    work = work_of(base)
+    shape = shape_of_samples(lengths.total, lengths.image, work.merge)
+    again = recomputed_flop(work, shape, 1.0) if setting.checkpointing and recomputed else 0
+    return result["tokens_per_second"] * (useful_flop(work, shape) + again) / shape.tokens
 
 
 @torch.inference_mode()
@@ -433,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
         "transformers": transformers.__version__, "trl": trl.__version__,
     }  # fmt: skip
     print(", ".join(environment.values()))
-    ceiling = matmul_ceiling(device) if device.type == "cuda" else None
+    ceiling = matmul_ceiling(device, torch.bfloat16) if device.type == "cuda" else None
     peak = next((value for name, value in PEAKS.items() if name in machine), ceiling)
     models = {}
     for shapes in args.shapes:
@@ -474,8 +458,8 @@ def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) 
             StepTimer.profiled = steps + 1 if args.profile and setting.compiled else None
             result = measure(setting, base, processor, train, lengths.total, steps, Path(folder) / "run")
             if "error" not in result:
-                result["flops"] = flops_per_second(base, setting, result, image_share)
-                result["useful_flops"] = flops_per_second(base, setting, result, image_share, recomputed=False)
+                result["flops"] = flops_per_second(base, setting, result, lengths)
+                result["useful_flops"] = flops_per_second(base, setting, result, lengths, recomputed=False)
             found["rows"].append({"name": setting.name, **result})
             print(found["rows"][-1], flush=True)
     return found

@@ -26,6 +26,7 @@ from collator import VisionSFTCollator
 from demo.tiny_model import build_processor
 from models.attention import takes_gqa, use_varlen
 from models.compilation import compile_layers, keep_wide_products, language_layers
+from models.flops import matmul_ceiling
 from models.last_layer import spare_last_layer
 from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
@@ -143,10 +144,9 @@ def speed(name: str, tiny: bool, pack_tokens: int, steps: int, profiled: bool) -
         result["seconds_in_all"] = time.perf_counter() - start
     if "error" not in result:
         setting.checkpointing = False  # useful work: nothing counted twice
-        share = sum(measured.image) / sum(measured.total)
-        result["useful_flops"] = gpu_7b.flops_per_second(base, setting, result, share)
+        result["useful_flops"] = gpu_7b.flops_per_second(base, setting, result, measured)
         if device.type == "cuda":
-            result["mfu"] = result["useful_flops"] / gpu_7b.matmul_ceiling(device)
+            result["mfu"] = result["useful_flops"] / matmul_ceiling(device, torch.bfloat16)
     return result
 
 

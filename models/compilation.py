@@ -13,6 +13,10 @@ from models.families import family_of
 from models.recomputation import is_wide, make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
+# What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
+# 6,319 tokens/s as it is; compiled, a step takes two fifths less time (benchmarks/README.md). It has 6.5 billion
+# weights in linear language layers. Slower GPUs earn the same seconds with fewer tokens: this is the cautious side.
+COMPILING, SAVED, UNCOMPILED = 120, 0.4, 6319 * 6.5e9  # s; share of a step's time; tokens x weights a second
 
 
 def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: bool = False) -> None:
@@ -47,6 +51,15 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: boo
             elif type(module) is torch.nn.Dropout and selective:
                 make_seeded(module, device)
         layer.__class__ = kinds[type(layer)]
+
+
+def tokens_to_repay(weights: int) -> int:
+    """Return how many tokens a GPU must train on before compiling has saved the time that it costs.
+
+    Args:
+        weights: of the language model that a token passes, see `models.flops.language_weights`.
+    """
+    return round(COMPILING * UNCOMPILED / SAVED / weights)
 
 
 def takes_whole_layers(model: torch.nn.Module) -> bool:
@@ -115,19 +128,23 @@ class OpaqueLinear4bit(Linear4bit):
     """A 4-bit layer that a compiled graph holds as one operation: the compiler cannot see into bitsandbytes."""
 
     state_tensors: Tensors
+    state_dtype: torch.dtype  # in which the weight comes out of 4 bit; a base that comes in 4 bit has its own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             return super().forward(x)
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.ops.skin.nf4_linear(x.to(dtype), bias, self.state_tensors, self.out_features).to(x.dtype)
+        return torch.ops.skin.nf4_linear(
+            x.to(dtype), bias, self.state_tensors, self.out_features, self.state_dtype
+        ).to(x.dtype)
 
 
 def make_opaque(linear: Linear4bit) -> None:
     """Turn a loaded 4-bit layer into an `OpaqueLinear4bit`, which refers to the same weights."""
     linear.__class__ = OpaqueLinear4bit
     linear.state_tensors = pack_state(linear.weight.data, linear.weight.quant_state)
+    linear.state_dtype = linear.weight.quant_state.dtype
 
 
 def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
@@ -153,38 +170,40 @@ def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -
 
 @torch.library.custom_op("skin::nf4_linear", mutates_args=())
 def nf4_linear(
-    x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int
+    x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    weight, quant_state = unpack_state(state, (out_features, x.shape[-1]), x.dtype)
+    weight, quant_state = unpack_state(state, (out_features, x.shape[-1]), dtype)
     return matmul_4bit(x, weight, quant_state, bias=bias)
 
 
 @nf4_linear.register_fake
-def _(x, bias, state, out_features):
+def _(x, bias, state, out_features, dtype):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.custom_op("skin::nf4_linear_backward", mutates_args=())
-def nf4_linear_backward(gradient: torch.Tensor, state: list[torch.Tensor], in_features: int) -> torch.Tensor:
-    weight, quant_state = unpack_state(state, (gradient.shape[-1], in_features), gradient.dtype)
-    return torch.matmul(gradient, dequantize_4bit(weight, quant_state))
+def nf4_linear_backward(
+    gradient: torch.Tensor, state: list[torch.Tensor], in_features: int, dtype: torch.dtype
+) -> torch.Tensor:
+    weight, quant_state = unpack_state(state, (gradient.shape[-1], in_features), dtype)
+    return torch.matmul(gradient, dequantize_4bit(weight, quant_state).to(gradient.dtype))
 
 
 @nf4_linear_backward.register_fake
-def _(gradient, state, in_features):
+def _(gradient, state, in_features, dtype):
     return gradient.new_empty(*gradient.shape[:-1], in_features)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x, _, state, _ = inputs
+    x, _, state, _, ctx.dtype = inputs
     ctx.in_features = x.shape[-1]
     ctx.save_for_backward(*state)
 
 
 def _backward(ctx, gradient):
     """Only activations have gradients; weight and bias are frozen."""
-    found = torch.ops.skin.nf4_linear_backward(gradient, list(ctx.saved_tensors), ctx.in_features)
-    return found, None, [None] * len(ctx.saved_tensors), None
+    found = torch.ops.skin.nf4_linear_backward(gradient, list(ctx.saved_tensors), ctx.in_features, ctx.dtype)
+    return found, None, [None] * len(ctx.saved_tensors), None, None
 
 
 nf4_linear.register_autograd(_backward, setup_context=_keep_for_backward)

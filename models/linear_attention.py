@@ -1,21 +1,48 @@
 """Packed samples in layers with linear attention: recurrence and convolution start anew at each of them."""
 
+from importlib.metadata import distributions, version
+
 import torch
+from packaging.version import Version
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_linear_attention_available
 
 from models.families import Family, family_of
 
+# flash-linear-attention (ops/common/chunk_o.py) refuses the backward pass with the versions of Triton from the first
+# to before the second, on GPUs of this compute capability or above: the compiled kernel is wrong there.
+WRONG_TRITON, HOPPER = ("3.4.0", "3.7.1"), 9
 
-def check_packing(family: Family) -> None:
-    """Raise ValueError if packs would not be exact here: the family has linear attention, and its kernels are missing.
 
-    transformers' own recurrence, which runs everywhere, knows no borders.
+def check_kernels(family: Family, *, packed: bool) -> None:
+    """Raise ValueError for a family with linear attention that could not train here, or not exactly.
+
+    transformers' own recurrence, which runs everywhere, knows no borders of packs; flash-linear-attention's kernels,
+    which transformers takes where they are installed, do not run backward with each Triton.
     """
-    if family.linear_attention and not is_flash_linear_attention_available():
+    if not family.linear_attention:
+        return
+    if is_flash_linear_attention_available():
+        check_triton(family, version("triton"), torch.cuda.get_device_capability())
+    elif packed:
         raise ValueError(
             f"packing: in {family.name}, samples of a pack stay apart only on a GPU with flash-linear-attention: "
             "pip install flash-linear-attention, or set packing: false and train_sampling_strategy: group_by_length"
+        )
+
+
+def is_installed(package: str) -> bool:
+    return any(distributions(name=package))
+
+
+def check_triton(family: Family, triton: str, capability: tuple[int, int]) -> None:
+    """Raise ValueError for a version of Triton with which the kernels refuse the backward pass on such a GPU."""
+    first, right = map(Version, WRONG_TRITON)
+    if capability[0] >= HOPPER and first <= Version(triton) < right and not is_installed("tilelang"):
+        raise ValueError(
+            f"{family.name}: flash-linear-attention does not train with Triton {triton} on a GPU of compute "
+            f"capability {capability[0]}.{capability[1]}, where Triton {first} to before {right} has wrong gradients: "
+            f"pip install 'triton>={right}'"
         )
 
 

@@ -48,7 +48,7 @@ def is_wide(inner: int, outer: int) -> bool:
 def product_sizes(op, args: tuple) -> tuple[int, int] | None:
     """Return the widths of a matrix product's input and output; None for another operation."""
     if op is torch.ops.skin.nf4_linear.default:
-        x, _, _, outer = args
+        x, _, _, outer, _ = args
         return x.shape[-1], outer
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
         return args[-1].shape

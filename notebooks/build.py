@@ -118,7 +118,7 @@ not used here; both are by `accelerate launch --config_file accelerate_config.ya
         return "configs/skin_16gb.yaml", gigabytes
     if gigabytes < 15:
         return "configs/skin_3b.yaml", gigabytes
-    return ("configs/skin.yaml" if gigabytes < 70 else "configs/skin_fast_80gb.yaml"), gigabytes
+    return "configs/skin.yaml", gigabytes
 
 
 RECIPE, MEMORY = choose_recipe()

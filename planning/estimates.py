@@ -4,7 +4,7 @@ import math
 import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, DatasetDict
 
@@ -24,8 +24,8 @@ SLACK, CONTEXT = 0.25, 600_000_000
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 # Dense bf16 with float32 sums, FLOP/s: data sheets of L4, A100 and H100 SXM, and NVIDIA's Ada white paper (RTX 4090).
 GPUS = {"L4": 121e12, "RTX 4090": 165e12, "A100": 312e12, "H100": 989e12}
-# Measured on an H100 with packs of 8,192 tokens: 189 TFLOP/s, and 300 compiled (benchmarks/README.md).
-SHARE_OF_PEAK = {False: 189 / 989, True: 300 / 989}
+# Measured on an H100 with packs of 8,192 tokens: 275 TFLOP/s, and 408 compiled (benchmarks/README.md).
+SHARE_OF_PEAK = {False: 275 / 989, True: 408 / 989}
 HIGH_RATE, HIGH_RATE_SMALL, FEW_SAMPLES = 2e-4, 1e-4, 8  # for LoRA on a pretrained model
 CHARACTERS_PER_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # for estimates without a tokenizer
 
@@ -46,6 +46,10 @@ class MemoryPlan:
         text_share: of the tokens; an upper bound for the share of answers.
         hidden: width of the language model.
         itemsize: bytes of a number in the layers.
+        recomputed: share of the language layers' forward pass that the backward pass repeats.
+        kept: bytes of each token that compiled layers keep besides.
+        wide: bytes of each token that one more layer with its wide products would keep.
+        layers: how many there are of these.
     """
 
     name: str
@@ -55,6 +59,15 @@ class MemoryPlan:
     text_share: float
     hidden: int
     itemsize: int
+    recomputed: float = 0.0
+    kept: int = 0
+    wide: int = 0
+    layers: int = 0
+
+    def with_wide(self, count: int) -> "MemoryPlan":
+        """Return the plan in which so many of the layers keep their wide products."""
+        name, kept = f"{self.name}, {count} of {self.layers} wide", self.kept + count * self.wide
+        return replace(self, name=name, kept=kept, recomputed=self.recomputed * (1 - count / self.layers))
 
     def parts(self, tokens: int) -> dict[str, float]:
         """Return the bytes for a batch of `tokens` by part, at the peak."""
@@ -69,7 +82,8 @@ class MemoryPlan:
             "logits of the answers, in pieces": logits if at_head else 0,
         }
         slack = {"allocator's slack": SLACK * sum(by_batch.values())}
-        return {**self.fixed, **by_batch, **slack, "CUDA's context": CONTEXT}
+        kept = {"products that are not recomputed": tokens * self.kept}  # few sizes, which the allocator reuses
+        return {**self.fixed, **by_batch, **kept, **slack, "CUDA's context": CONTEXT}
 
     def total(self, tokens: int) -> float:
         return sum(self.parts(tokens).values())
@@ -137,22 +151,6 @@ def steps_per_epoch(
     if pack_tokens is not None:
         return len(PackSampler(lengths, pack_tokens, seed=seed, multiple=accumulate, epochs=epochs)) // accumulate
     return math.ceil(math.ceil(len(lengths) / batch) / accumulate)
-
-
-def count_flop(
-    lengths: SampleLengths, *, language: int, tower: int, patches: int, passes: int, tower_passes: int
-) -> float:
-    """Return the FLOP of an epoch: 2 for each weight, token and pass, as in `benchmarks.gpu_7b`.
-
-    Args:
-        lengths: of the samples.
-        language: weights of the linear language layers.
-        tower: weights of the vision tower.
-        patches: in an image token.
-        passes: 3 with checkpointing (forward, recomputation, backward of activations), else 2.
-        tower_passes: 1 if the tower is frozen.
-    """
-    return 2 * (passes * language * sum(lengths.total) + tower_passes * patches * tower * sum(lengths.image))
 
 
 def find_warnings(

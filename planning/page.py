@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from data_prep import join_folds, load_splits
+from models.compilation import language_layers, takes_whole_layers
 from models.experts import format_experts
 from models.families import family_of
+from models.flops import recomputed_flop, shape_of_samples, useful_flop, wide_share, work_of
 from models.lora import count_trainable
 from models.quantization import STORED, describe_layers, format_stored, resolve_quantization, stored_quantization
 from planning.activations import trace_model
@@ -19,7 +22,6 @@ from planning.estimates import (
     GPUS,
     SHARE_OF_PEAK,
     MemoryPlan,
-    count_flop,
     describe_lengths,
     divide_weights,
     estimate_lengths,
@@ -29,6 +31,7 @@ from planning.estimates import (
     steps_per_epoch,
     trained_bytes,
 )
+from planning.selective import stored_by_layer
 from planning.shapes import (
     add_lora,
     build_without_weights,
@@ -37,19 +40,24 @@ from planning.shapes import (
     read_config,
     weight_bytes,
 )
+from training.choices import is_long_enough, never_compiled
 from training.config_checks import check_base
 from training.data import open_processor, sample_by_weight
 from training.lengths import SampleLengths, check_pack_limit, find_too_long, measure_lengths, select_lengths
 from training.memory_probe import SPARE
-from training.settings import Settings, TrainingSettings
+from training.packing import possible_packs
+from training.settings import AUTO, Settings, TrainingSettings
 
 IMAGE_SHARE = 0.8  # of the tokens, if there is no data
 PLAN_NAMES = {  # by (quantised, checkpointing)
     (True, False): "NF4, no checkpointing",
+    (True, "selective"): "NF4, selective",
     (True, True): "NF4, checkpointing",
     (False, False): "not quantised, no checkpointing",
+    (False, "selective"): "not quantised, selective",
     (False, True): "not quantised, checkpointing",
 }
+Plans = dict[tuple[bool, bool | str], MemoryPlan]  # by the keys of PLAN_NAMES
 
 
 class Steps(NamedTuple):
@@ -99,23 +107,31 @@ def print_plan(
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
-        check_pack_limit(args.max_length, settings.pack_tokens, None)
+        check_pack_limit(args.max_length, settings.pack_limit, None)
         path = settings.data.dataset_path
         print(f"data       none at {path}: only memory, at {100 * IMAGE_SHARE:.0f} % image tokens")
     else:
         lengths = count_lengths(splits["train"], processor, config, settings)
-        check_pack_limit(args.max_length, settings.pack_tokens, max(lengths.total))
+        check_pack_limit(args.max_length, settings.pack_limit, max(lengths.total))
         lengths = print_data(splits, lengths, settings, estimated=processor is None)
         share = sum(lengths.image) / sum(lengths.total)
     longest = max(lengths.total) if lengths is not None else args.max_length or 4096
+    compiled, reason = plan_compiling(config, lengths, settings)
+    batch = settings.pack_limit or args.per_device_train_batch_size * longest
+    plans = plan_memory(config, settings, share, batch, compiled=compiled, processes=processes)
+    if settings.pack_tokens == AUTO:
+        room = None if args.shard_base else gpu  # the run tries no larger ones then
+        settings = settings.with_packs(plan_packs(plans, settings, longest, room))
     batch = settings.pack_tokens or args.per_device_train_batch_size * longest
     steps = print_steps(lengths, settings)
-    plans = plan_memory(config, settings, share, batch, processes)
-    chosen = choose_plan(plans, args.gradient_checkpointing, settings.model.load_in_4bit, batch, gpu)
+    recompute = True if args.shard_base and args.gradient_checkpointing == AUTO else args.gradient_checkpointing
+    key, chosen = choose_plan(plans, recompute, settings.model.load_in_4bit, batch, gpu)
+    plans[key] = chosen
     needed = longest if settings.pack_tokens else batch
     print_memory(plans, chosen, batch, needed)
     if lengths is not None:
-        print_time(config, lengths, chosen, settings, steps.epochs)
+        print_time(config, lengths, chosen, settings, steps.epochs, compiled=compiled)
+    print(f"compiling  {'on' if compiled else 'off'}: {reason}")
     print_warnings(splits, args, steps)
     return print_verdict(list(plans.values()), chosen, batch, needed, gpu)
 
@@ -199,15 +215,29 @@ def print_steps(lengths: SampleLengths | None, settings: Settings) -> Steps:
     return steps
 
 
+def plan_compiling(config: PreTrainedConfig, lengths: SampleLengths | None, settings: Settings) -> tuple[bool, str]:
+    """Return whether the run's layers will be compiled, on a GPU with a compiler, and a phrase that says why."""
+    chosen = settings.training.compile_layers
+    if chosen != AUTO:
+        return chosen, "as the recipe says"
+    if reason := never_compiled(settings):
+        return False, reason
+    if lengths is None or settings.training.gradient_checkpointing == "selective":
+        return True, "if the run is long enough" if lengths is None else "gradient_checkpointing: selective needs it"
+    return is_long_enough(lengths, settings, count_weights(config).language)
+
+
 def plan_memory(
-    config: PreTrainedConfig, settings: Settings, share: float, batch: int, processes: int = 2
-) -> dict[tuple[bool, bool], MemoryPlan]:
+    config: PreTrainedConfig, settings: Settings, share: float, batch: int, *, compiled: bool, processes: int = 2
+) -> Plans:
     """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train.
 
-    A base that comes in 4 bit has no plans without quantisation. With `shard_base`, so many processes share the base.
+    A base that comes in 4 bit has no plans without quantisation. Complete compiled layers alone recompute selectively.
+    With `shard_base`, so many processes share the base, and only parts of its layers are compiled.
     """
     dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant
-    counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
+    model = add_lora(build_without_weights(config, dtype), lora)
+    counts = count_trainable(model)
     print(f"trainable  {sum(counts.values()):,} parameters: {', '.join(f'{k} {n:,}' for k, n in counts.items() if n)}")
     trained = trained_bytes(sum(counts.values()), settings.training.optim, mixed=dtype != torch.float32)
     traced, fixed = {}, {}
@@ -222,25 +252,68 @@ def plan_memory(
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize
     sizes = {"tokens": batch, "text_share": 1 - share}
     sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}
+    kinds = {False: (traced[False], {}), True: (traced[True], {"recomputed": 1.0})}
+    if compiled and takes_whole_layers(model) and not settings.training.shard_base:
+        # a layer's input is stored, and its peak in the backward pass is there, as with checkpointing
+        kinds = {kind: (traced[True], extra) for kind, extra in plan_whole_layers(model, dtype).items()}
     return {
-        key: MemoryPlan(name, fixed[key[0]], traced[key[1]], **sizes)
-        for key, name in PLAN_NAMES.items()
-        if key[0] in fixed
+        (quantized, kind): MemoryPlan(PLAN_NAMES[quantized, kind], fixed[quantized], activations, **sizes, **extra)
+        for quantized in fixed
+        for kind, (activations, extra) in kinds.items()
     }
 
 
+def plan_whole_layers(model: PeftModel, dtype: torch.dtype) -> dict[bool | str, dict]:
+    """Return what plans of complete compiled layers have beyond those with checkpointing: keywords of `MemoryPlan`."""
+    stored, layers = stored_by_layer(model, dtype), len(language_layers(model))
+    return {
+        False: {"kept": layers * (stored.narrow + stored.wide + stored.inputs)},
+        "selective": {
+            "kept": layers * stored.narrow,
+            "wide": stored.wide,
+            "recomputed": wide_share(model),
+            "layers": layers,
+        },
+        True: {"recomputed": 1.0},
+    }
+
+
+def plan_packs(plans: Plans, settings: Settings, longest: int, gpu: float | None) -> int:
+    """Return the packs that `pack_tokens: auto` becomes: the largest that fit, the smallest if `gpu` is None."""
+    least = min(longest, settings.pack_limit)  # what is longer is reported elsewhere
+    smallest, *larger = possible_packs(settings.training.gradient_accumulation_steps, least)
+    quantized, checkpointing = settings.model.load_in_4bit, settings.training.gradient_checkpointing
+    kinds = [checkpointing]
+    if checkpointing == AUTO:
+        kinds = ["selective"] if (quantized, "selective") in plans else [False, True]
+    for kind, size in ((kind, size) for kind in kinds for size in reversed([smallest, *larger])):
+        if gpu is not None and plans[quantized, kind].total(size) <= (1 - SPARE) * gpu * GB:
+            return size
+    return smallest
+
+
 def choose_plan(
-    plans: dict[tuple[bool, bool], MemoryPlan], checkpointing: bool | str, quantized: bool, batch: int,
-    gpu: float | None,
-) -> MemoryPlan:  # fmt: skip
-    """Return the recipe's plan; `auto` uses checkpointing if the memory is too small, or unknown. `selective` takes
-    what is there, from a third above the plan with checkpointing to half of the one without."""
-    if checkpointing in ("auto", "selective"):
-        checkpointing = gpu is None or plans[quantized, False].total(batch) > (1 - SPARE) * gpu * GB
-    return plans[quantized, checkpointing]
+    plans: Plans, checkpointing: bool | str, quantized: bool, batch: int, gpu: float | None
+) -> tuple[tuple[bool, bool | str], MemoryPlan]:
+    """Return the recipe's plan and its key, of memory that is unknown the smallest.
+
+    `auto` recomputes selectively where that is possible, else all where the memory is too small. Selective
+    recomputation keeps the wide products of as many layers as there is room for.
+    """
+    room = 0 if gpu is None else (1 - SPARE) * gpu * GB
+    if checkpointing == AUTO:
+        checkpointing = "selective"
+        if (quantized, "selective") not in plans:
+            checkpointing = plans[quantized, False].total(batch) > room
+    plan = plans[quantized, checkpointing]
+    if checkpointing == "selective":
+        layers = plan.layers
+        spare = (room - plan.total(batch)) / (plan.wide * batch)
+        plan = plan.with_wide(max(0, min(layers, int(spare))))
+    return (quantized, checkpointing), plan
 
 
-def print_memory(plans: dict, chosen: MemoryPlan, batch: int, needed: int) -> None:
+def print_memory(plans: Plans, chosen: MemoryPlan, batch: int, needed: int) -> None:
     total = chosen.total(batch) / GB
     print(f"\nmemory     {total:.1f} GB for a batch of {batch:,} tokens ({chosen.name}); in MB:")
     for part, size in chosen.parts(batch).items():
@@ -250,15 +323,13 @@ def print_memory(plans: dict, chosen: MemoryPlan, batch: int, needed: int) -> No
 
 
 def print_time(
-    config: PreTrainedConfig, lengths: SampleLengths, chosen: MemoryPlan, settings: Settings, epochs: float
-) -> None:
-    passes, weights = 2 if chosen.name.endswith("no checkpointing") else 3, count_weights(config)
-    flop = count_flop(
-        lengths, language=weights.language, tower=weights.tower, passes=passes,
-        patches=config.vision_config.spatial_merge_size**2,
-        tower_passes=1 if settings.data.freeze_vision_encoder else passes,
-    )  # fmt: skip
-    share = SHARE_OF_PEAK[settings.training.compile_layers]
+    config: PreTrainedConfig, lengths: SampleLengths, chosen: MemoryPlan, settings: Settings, epochs: float, *,
+    compiled: bool,
+) -> None:  # fmt: skip
+    work = work_of(add_lora(build_without_weights(config, plan_dtype(settings)), settings.lora_options()))
+    shape = shape_of_samples(lengths.total, lengths.image, work.merge)
+    flop = useful_flop(work, shape) + recomputed_flop(work, shape, chosen.recomputed)
+    share = SHARE_OF_PEAK[compiled]
     times = [f"{name} {format_duration(epochs * flop / (peak * share))}" for name, peak in GPUS.items()]
     print(f"\ntime       {', '.join(times)}")
     print(f"           at {100 * share:.0f} % of their peak, which an H100 reaches with packs of 8,192 tokens")

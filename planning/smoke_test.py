@@ -12,13 +12,13 @@ from collator import IGNORED, VisionSFTCollator
 from common.console import print_rank0
 from models.attention import use_varlen
 from models.families import family_of
-from models.linear_attention import check_packing
+from models.linear_attention import check_kernels
 from models.lora import build_lora_config
 from planning.page import print_plan
 from planning.shapes import read_config
 from training.build import train_sampler
 from training.data import load_data, open_processor
-from training.settings import Settings
+from training.settings import AUTO, Settings
 
 LAYERS = 2
 VISION_WIDTH = 64  # of the tower's only head; divisible by 4, as rows and columns get a half each
@@ -80,11 +80,12 @@ def _loss(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 def dry_run(settings: Settings) -> None:
     """Print the plan, collate three batches, and run one of them through a tiny model; write nothing."""
     config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
-    if settings.training.packing:
-        check_packing(family_of(config))
+    check_kernels(family_of(config), packed=settings.training.packing)
     processor = open_processor(settings)
     data = load_data(settings, processor)
     print_plan(settings, data.splits, processor)
+    if settings.pack_tokens == AUTO:
+        settings = settings.with_packs(settings.pack_limit)
     args, packed = settings.training, settings.pack_tokens is not None
     collate = VisionSFTCollator(processor, max_length=args.max_length, packed=packed)
     order = itertools.islice(train_sampler(data.lengths["train"], args, settings.pack_tokens), BATCHES)

@@ -5,7 +5,6 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
@@ -13,9 +12,10 @@ from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
 from collator import VisionSFTCollator
 from common.console import print_rank0
 from models.compat import ignore_in_ddp
-from models.compilation import compile_layers, keep_wide_products, language_layers, takes_whole_layers, wide_bytes
+from models.compilation import compile_layers
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
+from models.flops import matmul_ceiling, work_of
 from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
@@ -23,13 +23,21 @@ from models.quantization import describe_stored, format_stored, resolve_quantiza
 from models.sharding import is_sharded
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
+from training.choices import (
+    choose_compiling,
+    choose_packs,
+    choose_recomputation,
+    keep_what_fits,
+    needs_recomputation,
+    step_options,
+)
 from training.data import TrainingData
 from training.distributed import check_sharded, requested_sharding
 from training.lengths import SampleLengths
-from training.memory_probe import SPARE, fits, largest_batch, try_step
 from training.resume import check_weights
 from training.samplers import EpochOrder, LengthGroupedOrder, PackSampler, PaddedSampler, count_epochs
-from training.settings import Settings, TrainingSettings
+from training.settings import AUTO, Settings, TrainingSettings
+from training.speed import SpeedCallback
 from training.trackers import TRACKERS
 from training.trainer import SafeSFTTrainer
 
@@ -73,65 +81,25 @@ def attach_lora(model: PreTrainedModel, lora: dict) -> PeftModel:
     return model
 
 
-def decide_checkpointing(
+def decide(
     model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings
-) -> bool | str:
-    """Return whether activations are recomputed: True, False or "selective"; `auto` takes the last for complete
-    compiled layers, else True where the largest batch would not fit otherwise.
+) -> tuple[Settings, bool | str]:
+    """Decide what is `auto` in a recipe, and prepare the model's layers for it.
 
-    Raises:
-        ValueError: "selective" for layers that cannot be compiled as a whole.
+    Returns:
+        Settings without `auto`, and whether activations are recomputed: True, False or "selective".
     """
-    args = settings.training
-    sharded = args.shard_base
-    selects = args.compile_layers and takes_whole_layers(model) and not sharded
-    choice = args.gradient_checkpointing
-    if choice == "selective" and not selects:
-        name = "shard_base: true" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
-        raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
-    if choice != "auto":
-        return choice
-    if selects:
-        return "selective"
-    enough, reason = True, "there is no GPU"
-    if sharded:  # a process that runs out of memory in a trial would leave the others waiting
-        enough, reason = False, "shard_base is for models that need the memory"
-    elif args.device.type == "cuda":
-        batch = collate_largest(processor, data, settings)
-        # one process that lacks the memory decides for all
-        enough, reason = min(gather_object([fits(model, batch, **step_options(settings))]))
-    print_rank0(f"gradient checkpointing {'off' if enough else 'on'}: {reason}")
-    return not enough
-
-
-def collate_largest(processor: ProcessorMixin, data: TrainingData, settings: Settings) -> dict:
-    """Return the largest batch of training, collated."""
-    packed, lengths = settings.pack_tokens is not None, data.lengths["train"].total
-    options = {"batch_size": settings.training.per_device_train_batch_size, "pack_tokens": settings.pack_tokens}
-    samples = [data.splits["train"][n] for n in largest_batch(lengths, **options)]
-    return VisionSFTCollator(processor, packed=packed)(samples)
-
-
-def step_options(settings: Settings) -> dict:
-    """Return the keywords of `try_step`."""
-    args = settings.training
-    return {
-        "dtype": torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-        "optim": str(args.optim.value),
-    }
-
-
-def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> None:
-    """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU."""
-    count = layers = len(language_layers(model))
-    if settings.training.device.type == "cuda":
-        batch, options = collate_largest(processor, data, settings), step_options(settings)
-        used, free = try_step(model, batch, **options)
-        size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
-        room = 0 if used is None else ((1 - SPARE) * free - used) / size
-        count = min(gather_object([max(0, min(layers, int(room)))]))
-    print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
-    keep_wide_products(model, count)
+    settings = choose_compiling(model, data, settings)
+    recompute = choose_recomputation(model, settings)
+    speed_up_frozen_tower(model.get_base_model())
+    spare_last_layer(model)
+    if settings.training.compile_layers:
+        whole = not (recompute is True or settings.training.shard_base)
+        compile_layers(model, whole=whole, selective=recompute == "selective")
+    settings, recompute = choose_packs(model, processor, data, settings, recompute)
+    if recompute == AUTO:
+        recompute = needs_recomputation(model, processor, data, settings)
+    return settings, recompute
 
 
 def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingSettings:
@@ -205,19 +173,13 @@ def build_trainer(
     """Wire model, data and collator into TRL's trainer.
 
     Args:
-        model: see `build_model`.
+        model: see `build_model` and `decide`.
         processor: the model's.
         data: see `load_data`.
-        settings: of the run.
+        settings: of the run, without `auto`.
         identity: what a run that resumes from a checkpoint must have in common with this one.
-        recompute: see `decide_checkpointing`.
+        recompute: see `decide`.
     """
-    speed_up_frozen_tower(model.get_base_model())
-    spare_last_layer(model)
-    if settings.training.compile_layers:
-        print_rank0("the layers are compiled during the first steps, which then take a minute or two")
-        whole = not (recompute is True or settings.training.shard_base)
-        compile_layers(model, whole=whole, selective=recompute == "selective")
     args, pack_tokens = trainer_arguments(settings, recompute=recompute), settings.pack_tokens
     options = {"max_length": args.max_length, "packed": pack_tokens is not None}
     options["dummy_image"] = needs_dummy_image(model, data)
@@ -230,13 +192,17 @@ def build_trainer(
         processing_class=processor,
         callbacks=[CurvesCallback],
         identity=identity,
+        speed=SpeedCallback(work_of(model), device=args.device),
         train_batches=train_sampler(data.lengths["train"], args, pack_tokens),
         eval_batches=eval_sampler(data.lengths.get("validation"), args, pack_tokens),
         keep_checkpoints=settings.training.save_total_limit,
         max_skipped_steps=settings.training.max_skipped_steps,
     )
+    trainer.speed.recomputed = 1.0 if recompute is True else 0.0
     if recompute == "selective":
-        keep_what_fits(model, processor, data, settings)
+        trainer.speed.recomputed = keep_what_fits(model, processor, data, settings)
+    if args.device.type == "cuda":
+        trainer.speed.ceiling = matmul_ceiling(args.device, step_options(settings)["dtype"] or torch.float32)
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)  # prints dictionaries

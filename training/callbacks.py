@@ -11,6 +11,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerState
 from common.files import atomic_write
 from common.plots import plot_training
 from publishing.hub import BackgroundPush
+from training.speed import format_speed
 
 
 class ProgressLine(ProgressCallback):
@@ -21,7 +22,7 @@ class ProgressLine(ProgressCallback):
             return
         if "loss" in logs:
             numbers = f"loss {logs['loss']:.4f}   lr {logs['learning_rate']:.2e}   grad norm {logs['grad_norm']:.3f}"
-            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   {numbers}")
+            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   {numbers}{format_speed(logs)}")
         elif "eval_loss" in logs:
             self.training_bar.write(
                 f"step {state.global_step:>6}/{state.max_steps}   validation loss {logs['eval_loss']:.4f}"

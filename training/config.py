@@ -102,7 +102,7 @@ def normalize(argv: list[str], switches: set[str]) -> list[str]:
 
 
 def _is_switch(name: str, hint) -> bool:
-    return name == "gradient_checkpointing" or hint in (bool, bool | None)
+    return name in ("gradient_checkpointing", "compile_layers") or hint in (bool, bool | None)
 
 
 def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> list[dict]:

@@ -48,6 +48,7 @@ WITHOUT_EFFECT = {
     "fsdp": "set shard_base: true",
     "fsdp_config": "set shard_base: true",
     "deepspeed": "accelerate's configuration decides: configs/accelerate/zero2.yaml",
+    "use_liger_kernel": "the loss is fused already, compile_layers fuses the layers; Liger's kernels fail beside them",
     "torch_compile": "use compile_layers",
     "torch_compile_backend": "use compile_layers",
     "torch_compile_mode": "use compile_layers",
@@ -91,7 +92,7 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
-    if training.gradient_checkpointing == "selective" and not training.compile_layers:
+    if training.gradient_checkpointing == "selective" and training.compile_layers is False:
         raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
     _check_targets(model.lora_target_modules)
     _check_output(data, training, model)
@@ -127,7 +128,7 @@ def _check_experts(data: DataArguments, training: TrainingSettings, model: Model
             raise ValueError(
                 f"{name}: LoRA on experts has none; set it to {type(value)(0)}, or lora_target_experts: false"
             )
-    if training.compile_layers:
+    if training.compile_layers is True:
         raise ValueError("compile_layers: not with lora_target_experts: true; PEFT changes such layers in each pass")
 
 
@@ -192,7 +193,7 @@ def _check_setting(setting: dataclasses.Field, value) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, found {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: expected a number, found {value}")
-    if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
+    if name in AT_LEAST and not isinstance(value, str | None) and value < AT_LEAST[name]:
         raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {value}")
     if name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError(f"{name}: expected a number above 0, found {value}")

@@ -116,7 +116,7 @@ def check_data(
     names, limit = (["train", "validation"] if settings.evaluates else ["train"]), settings.training.max_length
     with PartialState().local_main_process_first():  # the others read them from the cache
         lengths = {name: measure_lengths(splits[name], processor) for name in names}
-    check_pack_limit(limit, settings.pack_tokens, max(max(each.total) for each in lengths.values()))
+    check_pack_limit(limit, settings.pack_limit, max(max(each.total) for each in lengths.values()))
     rows = list_too_long(splits, lengths, limit)
     path = None if list_in is None else list_in / TOO_LONG
     if path is not None and PartialState().is_main_process:
@@ -125,7 +125,7 @@ def check_data(
             atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if rows and settings.data.too_long == "error":
         sizes, fit = {name: len(splits[name]) for name in names}, fit_options(processor.image_processor)
-        raise ValueError(describe_too_long(rows, sizes, limit, fit, pack_tokens=settings.pack_tokens, path=path))
+        raise ValueError(describe_too_long(rows, sizes, limit, fit, pack_tokens=settings.pack_limit, path=path))
     return leave_out(splits, lengths, limit, path) if rows else lengths
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from training.settings import AUTO
+
 ANY = object()
 
 
@@ -23,7 +25,7 @@ class Switch(NamedTuple):
 NO_BEST = {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
 NO_HALF = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
 SWITCHES = (
-    Switch("packing", False, {"pack_tokens": 8192}),
+    Switch("packing", False, {"pack_tokens": AUTO}),
     Switch(
         "packing", True,
         {"per_device_train_batch_size": 1, "train_sampling_strategy": "random", "dataloader_drop_last": False},

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from models.lora import detach_vision_inputs
 from training.packing import pack_lengths
 from training.settings import Settings
 
@@ -27,7 +28,7 @@ def largest_batch(lengths: Sequence[int], *, batch_size: int, pack_tokens: int |
 
 
 def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, optim: str) -> tuple[bool, str]:
-    """Try a forward and a backward pass without recomputation.
+    """Try a forward and a backward pass, see `recomputing`.
 
     Args:
         model: on one GPU, with LoRA; its weights and gradients stay as they are.
@@ -41,8 +42,24 @@ def fits(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, opti
     used, free = try_step(model, batch, dtype=dtype, optim=optim)
     of_free = f"of {free / 1e9:.1f} GB free"
     if used is None:
-        return False, f"the largest batch needs more than all {of_free} without it"
-    return used < (1 - SPARE) * free, f"the largest batch needs {used / 1e9:.1f} {of_free} without it"
+        return False, f"the largest batch needs more than all {of_free}"
+    return used < (1 - SPARE) * free, f"the largest batch needs {used / 1e9:.1f} {of_free}"
+
+
+@contextmanager
+def recomputing(model: torch.nn.Module, recompute: bool | str) -> Iterator[None]:
+    """Store as much in the passes within the context as the trainer will with this recomputation."""
+    hook = detach_vision_inputs(model)
+    if recompute is True:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    try:
+        yield
+    finally:
+        hook.remove()
+        if recompute is True:
+            model.gradient_checkpointing_disable()
+            model.disable_input_require_grads()
 
 
 def try_step(model: torch.nn.Module, batch: dict, *, dtype: torch.dtype | None, optim: str) -> tuple[int | None, int]:

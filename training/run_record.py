@@ -30,7 +30,7 @@ REPORTED_DATA_ARGS = (
 REPORTED_TRAINING_ARGS = (
     "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "train_sampling_strategy", "bf16", "fp16", "seed",
+    "train_sampling_strategy", "compile_layers", "bf16", "fp16", "seed",
 )  # fmt: skip
 
 

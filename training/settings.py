@@ -1,6 +1,7 @@
 """The settings of a run: TRL's, and the few that TRL has no field for."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,9 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, SFTConfig
 
 from models.thinking import CHOICES
+from training.packing import possible_packs
 
+AUTO = "auto"  # in the place of a value that the run decides, see training/choices.py
 FLOAT16 = "set fp16: true, bf16: false, dtype: float16"
 NO_GPU = (
     "no GPU is visible (nvidia-smi lists them, CUDA_VISIBLE_DEVICES may hide them): train on a machine with one, plan "
@@ -30,8 +33,9 @@ class DataArguments:
     )
     min_pixels: int | None = field(default=None, metadata={"help": "smallest image area after resizing, px^2"})
     max_pixels: int | None = field(default=None, metadata={"help": "largest image area after resizing, px^2"})
-    pack_tokens: int = field(
-        default=8192, metadata={"help": "with packing: most tokens in a row, all its samples and images together"}
+    pack_tokens: str = field(
+        default=AUTO,
+        metadata={"help": "with packing: most tokens in a row, images included; auto takes what fits"},
     )
     too_long: str = field(
         default="error",
@@ -47,13 +51,19 @@ class DataArguments:
         default=False, metadata={"help": "of mixture-of-experts models: adapt each expert as well"}
     )
 
+    def __post_init__(self):
+        if (found := str(self.pack_tokens)) != AUTO:
+            if not found.removeprefix("-").isdecimal():
+                raise ValueError(f"pack_tokens: expected a whole number or auto, found {found!r}")
+            object.__setattr__(self, "pack_tokens", int(found))
+
 
 @dataclass
 class TrainingSettings(SFTConfig):
     """TRL's settings, with three other defaults and a few more settings."""
 
     gradient_checkpointing: str = field(
-        default="auto",
+        default=AUTO,
         metadata={"help": "recompute activations: true, false, selective (if compiled), or auto"},
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode and resize images"})
@@ -61,8 +71,9 @@ class TrainingSettings(SFTConfig):
     allow_config_change: bool = field(
         default=False, metadata={"help": "resume from a checkpoint although settings, data or versions have changed"}
     )
-    compile_layers: bool = field(
-        default=False, metadata={"help": "compile each layer's arithmetic on the GPU; needs a C compiler"}
+    compile_layers: str = field(
+        default=AUTO,
+        metadata={"help": "compile each layer's arithmetic on the GPU: true, false, or auto for runs that repay it"},
     )
     shard_base: bool = field(
         default=False, metadata={"help": "several GPUs: each holds a part of the base model, by FSDP2"}
@@ -75,11 +86,8 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self):
-        words = {"auto": "auto", "selective": "selective", "true": True, "false": False}
-        found = str(self.gradient_checkpointing)
-        if found.lower() not in words:
-            raise ValueError(f"gradient_checkpointing: expected auto, selective, true or false, found {found!r}")
-        self.gradient_checkpointing = words[found.lower()]
+        self.gradient_checkpointing = _read_choice("gradient_checkpointing", self, (AUTO, "selective"))
+        self.compile_layers = _read_choice("compile_layers", self, (AUTO,))
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL would turn it on; a CPU computes in float32
         if not self.use_cpu:
@@ -100,6 +108,15 @@ class TrainingSettings(SFTConfig):
             raise ValueError(f"bf16: this GPU has no bfloat16; {FLOAT16} (configs/skin_16gb.yaml does)")
 
 
+def _read_choice(name: str, settings: TrainingSettings, words: tuple[str, ...]) -> bool | str:
+    """Return the value of a switch that also takes these words."""
+    found = str(getattr(settings, name))
+    choices = {**{word: word for word in words}, "true": True, "false": False}
+    if found.lower() not in choices:
+        raise ValueError(f"{name}: expected {', '.join(words)}, true or false, found {found!r}")
+    return choices[found.lower()]
+
+
 class Settings(NamedTuple):
     """All settings of a run, as they were parsed; nothing changes them afterwards."""
 
@@ -112,9 +129,16 @@ class Settings(NamedTuple):
         return Path(self.training.output_dir)
 
     @property
-    def pack_tokens(self) -> int | None:
-        """Most tokens of a pack; None without packing."""
+    def pack_tokens(self) -> int | str | None:
+        """Most tokens of a pack; None without packing, `AUTO` before the run has decided it."""
         return self.data.pack_tokens if self.training.packing else None
+
+    @property
+    def pack_limit(self) -> int | None:
+        """Most tokens that a pack may have, also where that is not decided; None without packing."""
+        if self.pack_tokens == AUTO:
+            return max(possible_packs(self.training.gradient_accumulation_steps))
+        return self.pack_tokens
 
     @property
     def order_seed(self) -> int:
@@ -124,6 +148,20 @@ class Settings(NamedTuple):
     @property
     def evaluates(self) -> bool:
         return self.training.eval_strategy != "no"
+
+    def decided(self, **values) -> "Settings":
+        """Return settings in which these values, by their names in a recipe, stand in the place of `auto`."""
+        training, names = copy.copy(self.training), {field.name for field in fields(self.data)}
+        for name, value in values.items():  # dataclasses.replace would set up the devices again
+            if name not in names:
+                setattr(training, name, value)
+        data = replace(self.data, **{name: value for name, value in values.items() if name in names})
+        return self._replace(data=data, training=training)
+
+    def with_packs(self, tokens: int) -> "Settings":
+        """Return settings with packs of this size, one of `possible_packs`, in the place of `auto`."""
+        packs = possible_packs(self.training.gradient_accumulation_steps)
+        return self.decided(pack_tokens=tokens, gradient_accumulation_steps=packs[tokens])
 
     def loading_options(self) -> dict:
         """Return the keywords of `load_model`: how the base is loaded in training, and later for its adapter."""

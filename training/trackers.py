@@ -36,12 +36,11 @@ class TrackCallback(TrainerCallback):
             tracker.finish()
 
 
-def start_trackers(settings: Settings, facts: dict, *, resumed: bool) -> list[GeneralTracker]:
+def start_trackers(settings: Settings, *, resumed: bool) -> list[GeneralTracker]:
     """Start the trackers of `report_to` in the main process, in place of callbacks that would send them all paths.
 
     Args:
         settings: of the run.
-        facts: see `tracked_facts`.
         resumed: whether the run in the output folder is continued, and not a new one started.
 
     Raises:
@@ -54,11 +53,17 @@ def start_trackers(settings: Settings, facts: dict, *, resumed: bool) -> list[Ge
     run_id = (resumed and read_facts(output_dir).get("run_id")) or uuid.uuid4().hex[:8]
     add_facts(output_dir, run_id=run_id)
     run_name = f"{settings.training.run_name or output_dir.resolve().name}-{run_id}"
+    return [_open(name, settings.training.project, run_name, run_id, output_dir) for name in names]
+
+
+def track_facts(trackers: Sequence[GeneralTracker], facts: dict) -> None:
+    """Send what a run is to the trackers; `facts` have one level."""
     flat = {key: x if isinstance(x, str | int | float | None) else ", ".join(map(str, x)) for key, x in facts.items()}
-    return [_open(name, settings.training.project, run_name, run_id, output_dir, flat) for name in names]
+    for tracker in trackers:
+        tracker.store_init_configuration(flat)
 
 
-def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path, config: dict) -> GeneralTracker:
+def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path) -> GeneralTracker:
     options = {
         "tensorboard": {"run_name": run_name, "logging_dir": output_dir / "runs"},
         "trackio": {"run_name": project, "name": run_name, "resume": "allow", "private": True},
@@ -70,7 +75,6 @@ def _open(name: str, project: str, run_name: str, run_id: str, output_dir: Path,
     try:
         tracker = TRACKERS[name](**options[name])
         tracker.start()
-        tracker.store_init_configuration(config)
     except Exception as error:  # of types that only an installed tracker could name
         raise ValueError(f"report_to: {name} cannot be started: {' '.join(str(error).split())}") from error
     return tracker

@@ -16,10 +16,12 @@ from transformers.trainer_utils import TrainOutput
 
 from common.files import ADAPTER_WEIGHTS
 from models.attention import uses_varlen
+from models.flops import BatchShape, shape_of_batch, useful_flop
 from models.lora import detach_vision_inputs
 from training.checkpoints import describe_restart, is_write_error, list_checkpoints, rotate, seal
 from training.compat import HookTrainer, set_token_count
 from training.signals import shield_workers
+from training.speed import SpeedCallback
 
 TRAINING_ARGS = "training_args.bin"
 NOT_IN_CHECKPOINTS = (
@@ -29,13 +31,15 @@ NOT_IN_CHECKPOINTS = (
 
 
 class CollatorWithIds:
-    """A collator whose batches also carry their samples' ids, for messages."""
+    """A collator whose batches also carry their samples' ids, for messages, and their `BatchShape`."""
 
     def __init__(self, collate: Callable[[list[dict]], dict]):
         self.collate = collate
 
     def __call__(self, examples: list[dict]) -> dict:
-        return {**self.collate(examples), "sample_ids": [example["id"] for example in examples]}
+        batch = self.collate(examples)
+        ids = [example["id"] for example in examples]
+        return {**batch, "sample_ids": ids, "batch_shape": list(shape_of_batch(batch))}
 
 
 class SafeSFTTrainer(HookTrainer):
@@ -47,6 +51,7 @@ class SafeSFTTrainer(HookTrainer):
         eval_batches: the same of the validation samples.
         keep_checkpoints: how many checkpoints stay; all when None. `args.save_total_limit` must be None, as rotation
             comes after sealing here.
+        speed: counts what the steps compute.
         max_skipped_steps: how many float16 steps in a row may be skipped for gradients that are not finite.
         kwargs: as `SFTTrainer` takes them.
 
@@ -58,6 +63,7 @@ class SafeSFTTrainer(HookTrainer):
         self,
         *,
         identity: dict,
+        speed: SpeedCallback,
         train_batches: Sampler[list[int]] | None = None,
         eval_batches: Sampler[list[int]] | None = None,
         keep_checkpoints: int | None = None,
@@ -65,12 +71,13 @@ class SafeSFTTrainer(HookTrainer):
         **kwargs,
     ):
         self.identity, self.keep_checkpoints, self.step_ids, self.resumed_step = identity, keep_checkpoints, [], 0
-        self.max_skipped_steps, self.flops_per_token = max_skipped_steps, None
+        self.max_skipped_steps, self.speed = max_skipped_steps, speed
         self.train_batches, self.eval_batches, self.unsaved = train_batches, eval_batches, None
         super().__init__(**kwargs)
         self.data_collator = CollatorWithIds(self.data_collator)
         self.add_callback(FiniteCallback(self))
         self.add_callback(EpochCallback)
+        self.add_callback(speed)
         self.add_callback(FewerWalksCallback(self))
         # The models' classes say that their own loss takes no token count, and the trainer then averages micro-batches
         # as if they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
@@ -95,11 +102,16 @@ class SafeSFTTrainer(HookTrainer):
         return (0 if self.resumed_step >= steps else epochs, *counts, steps)
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """As transformers counts, which would count the model's parameters anew in each step."""
-        tokens = inputs["input_ids"].numel()
-        if self.flops_per_token is None:
-            self.flops_per_token = super().floating_point_ops(inputs) // tokens
-        return self.flops_per_token * tokens
+        """Return the FLOP of a batch without what is computed twice; transformers would count frozen weights as if
+        they trained, and the model's parameters anew in each step."""
+        shape = BatchShape(*inputs["batch_shape"])
+        self.speed.add(shape)
+        return round(useful_flop(self.speed.work, shape))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.speed.read()
+        super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_batches is None:
@@ -127,6 +139,7 @@ class SafeSFTTrainer(HookTrainer):
         `varlen` does not look at it. SDPA gets none: it reads the samples' borders off the positions."""
         inputs = dict(inputs)
         ids = inputs.pop("sample_ids", [])
+        inputs.pop("batch_shape", None)
         if model.training:
             self.step_ids += ids
         if "text_cu_seqlens" in inputs and uses_varlen(self.model):

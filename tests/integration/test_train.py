@@ -22,9 +22,11 @@ from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
 from helpers.runs import train_args
-from models.loading import load_processor
+from models.flops import work_of
+from models.loading import load_config, load_processor
+from planning.shapes import build_without_weights
 from publishing.run_facts import describe_base
-from training.build import build_model, build_trainer, decide_checkpointing
+from training.build import build_model, build_trainer, decide
 from training.config import parse_config
 from training.data import load_data, open_processor
 from training.resume import describe_identity
@@ -59,7 +61,7 @@ def make_trainer(base, data, out, **settings):
     identity = describe_identity(settings, describe_base(str(base), None), data.splits["train"])
     torch.manual_seed(settings.training.seed)
     model = build_model(settings)
-    recompute = decide_checkpointing(model, processor, data, settings)
+    settings, recompute = decide(model, processor, data, settings)
     return build_trainer(model, processor, data, settings, identity=identity, recompute=recompute)
 
 
@@ -469,6 +471,13 @@ def test_a_packed_run_trains_counts_its_tokens_and_says_what_it_packs(tiny_base,
     rows = metrics(tmp_path)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] and any("eval_loss" in row for row in rows)
+    timed = [row for row in rows if "tokens_per_second" in row]
+    assert len(timed) == len(losses) - 1  # not the first step
+    assert all(row["tokens_per_second"] > 0 and row["tflops"] > 0 for row in timed)
+    assert not any(name in row for row in rows for name in ("mfu", "hfu", "reserved_gb"))  # of GPUs
+    work = work_of(build_without_weights(load_config(str(tiny_base)), torch.float32))
+    per_token = rows[-1]["total_flos"] / next(row["num_tokens"] for row in reversed(rows) if "num_tokens" in row)
+    assert per_token > 4 * work.language
     out = capsys.readouterr().out
     packs, full = re.search(r"batch +1 packs of 256 tokens \(([\d.]+)% full, ([\d.]+) samples each\)", out).groups()
     assert float(packs) > 85 and float(full) > 2

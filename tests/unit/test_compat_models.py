@@ -13,6 +13,7 @@ from helpers.runs import TEXTS
 from helpers.stored import save_stored
 from models.attention import REGISTERED, use_varlen, varlen_attention
 from models.compat import (
+    allow_more_graphs,
     anchored_match,
     default_16_bit_modules,
     get_attention,
@@ -159,3 +160,19 @@ def test_distributed_training_leaves_out_what_it_is_told_to():
     module = torch.nn.Linear(2, 2)
     ignore_in_ddp(module, ["weight"])
     assert module._ddp_params_and_buffers_to_ignore == ["weight"], "torch: DDP is told in another way what to ignore"
+
+
+def test_a_compiled_function_may_have_more_than_eight_variants_once_that_is_allowed():
+    def variants(count):
+        torch.compiler.reset()
+        compiled = torch.compile(lambda x, n: x + n, backend="eager", dynamic=False, fullgraph=True)
+        return [compiled(torch.zeros(2 + n), n).sum().item() for n in range(count)]
+
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8):
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            variants(9)
+            pytest.fail("torch: more variants than recompile_limit are no error any more; allow_more_graphs can go")
+        allow_more_graphs()
+        assert variants(20)[-1] == 21 * 19, "torch: recompile_limit no longer decides how many variants there may be"
+    torch.compiler.reset()

@@ -10,23 +10,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from models.compilation import OpaqueLinear4bit, compiled_class, make_opaque, pack_state, unpack_state
 
 
-def quantised(*, double: bool, bias: bool) -> Linear4bit:
+def quantised(*, double: bool, bias: bool, dtype: torch.dtype = torch.float32) -> Linear4bit:
     torch.manual_seed(0)
     layer = Linear4bit(64, 128, bias=bias, compute_dtype=torch.float32, quant_type="nf4")
     options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": double}
-    layer.weight = Params4bit(torch.randn(128, 64), **options)
+    layer.weight = Params4bit(torch.randn(128, 64, dtype=dtype), **options)
     layer.support_avx512bf16_for_cpu = False
     return layer.requires_grad_(False).to("cpu")
 
 
-@pytest.mark.parametrize(("double", "bias"), [(True, True), (False, False)])
-def test_the_operation_computes_what_bitsandbytes_does_forward_and_backward(double, bias):
-    plain = quantised(double=double, bias=bias)
+@pytest.mark.parametrize(
+    ("double", "bias", "dtype"),
+    [(True, True, torch.float32), (False, False, torch.float32), (True, True, torch.bfloat16)],
+)
+def test_the_operation_computes_what_bitsandbytes_does_forward_and_backward(double, bias, dtype):
+    plain = quantised(double=double, bias=bias, dtype=dtype)
     ours = copy.deepcopy(plain)
     make_opaque(ours)
     x, copied = (torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     expected = plain(x)
-    found = torch.ops.skin.nf4_linear(copied, ours.bias, ours.state_tensors, ours.out_features)
+    found = torch.ops.skin.nf4_linear(copied, ours.bias, ours.state_tensors, ours.out_features, ours.state_dtype)
     assert torch.equal(found, expected) and torch.equal(ours(x), expected)
     upstream = torch.randn_like(expected)
     expected.backward(upstream)

@@ -62,6 +62,22 @@ def test_gradient_checkpointing_is_auto_true_or_false(parse, text, found):
     assert training.gradient_checkpointing is found or training.gradient_checkpointing == found
 
 
+@pytest.mark.parametrize(
+    ("text", "found"), [("", "auto"), ("compile_layers: auto\n", "auto"), ("compile_layers: true\n", True)]
+)
+def test_compiling_is_auto_true_or_false(parse, text, found):
+    assert parse(text)[1].compile_layers == found
+    assert parse(text, "--compile_layers")[1].compile_layers is True
+    assert parse(text, "--no_compile_layers")[1].compile_layers is False
+
+
+def test_packs_are_auto_or_a_number_and_without_packing_auto_is_no_error(parse):
+    assert parse()[0].pack_tokens == "auto" and parse()[1].packing is False
+    packed = ["--packing", "true", "--attn_implementation", "varlen", "--per_device_train_batch_size", "1"]
+    assert [parse("", *packed, *more).pack_tokens for more in ((), ("--pack_tokens", "512"))] == ["auto", 512]
+    assert parse("pack_tokens: auto\n", "--packing", "false").pack_tokens is None
+
+
 def test_thinking_is_off_or_on(parse):
     """In YAML 1.2 these words are text."""
     assert [parse(text)[0].thinking for text in ("", "thinking: off\n", "thinking: on\n")] == ["off", "off", "on"]
@@ -90,6 +106,10 @@ def test_options_override_the_recipe(parse):
         (
             "gradient_checkpointing: yes\n",
             "gradient_checkpointing: expected auto, selective, true or false, found 'yes'",
+        ),
+        (
+            "use_liger_kernel: true\n",
+            "use_liger_kernel: would have no effect; the loss is fused already, comp",
         ),
         ("torch_compile: true\n", "torch_compile: would have no effect; use compile_layers"),
         ("lora_r: [8]\n", "recipe.yaml: lora_r: did not expect the list [8]"),
@@ -197,7 +217,7 @@ def test_the_shipped_recipe_holds_the_promised_defaults():
     assert (training.learning_rate, training.max_grad_norm, training.num_train_epochs) == (5e-5, 1.0, 3)
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 10)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 4)
-    assert (training.packing, data.pack_tokens, model.attn_implementation) == (True, 4096, "varlen")
+    assert (training.packing, data.pack_tokens, model.attn_implementation) == (True, "auto", "varlen")
     assert (training.save_steps, training.logging_steps, training.resume_from_checkpoint) == (250, 10, "auto")
     assert data.freeze_vision_encoder
     assert read_yaml(DEFAULT_RECIPE, "--config")["bf16"] is True
@@ -218,6 +238,7 @@ ONE = ["--per_device_train_batch_size", "1"]
         ([*PACKED, *ONE, "--train_sampling_strategy", "sequential"], "train_sampling_strategy: would have no effect"),
         (["--packing", "false", "--pack_tokens", "4096"], "pack_tokens: would have no effect without packing: true"),
         ([*PACKED, "--pack_tokens", "0"], "pack_tokens: expected at least 1, found 0"),
+        ([*PACKED, "--pack_tokens", "many"], "pack_tokens: expected a whole number or auto, found 'many'"),
     ],
 )
 def test_packing_settings_that_cannot_work_are_refused(parse, options, message):
@@ -266,7 +287,7 @@ def write_recipes(folder, base, own):
 
 PACKS = "packing: true\nattn_implementation: varlen\nper_device_train_batch_size: 1\npack_tokens: 512\n"
 INHERITED = [  # (inherited, the recipe's own, what the inherited setting then is)
-    (PACKS, "packing: false", {"pack_tokens": 8192, "packing": False}),
+    (PACKS, "packing: false", {"pack_tokens": "auto", "packing": False}),
     (
         "attn_implementation: varlen\nper_device_train_batch_size: 4\ntrain_sampling_strategy: group_by_length\n"
         "dataloader_drop_last: true\n",
@@ -349,7 +370,7 @@ def test_help_is_short_and_help_all_is_complete(capsys):
     assert short == same and long == same_long
     assert len(short.splitlines()) < 60 and max(map(len, short.splitlines())) <= 119
     assert "usage: plan_run.py" in short and "--help-all lists every setting" in short
-    assert "--pack_tokens                   with packing: most tokens in a row, all its samples and images" in short
+    assert "--pack_tokens                   with packing: most tokens in a row, images included; auto takes" in short
     fields = {field.name for kind in (DataArguments, TrainingSettings, ModelConfig) for field in fields_of(kind)}
     assert {name for names in SETTINGS.values() for name in names} | set(OWN_WORDS) <= fields
     assert all(f"--{name}" in long for name in fields if name not in ("_n_gpu", "distributed_state"))

@@ -23,7 +23,7 @@ MM, NF4 = torch.ops.aten.mm.default, torch.ops.skin.nf4_linear.default
 )
 def test_products_are_kept_by_their_widths(inner, outer, kept, kept_if_wide):
     x, weight = SimpleNamespace(shape=(1, 7, inner)), SimpleNamespace(shape=(inner, outer))
-    for op, args in ((NF4, (x, None, [], outer)), (MM, (x, weight))):
+    for op, args in ((NF4, (x, None, [], outer, torch.float32)), (MM, (x, weight))):
         found = [choose(None, op, *args, keep_wide=wide) == CheckpointPolicy.MUST_SAVE for wide in (False, True)]
         assert found == [kept, kept_if_wide]
     assert is_wide(inner, outer) == (kept != kept_if_wide)
