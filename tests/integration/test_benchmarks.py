@@ -38,7 +38,7 @@ def test_the_benchmark_of_answers_counts_all_runs_and_times_their_parts(tmp_path
     result = json.loads(out.read_text())
     assert (result["answers"], result["batch"], result["graphs"]) == (36, 8, 0)
     parts = result["parts_seconds"]
-    assert set(parts) == {"image decoding", "tower and tokens", "prefill", "scoring", "decoding"}
+    assert set(parts) == {"image decoding", "patches and tower", "tokens", "prefill", "scoring", "decoding"}
     assert result["answers_per_second"] == pytest.approx(36 / result["seconds"][0], rel=0.05)
 
 
