@@ -167,9 +167,13 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T)."""
+    """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T).
+
+    They are computed on the CPU, as they are many small steps for each row.
+    """
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    return base_of(model).model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+    given = {name: inputs[name].cpu() for name in names if name in inputs}
+    return base_of(model).model.get_rope_index(**given)[0].to(inputs["input_ids"].device)
 
 
 def end_tokens(model) -> torch.Tensor:
