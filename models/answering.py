@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 
+import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -14,19 +15,19 @@ from transformers import PreTrainedModel
 
 from models.tower import speed_up_frozen_tower
 
-RESERVE = 0.5  # of a GPU's memory that is left for batches
+RESERVE = 0.5  # of the device's memory that is left for batches
 
 
 def speed_up_answering(model: PreTrainedModel | PeftModel) -> None:
     """Make a model faster, in place, that is neither trained nor saved any more, and gets no more adapters.
 
     The tower's MLPs are fused, unless an adapter has layers in them; LoRA is added in one pass over a layer's outputs;
-    and on a GPU whose memory suffices 4-bit weights are expanded to 16 bit, which each batch would do anew.
+    and where memory suffices 4-bit weights are expanded to the dtype of the arithmetic, once and not for each batch.
     """
     model.requires_grad_(False)
     speed_up_frozen_tower(model.get_base_model() if isinstance(model, PeftModel) else model)
     fuse_lora(model)
-    if model.device.type == "cuda" and expanded_bytes(model) <= spare_memory(model.device):
+    if expanded_bytes(model) <= spare_memory(model.device):
         expand_weights(model)
 
 
@@ -82,8 +83,12 @@ def expanded_bytes(model: nn.Module) -> int:
 
 
 def spare_memory(device: torch.device) -> float:
-    """Return how many bytes of a GPU are free beside the reserve."""
-    free, total = torch.cuda.mem_get_info(device)
+    """Return how many bytes of the device are free beside the reserve."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
     return free - RESERVE * total
 
 
