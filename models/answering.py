@@ -101,3 +101,4 @@ def expand_weights(model: nn.Module) -> None:
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.data.to(layer.compute_dtype), requires_grad=False)
         setattr(parent, name, plain.train(layer.training))
+    torch.cuda.empty_cache()  # of the 4-bit weights
