@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from common.cli import OneLineParser, positive_int, run
+from models.without_compiler import bitsandbytes  # noqa: F401
 
 from datasets import disable_progress_bars
 

@@ -143,16 +143,26 @@ def count_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict
     return {"image_grid_thw": torch.tensor([(1, image.height // patch, image.width // patch) for image in images])}
 
 
-def to_patches(images: list[Image.Image], sizing: BaseImageProcessor) -> dict[str, torch.Tensor]:
-    """Return `pixel_values` (P, D) and `image_grid_thw` (N, 3) of resized images, as the processor does."""
+def to_patches(
+    images: list[Image.Image], sizing: BaseImageProcessor, *, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Return `pixel_values` (P, D), computed on `device`, and `image_grid_thw` (N, 3) of resized images, as the
+    processor does.
+    """
     patch, merge = sizing.patch_size, sizing.merge_size
     grids = count_patches(images, sizing)["image_grid_thw"]
     counts = grids.prod(dim=1).tolist()
-    mean, std = (torch.tensor(x)[:, None] * (1 / sizing.rescale_factor) for x in (sizing.image_mean, sizing.image_std))
+    mean, std = (
+        (torch.tensor(x)[:, None] * (1 / sizing.rescale_factor)).to(device)
+        for x in (sizing.image_mean, sizing.image_std)
+    )
     # First access to so much new memory takes longer than the arithmetic. NumPy requests huge pages, which halves it.
-    values = torch.from_numpy(np.empty((sum(counts), 3, sizing.temporal_patch_size, patch * patch), np.float32))
+    shape = (sum(counts), 3, sizing.temporal_patch_size, patch * patch)
+    on_cpu = torch.device(device).type == "cpu"
+    values = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else torch.empty(shape, device=device)
     for image, rows, (_, height, width) in zip(images, values.split(counts), grids.tolist(), strict=True):
-        pixels = torch.from_numpy(np.array(image)).view(height // merge, merge, patch, width // merge, merge, patch, 3)
+        pixels = torch.from_numpy(np.array(image)).to(device)
+        pixels = pixels.view(height // merge, merge, patch, width // merge, merge, patch, 3)
         pixels = pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)  # by token, patch, colour
         rows.copy_(pixels.float().sub_(mean).div_(std).unsqueeze(2))  # the same pixels in all frames of a patch
     return {"pixel_values": values.flatten(1), "image_grid_thw": grids}

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from common.cli import OneLineParser, positive_int, run
+from models.without_compiler import bitsandbytes  # noqa: F401
 
 import torch
 from accelerate import PartialState

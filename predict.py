@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from common.cli import OneLineParser, positive_int, run
+from models.without_compiler import bitsandbytes  # noqa: F401
 
 from datasets import disable_progress_bars
 

@@ -2,14 +2,15 @@
 
     python -m benchmarks.gpu_answers --out answers.json     # one GPU with 40 GB or more, two minutes
     python -m benchmarks.gpu_answers --no-graphs            # the same without captured decoding
+    python -m benchmarks.gpu_answers --first-answer /tmp    # also benchmarks/first_answer.py, in that folder
     python -m benchmarks.gpu_answers --tiny                 # the same code on a CPU, in seconds
 
 Needs no weights: the model is that of benchmarks/gpu_7b.py, random in NF4, with a LoRA adapter on its language model.
 Each drawn photograph of 600 x 450 px is asked about three times, as `eval_sft.py --baseline` does: by the adapter, by
-the base, and by the adapter with another photograph. No answer ends before 32 tokens. Each time the likelihoods of
-seven labels are computed too, also for the shuffled photographs, where eval_sft.py leaves them out. First come two
-batches whose times do not count; captured graphs are kept from them. The seconds of the parts are measured in one more
-pass that waits for the GPU after each part.
+the base, and by the adapter with another photograph. No answer ends before 32 tokens. The likelihoods of seven labels
+are computed too, as eval_sft.py does by adapter and base; one more pass computes them for the other photographs too.
+First come two batches whose times do not count; captured graphs are kept from them. The seconds of the parts are
+measured in one more pass that waits for the GPU after each part.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import transformers
 from datasets import disable_progress_bars
 from peft import PeftModel, get_peft_model
 
+from benchmarks.first_answer import measure as measure_first_answer
 from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_model, draw_samples
 from evaluation.batching import AUTO, batch_size, load_ahead, make_batches, token_budget
 from evaluation.generation import (
@@ -44,6 +46,7 @@ from evaluation.generation import (
 from evaluation.image_features import ImageFeatures
 from evaluation.static_decoding import decoders_of
 from models.adapters import decode_greedily
+from models.answering import speed_up_answering
 from models.attention import use_varlen
 from models.lora import build_lora_config
 from training.lengths import measure_lengths
@@ -53,6 +56,7 @@ LABELS = [
     "This is a benign keratosis.", "It shows a dermatofibroma.", "This is a vascular lesion.",
 ]  # fmt: skip
 RUNS = {"adapter": (True, 0), "base": (False, 0), "shuffled": (True, 1)}  # adapter enabled, shift of the photographs
+SCORED = ("adapter", "base")  # runs whose labels' likelihoods eval_sft.py computes
 
 
 def build_adapted(processor, args: argparse.Namespace, device: torch.device) -> PeftModel:
@@ -89,14 +93,16 @@ def batches_of_runs(examples: list[dict], lengths: list[int], args: argparse.Nam
     ]
 
 
-def answer_all(model, processor, batches: list[tuple], max_new_tokens: int) -> tuple[float, int]:
-    """Answer and score all batches as eval_sft.py does; return the seconds and the number of answers."""
+def answer_all(
+    model, processor, batches: list[tuple], max_new_tokens: int, scored: tuple[str, ...] = SCORED
+) -> tuple[float, int]:
+    """Answer all batches as eval_sft.py does, and score in `scored` runs; return the seconds and number of answers."""
     features, answered = ImageFeatures(base_of(model)), 0
     start = time.perf_counter()
     loaded = load_ahead((examples for _, examples in batches), processor)
     for (name, _), examples in zip(batches, loaded, strict=True):
         with nullcontext() if RUNS[name][0] else model.disable_adapter():
-            answers = [LABELS] * len(examples)
+            answers = [LABELS if name in scored else []] * len(examples)
             texts, cut, _ = answer_and_score(model, processor, examples, max_new_tokens, answers, features=features)
         if not all(cut):
             raise RuntimeError("an answer has ended")
@@ -108,18 +114,25 @@ def answer_all(model, processor, batches: list[tuple], max_new_tokens: int) -> t
 def measure_parts(model, processor, batches: list[tuple], max_new_tokens: int) -> dict[str, float]:
     """Return the seconds of each part, the GPU's work included; parts do not overlap here."""
     features, seconds = ImageFeatures(base_of(model)), Counter()
+
+    def timed_features(*args):
+        with timed(seconds, "patches and tower"):
+            return features(*args)
+
     for name, examples in batches:
         with nullcontext() if RUNS[name][0] else model.disable_adapter():
             with timed(seconds, "image decoding"):
                 [examples] = load_ahead([examples], processor)
-            with timed(seconds, "tower and tokens"):
-                inputs = encode_prompts(model, processor, examples, features=features)
+            with timed(seconds, "encoding"):
+                inputs = encode_prompts(model, processor, examples, features=timed_features)
             with timed(seconds, "prefill"):
                 prefix = read_prompts(model, inputs)
-            with timed(seconds, "scoring"):
-                score_continuations(model, processor, prefix, [LABELS] * len(examples))
+            if name in SCORED:
+                with timed(seconds, "scoring"):
+                    score_continuations(model, processor, prefix, [LABELS] * len(examples))
             with timed(seconds, "decoding"):
                 decode(model, prefix, max_new_tokens)
+    seconds["tokens"] = seconds.pop("encoding") - seconds["patches and tower"]
     return dict(seconds)
 
 
@@ -144,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=batch_size, default=AUTO)
     parser.add_argument("--max-new-tokens", type=positive_int, default=32)
     parser.add_argument("--no-graphs", action="store_true", help="decode step by step")
+    parser.add_argument("--first-answer", type=Path, metavar="FOLDER", help="with 17 GB of space for a checkpoint")
     parser.add_argument("--tiny", action="store_true", help="few narrow layers, 12 small photographs, on a CPU too")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
@@ -151,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu" and not args.tiny:
         raise ValueError("no GPU here: --tiny runs the same code on a CPU")
     disable_progress_bars()
-    result = measure(args, device)
+    result = measure_first_answer(args.shapes, args.first_answer, tiny=args.tiny) if args.first_answer else {}
+    result |= measure(args, device)
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -162,6 +177,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     count, side = (12, (112, 84)) if args.tiny else (args.questions, (600, 450))
     examples = make_questions(count, side)
     model = build_adapted(processor, args, device)
+    speed_up_answering(model)
     decoders_of(model).failed = args.no_graphs
     lengths = measure_lengths(draw_samples(1, side), processor).total * count  # all photographs have one size
     batches = batches_of_runs(examples, lengths, args, token_budget(model.config))
@@ -171,6 +187,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     passes = [answer_all(model, processor, batches, args.max_new_tokens) for _ in range(1 if args.tiny else 2)]
     seconds, answered = statistics.median(seconds for seconds, _ in passes), passes[0][1]
     memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
+    all_scored, _ = answer_all(model, processor, batches, args.max_new_tokens, scored=tuple(RUNS))
     return {
         "date": str(date.today()),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
@@ -184,6 +201,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         "first_batches_seconds": round(warmup, 2),
         "seconds": [round(seconds, 2) for seconds, _ in passes],
         "answers_per_second": round(answered / seconds, 2),
+        "answers_per_second_all_scored": round(answered / all_scored, 2),
         "memory_gb": memory,
         "parts_seconds": {
             part: round(value, 2)

@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu_7b import DEFAULT_SHAPES, StepTimer, build_demo_processor, build_shapes, draw_samples
 from models.families import FAMILIES, published_config
-from training.build import build_model, build_trainer, decide_checkpointing
+from training.build import build_model, build_trainer, decide
 from training.config import parse_config
 from training.data import TrainingData, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed
@@ -119,7 +119,7 @@ def measure(result: Path, argv: list[str]) -> None:
     torch.manual_seed(settings.training.seed)
     model = build_model(settings)
     loading = {"loading_seconds": time.perf_counter() - start, "loading_gb": reserved()}
-    recompute = decide_checkpointing(model, processor, data, settings)
+    settings, recompute = decide(model, processor, data, settings)
     trainer = build_trainer(model, processor, data, settings, identity={}, recompute=recompute)
     timer = StepTimer(settings.training.device)
     trainer.add_callback(timer)
@@ -127,7 +127,7 @@ def measure(result: Path, argv: list[str]) -> None:
     seconds = statistics.median(b - a for a, b in pairwise(timer.ends[len(timer.ends) // 2 :]))
     rows = settings.training.gradient_accumulation_steps
     tokens = rows * sum(data.lengths["train"].total) / len(trainer.get_train_dataloader())
-    found = gather_object([{**loading, "peak_gb": reserved()}])
+    found = gather_object([{**loading, "peak_gb": max(loading["loading_gb"], reserved())}])
     worst = {key: max(each[key] for each in found) for key in found[0]}
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if settings.training.process_index == 0:

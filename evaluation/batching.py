@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from collator import load_pixels
 from data_prep.sizes import count_image_tokens, fit_options
+from evaluation.image_features import digest
 from evaluation.questions import Questions
 
 AUTO = "auto"
@@ -22,7 +23,7 @@ SIZES = (128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # few, as each has 
 MOST_ON_CPU = 32  # 96 take as long
 CPU_TOKENS = 8192  # of a batch
 SHARE = 0.25  # of the GPU's memory for what grows with a batch; weights and other processes have the rest
-CACHE_COPIES = 4  # at a time: the prompts', that of decoding, and while likelihoods are computed two of repeated rows
+CACHE_COPIES = 4  # at a time: the prompts', those of two decoders, and room for longer ones
 AHEAD = 2  # batches whose images are decoded while the model is busy
 DECODERS = 8  # threads
 
@@ -104,14 +105,15 @@ def prompt_lengths(questions: Questions, processor: ProcessorMixin) -> list[int]
 def load_ahead(
     batches: Iterable[list[dict]], processor: ProcessorMixin, threads: int = DECODERS
 ) -> Iterator[list[dict]]:
-    """Yield batches of examples with their images decoded and resized, while threads do so for the next ones.
+    """Yield batches of examples with their images decoded, resized and digested, while threads do the next ones.
 
     Raises:
         ValueError: see `load_pixels`; where the example would be.
     """
 
     def load(example: dict) -> dict:
-        return {**example, "images": load_pixels(example, processor), "fitted": True}
+        images = load_pixels(example, processor)
+        return {**example, "images": images, "fitted": True, "digests": [digest(image) for image in images]}
 
     with ThreadPoolExecutor(threads) as pool:
         started = ([pool.submit(load, example) for example in batch] for batch in batches)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from evaluation.abstention import abstention_level
 from evaluation.metrics import (
@@ -90,8 +89,8 @@ def _ranking_metrics(scores: LabelScores, probabilities: np.ndarray, weights: np
             continue  # undefined without positives and negatives
         resampled.append(auroc(probability, positive, weights))
         per_label[label] = {
-            "auroc": rounded(roc_auc_score(positive, probability)),
-            "average_precision": rounded(average_precision_score(positive, probability)),
+            "auroc": rounded(auroc(probability, positive, np.ones((1, len(positive))))[0]),
+            "average_precision": rounded(average_precision(probability, positive)),
         }
     if not per_label:
         return {"macro_auroc": interval(np.nan, np.array([]), 0), "per_label": {}}
@@ -137,6 +136,13 @@ def auroc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.nd
     true_rate, false_rate = _roc_points(score, positive, weights)
     zero = np.zeros((len(weights), 1))
     return np.trapezoid(np.hstack([zero, true_rate]), np.hstack([zero, false_rate]), axis=1)
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray) -> float:
+    """Return the mean precision at each score where recall rises, weighted by how much; the arguments of `auroc`."""
+    recall, false_rate = (rates[0] for rates in _roc_points(score, positive, np.ones((1, len(score)))))
+    hits, misses = recall * positive.sum(), false_rate * (~positive).sum()
+    return float(np.sum(np.diff(recall, prepend=0) * hits / (hits + misses)))
 
 
 def _sensitivity(scores: LabelScores, validation: LabelScores | None, label: str, weights: np.ndarray) -> dict:

@@ -22,6 +22,7 @@ from evaluation.generation import answer_and_score, base_of, generate, out_of_me
 from evaluation.image_features import ImageFeatures, is_adapted
 from evaluation.vllm_server import start_server
 from models.adapters import load_adapters, loading_settings
+from models.answering import speed_up_answering
 from models.families import families_of
 from models.loading import load_processor, readable_out_of_memory
 from models.serving import describe_serving, served_name, served_names
@@ -264,6 +265,7 @@ def open_engine(adapters: list[str], base: str | None, args: argparse.Namespace,
     """
     if args.engine == "transformers":
         model, names = load_adapters(adapters, base=base, quantization=args.quantization, dtype=args.dtype)
+        speed_up_answering(model)
         yield TransformersEngine(model, names, load_processors(names, base, args), args.batch_size)
         return
     names = dict(zip(served_names(adapters), adapters, strict=True))

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, ProcessorMixin, TextStreamer
 
 from collator import collate_prompts, load_pixels, opens_thought
-from evaluation.image_features import ImageFeatures
+from evaluation.answer_trees import AnswerTree, stack_trees
+from evaluation.image_features import ImageFeatures, digests_of
 from evaluation.static_decoding import decode_static, open_decoder
 from models.families import family_of
+
+TREE_TOKENS = 64  # of the answers to each prompt, that are read in one forward pass
+LEAST_TOKENS = 2048  # of a batch's answers, which small batches fill
+LOGIT_ROWS = 512  # whose probabilities are computed at a time
 
 
 @dataclass
@@ -60,7 +66,8 @@ def encode_prompts(
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if features is not None and (images := [image for example in examples for image in example["images"]]):
-        inputs["mm_encoder_outputs"] = {"image": features(images, processor.image_processor)}
+        keys = [key for example in examples for key in digests_of(example)]
+        inputs["mm_encoder_outputs"] = {"image": features(images, keys, processor.image_processor)}
     return inputs
 
 
@@ -97,16 +104,15 @@ def score_answers(
 ) -> torch.Tensor:
     """Return the log-likelihood of each of K given answers to each of B examples, shape (B, K), float32.
 
-    The prompt is encoded once; the answers, each with the family's end token, continue from its cache. A model that
-    thinks is asked for them behind an empty thought.
+    The prompt is encoded once; the answers, each with the family's end token, continue from its cache, as one tree in
+    which no branch sees another. A model that thinks is asked for them behind an empty thought.
 
     Args:
         model: base model, with or without an adapter.
         processor: the model's processor.
         examples: samples whose messages end with the user's turn.
         answers: K answers for each example.
-        rows: largest number of answers in one forward pass, which bounds the memory for copies of the cache; 64, or
-            two for each example, when None.
+        rows: largest number of answers in one forward pass; see `most_answers` when None.
         features: keeps the outputs of the vision tower for other batches.
     """
     inputs = encode_prompts(model, processor, examples, skip_thought=True, features=features)
@@ -161,9 +167,13 @@ def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def prompt_positions(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T)."""
+    """Return the M-RoPE positions (time, height, width) of a padded batch, shape (3, B, T).
+
+    They are computed on the CPU, as they are many small steps for each row.
+    """
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    return base_of(model).model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+    given = {name: inputs[name].cpu() for name in names if name in inputs}
+    return base_of(model).model.get_rope_index(**given)[0].to(inputs["input_ids"].device)
 
 
 def end_tokens(model) -> torch.Tensor:
@@ -235,24 +245,66 @@ def score_continuations(
     model, processor: ProcessorMixin, prefix: Prefix, answers: list[list[str]], *, rows: int | None = None
 ) -> torch.Tensor:
     """Return the log-likelihoods of K answers to each of B prompts, see `score_answers`; the prefix stays as it is."""
-    width = max(1, (rows or max(64, 2 * len(answers))) // len(answers))
-    chunks = [[row[start : start + width] for row in answers] for start in range(0, len(answers[0]), width)]
-    return torch.cat([_score_chunk(model, processor.tokenizer, prefix, chunk) for chunk in chunks], dim=1)
+    end_token = family_of(model).end_token
+    ids = [
+        [tuple(row) for row in processor.tokenizer([text + end_token for text in texts])["input_ids"]]
+        for texts in answers
+    ]
+    score = _score_in_copies if family_of(model).linear_attention else _score_in_tree
+    width = max(1, (rows or most_answers(ids, in_copies=score is _score_in_copies)) // len(answers))
+    chunks = [[row[start : start + width] for row in ids] for start in range(0, len(ids[0]), width)]
+    return torch.cat([score(model, prefix, chunk) for chunk in chunks], dim=1)
 
 
-def _score_chunk(model, tokenizer, prefix: Prefix, answers: list[list[str]]) -> torch.Tensor:
-    """Return the log-likelihoods of K answers to each of B prompts, shape (B, K)."""
-    count, size = len(answers[0]), len(answers)
-    texts = [text + family_of(model).end_token for row in answers for text in row]
-    encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(prefix.mask.device)
-    repeated = prefix.select(torch.arange(size, device=prefix.mask.device).repeat_interleave(count))
-    steps = repeated.positions[:, None] + torch.arange(encoded["input_ids"].size(1), device=prefix.mask.device)
+def most_answers(answers: list[list[tuple[int, ...]]], *, in_copies: bool) -> int:
+    """Return how many of the answers of B prompts are read in one forward pass."""
+    if in_copies:
+        return max(64, 2 * len(answers))
+    longest = max(len(ids) for row in answers for ids in row)
+    return max(TREE_TOKENS * len(answers), LEAST_TOKENS) // longest
+
+
+def _score_in_tree(model, prefix: Prefix, answers: list[list[tuple[int, ...]]]) -> torch.Tensor:
+    """Return the log-likelihoods of K answers to each of B prompts, shape (B, K), without copies of the cache."""
+    tree, size, device = stack_trees(list(map(tuple, answers))), len(answers), prefix.mask.device
+    tree = AnswerTree(**{name: tensor.to(device) for name, tensor in vars(tree).items()})
+    count = tree.tokens.size(1)
+    logits = prefix.logits[:, None]
+    if count:
+        before = prefix.mask.bool()[:, None].expand(-1, count, -1)
+        output = model(
+            input_ids=tree.tokens,
+            attention_mask=torch.cat([before, tree.visible], dim=2)[:, None],
+            position_ids=(prefix.positions[:, None] + tree.depths).expand(3, -1, -1),
+            cache=prefix.cache,
+        )
+        prefix.cache.crop(-count)
+        logits = torch.cat([logits, output.logits], dim=1)
+    rows = max(1, LOGIT_ROWS // (count + 1))  # in float32 they are large
+    parts = [slice(start, start + rows) for start in range(0, size, rows)]
+    token_logs = [read_logs(logits[part], tree.sources[part], tree.targets[part]) for part in parts]
+    return (torch.cat(token_logs) * tree.is_token).sum(2)
+
+
+def read_logs(logits: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities, float32, of tokens `targets` at places `sources`, both (B, K, L), in (B, N, V)."""
+    logs = logits.float().log_softmax(-1)
+    return logs[torch.arange(len(logs), device=logs.device)[:, None, None], sources, targets]
+
+
+def _score_in_copies(model, prefix: Prefix, answers: list[list[tuple[int, ...]]]) -> torch.Tensor:
+    """Return what `_score_in_tree` does: each answer in a row of its own, as linear attention knows no tree."""
+    device, count, size = prefix.mask.device, len(answers[0]), len(answers)
+    ids = [torch.tensor(row, device=device) for rows in answers for row in rows]
+    tokens, is_token = (pad_sequence(rows, batch_first=True) for rows in (ids, [torch.ones_like(row) for row in ids]))
+    repeated = prefix.select(torch.arange(size, device=device).repeat_interleave(count))
+    steps = repeated.positions[:, None] + torch.arange(tokens.size(1), device=device)
     output = model(
-        input_ids=encoded["input_ids"],
-        attention_mask=torch.cat([repeated.mask, encoded["attention_mask"]], dim=1),
+        input_ids=tokens,
+        attention_mask=torch.cat([repeated.mask, is_token], dim=1),
         position_ids=steps.expand(3, -1, -1),
         cache=repeated.cache,
     )
-    logs = torch.cat([repeated.logits[:, None], output.logits[:, :-1]], dim=1).float().log_softmax(-1)
-    token_logs = logs.gather(2, encoded["input_ids"][:, :, None])[:, :, 0]
-    return (token_logs * encoded["attention_mask"]).sum(1).view(size, count)
+    logits = torch.cat([repeated.logits[:, None], output.logits[:, :-1]], dim=1)
+    places = torch.arange(tokens.size(1), device=device).expand(len(tokens), 1, -1)
+    return (read_logs(logits, places, tokens[:, None])[:, 0] * is_token).sum(1).view(size, count)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.stats import norm, t
-from sklearn.metrics import precision_recall_fscore_support
+from scipy.special import ndtr, stdtrit
 
 from data_prep.labels import NONE, SEVERAL
 from evaluation.clusters import cluster_samples
@@ -102,7 +101,7 @@ def interval(value: float, resampled: np.ndarray, clusters: int, *, spread: floa
     if clusters < MIN_CLUSTERS or len(valid) == 0:
         return {"value": rounded(value), "low": None, "high": None}
     spread = spread or clusters
-    tail = norm.cdf(-np.sqrt(spread / (spread - 1)) * t.ppf((1 + CONFIDENCE) / 2, spread - 1))
+    tail = ndtr(-np.sqrt(spread / (spread - 1)) * stdtrit(spread - 1, (1 + CONFIDENCE) / 2))
     low, high = np.quantile(valid, [tail, 1 - tail])
     ends = (None, None) if low == high else (rounded(low), rounded(high))
     return {"value": rounded(value), "low": ends[0], "high": ends[1]}
@@ -170,17 +169,18 @@ def spread_of(name: str, diagnoses: Diagnoses) -> float | None:
 def diagnosis_metrics(diagnoses: Diagnoses) -> dict:
     """Return `DIAGNOSIS_METRICS` with intervals, the metrics of each label, and the confusion matrix."""
     labels, columns = diagnoses.labels, [*diagnoses.labels, NONE, SEVERAL]
-    counts = confusion_counts(diagnoses)[0].astype(int).tolist()
-    table = precision_recall_fscore_support(
-        diagnoses.true, diagnoses.answered, labels=list(range(len(labels))), zero_division=0
-    )
+    counts = confusion_counts(diagnoses)[0].astype(int)
+    hits, support, answered = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)[: len(labels)]
+    shares = {"precision": (hits, answered), "recall": (hits, support), "f1": (2 * hits, support + answered)}
     per_label = {
         label: {
-            **{"precision": rounded(precision), "recall": rounded(recall), "f1": rounded(f1), "support": int(support)},
-            "clusters": count_clusters(diagnoses.clusters[diagnoses.true == number]),
+            **{name: rounded(above[n] / max(1, below[n])) for name, (above, below) in shares.items()},
+            "support": int(support[n]),
+            "clusters": count_clusters(diagnoses.clusters[diagnoses.true == n]),
         }
-        for number, (label, precision, recall, f1, support) in enumerate(zip(labels, *table, strict=True))
+        for n, label in enumerate(labels)
     }
+    counts = counts.tolist()
     wrong = [(-count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if count and i != j]
     return {
         "samples": len(diagnoses.true),

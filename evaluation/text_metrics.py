@@ -4,17 +4,9 @@ import unicodedata
 
 import numpy as np
 import sacrebleu
-from rouge_score import rouge_scorer
 
 from common.unicode_text import space_characters, split_words
 from evaluation.metrics import rounded
-
-
-class _Words:
-    """Tokenizer of ROUGE: its own keeps only a to z and 0 to 9, of which both give the same words."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return split_words(text)
 
 
 def text_metrics(references: list[str], predictions: list[str]) -> dict:
@@ -27,13 +19,12 @@ def text_metrics(references: list[str], predictions: list[str]) -> dict:
     )
     exact = [reference == prediction for reference, prediction in zip(references, predictions, strict=True)]
     references, predictions = (list(map(space_characters, texts)) for texts in (references, predictions))
-    scorer = rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = list(zip(references, predictions, strict=True))
     words = [sum(len(text.split()) for text in texts) for texts in (predictions, references)]
     return {
         "bleu": rounded(_bleu(references, predictions)),
         "chrf": rounded(sacrebleu.corpus_chrf(predictions, [references]).score),
-        "rouge_l": rounded(np.mean([scorer.score(*pair)["rougeL"].fmeasure for pair in pairs])),
+        "rouge_l": rounded(np.mean([rouge_l(*pair) for pair in pairs])),
         "exact_match": rounded(np.mean(exact)),
         "length_ratio": rounded(words[0] / max(1, words[1])),
     }
@@ -49,3 +40,14 @@ def _bleu(references: list[str], predictions: list[str]) -> float:
         longest = max(len(bleu.tokenizer(text).split()) for text in references)
         bleu = sacrebleu.BLEU(max_ngram_order=min(bleu.max_ngram_order, max(1, longest)))
     return bleu.corpus_score(predictions, [references]).score
+
+
+def rouge_l(reference: str, prediction: str) -> float:
+    """Return ROUGE-L, F1 of the longest common subsequence of words, which are those of any script."""
+    expected, found = split_words(reference), split_words(prediction)
+    lengths = [0] * (len(found) + 1)  # of the longest one up to each word found
+    for word in expected:
+        before = 0
+        for n, other in enumerate(found, 1):
+            before, lengths[n] = lengths[n], before + 1 if word == other else max(lengths[n], lengths[n - 1])
+    return 2 * lengths[-1] / (len(expected) + len(found)) if lengths[-1] else 0.0

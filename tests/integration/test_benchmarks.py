@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_7b, gpu_answers, gpu_fsdp, gpu_peers, train_step
+from benchmarks import first_answer, gpu_7b, gpu_answers, gpu_fsdp, gpu_peers, train_step
 
 
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
@@ -38,7 +38,7 @@ def test_the_benchmark_of_answers_counts_all_runs_and_times_their_parts(tmp_path
     result = json.loads(out.read_text())
     assert (result["answers"], result["batch"], result["graphs"]) == (36, 8, 0)
     parts = result["parts_seconds"]
-    assert set(parts) == {"image decoding", "tower and tokens", "prefill", "scoring", "decoding"}
+    assert set(parts) == {"image decoding", "patches and tower", "tokens", "prefill", "scoring", "decoding"}
     assert result["answers_per_second"] == pytest.approx(36 / result["seconds"][0], rel=0.05)
 
 
@@ -48,6 +48,14 @@ def test_the_benchmark_of_several_gpus_finds_the_same_losses_in_all_parts(tmp_pa
     one, ddp, sharded = json.loads((tmp_path / "results.json").read_text())
     assert one["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
     assert one["losses"] == pytest.approx(sharded["losses"], abs=1e-4)
+
+
+def test_the_first_answer_is_timed_from_the_start_of_the_command(tmp_path):
+    result = first_answer.measure("Qwen2.5-VL-7B", tmp_path, tiny=True)
+    stages = result["first_answer_stages"]
+    assert set(stages) == {"imports", "base and adapter", "processor", "answer"} and stages["imports"] > 0
+    assert len(result["first_answer_seconds"]) == 2 and min(result["first_answer_seconds"]) > 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_gpu_benchmark_names_unknown_shapes():

@@ -47,12 +47,13 @@ def test_the_least_recently_used_images_leave(answering, examples):
     model, processor = answering
     images = [load_pixels(example, processor)[0] for example in examples]
     one = ImageFeatures(model)
-    one(images[:1], processor.image_processor)
-    size = byte_size(one.kept[digest(images[0])])
+    keys = [digest(image) for image in images]
+    one(images[:1], keys[:1], processor.image_processor)
+    size = byte_size(one.kept[keys[0]])
     features = ImageFeatures(model, limit=2 * size)
     for n in (0, 1, 0, 2):
-        features([images[n]], processor.image_processor)
-    assert list(features.kept) == [digest(images[0]), digest(images[2])]
+        features([images[n]], [keys[n]], processor.image_processor)
+    assert list(features.kept) == [keys[0], keys[2]]
     assert (features.runs, features.size) == (3, 2 * size)
 
 

@@ -1,5 +1,7 @@
 """Metrics equal those of scikit-learn, scipy or a calculation by hand; 95 % intervals cover the truth."""
 
+import random
+
 import numpy as np
 import pytest
 import sacrebleu
@@ -23,7 +25,7 @@ from evaluation.metrics import (
     subgroup_metrics,
     unseen_share,
 )
-from evaluation.text_metrics import text_metrics
+from evaluation.text_metrics import rouge_l, text_metrics
 
 LABELS = ["acne", "eczema", "nevus"]
 
@@ -296,4 +298,9 @@ def test_english_texts_have_the_values_of_the_libraries():
     scorer = rouge_scorer.RougeScorer(["rougeL"])
     rouge = [scorer.score(*pair)["rougeL"].fmeasure for pair in zip(references, predictions, strict=True)]
     assert found["rouge_l"] == pytest.approx(np.mean(rouge), abs=1e-6)
+    words = ["a", "b", "c"]
+    rng = random.Random(0)
+    for _ in range(200):
+        pair = [" ".join(rng.choices(words, k=rng.randrange(6))) for _ in range(2)]
+        assert rouge_l(*pair) == pytest.approx(scorer.score(*pair)["rougeL"].fmeasure, abs=1e-12)
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score, abs=1e-6)
