@@ -1,15 +1,14 @@
 """The results of an evaluation: `metrics.json`, plots, a page with examples, and the lines on the screen."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from common.files import EVALUATION_PLOTS
-from common.html import TEMPLATES, encode_figure, encode_image, shorten
-from common.plots import BLUE, GREEN, GREY, ORANGE
+from common.html import encode_figure, encode_image, render_page, shorten
+from common.plots import BLUE, DPI, GREEN, GREY, GRID, ORANGE, legend_below
 from data_prep.images import load_image
 from data_prep.labels import read_label, strip_thinking
 from evaluation.calibration import MIN_CALIBRATION
@@ -18,8 +17,18 @@ from evaluation.metrics import MAIN_METRICS
 from publishing import metric_notes
 from publishing.model_card import METRIC_TITLES, RUN_TITLES
 
-MAX_EXAMPLES = 8  # of each kind
+MAX_EXAMPLES = 8  # of each kind, but
+MAX_WRONG = 48  # of the wrong answers, which the page can filter
+IMAGE_SIDE = 480  # of an example, px
+DARK_SHARE = 0.82  # of a row in the confusion matrix, from which on its blue wants white digits
+UNKNOWN = "unknown"  # label or skin type
 MAX_LABELS = 30  # in the confusion matrix: the most frequent
+CHART_NOTES = {
+    "confusion": "Rows are the known labels, columns what was answered; right answers stand on the diagonal.",
+    "subgroups": "Points are accuracies, bars their 95 % intervals; where bars overlap, groups may differ by chance.",
+    "reliability": "On the grey line, answers are right as often as confidence says; under it they are too sure.",
+    "abstention": "Accuracy if only so many of the most confident answers are kept; it should rise to the left.",
+}
 
 
 def write_report(
@@ -40,13 +49,13 @@ def write_report(
         (folder / Path(plot).name).unlink(missing_ok=True)  # an earlier evaluation may have had more of them
     charts = {}
     for name, figure in draw_charts(summary).items():
-        charts[name] = encode_figure(figure, name)  # with fonts that have the labels' characters
+        # with fonts that have the labels' characters
+        charts[name] = encode_figure(figure, figure.axes[0].get_title(loc="left"), CHART_NOTES[name])
         figure.savefig(folder / f"{name}.png")
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters |= {
-        "number": format_number, "percent": format_percent, "range": format_range, "title": METRIC_TITLES.get,
-    }  # fmt: skip
-    page = environment.get_template("evaluation.html").render(
+    examples = choose_examples(runs, label_map, samples)
+    page = render_page(
+        "evaluation.html",
+        filters=FILTERS,
         summary=summary,
         run_titles=titles_of(summary),
         main_metrics=MAIN_METRICS,
@@ -54,7 +63,9 @@ def write_report(
         notes=metric_notes,
         calibration_needs=MIN_CALIBRATION,
         charts=charts,
-        examples=choose_examples(runs, label_map, samples),
+        examples=examples,
+        filters_of_examples=example_filters(examples),
+        unknown=UNKNOWN,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -119,18 +130,22 @@ def make_cards(summary: dict) -> list[dict]:
     )
     if "diagnosis" not in run:
         texts = run["text"].items()
-        return [{"name": METRIC_TITLES[key], "value": f"{value:.2f}", "size": size} for key, value in texts]
-    metrics = {METRIC_TITLES[key]: run["diagnosis"][key] for key in MAIN_METRICS}
+        return [make_card(key, f"{value:.2f}", size) for key, value in texts]
+    metrics = {key: run["diagnosis"][key] for key in MAIN_METRICS}
     probabilities = run.get("probabilities", {})
     if "macro_auroc" in probabilities:
-        metrics["macro-AUROC"] = probabilities["macro_auroc"]
+        metrics["macro_auroc"] = probabilities["macro_auroc"]
     if "calibration" in probabilities:
         error = probabilities["calibration"]["expected_calibration_error"]
-        metrics["calibration error"] = {"value": error, "low": None, "high": None}
+        metrics["calibration"] = {"value": error, "low": None, "high": None}
     return [
-        {"name": name, "value": format_number(metric["value"]), "range": format_range(metric), "size": size}
-        for name, metric in metrics.items()
+        make_card(key, format_number(metric["value"]), size, format_range(metric)) for key, metric in metrics.items()
     ]
+
+
+def make_card(key: str, value: str, size: str, interval: str = "") -> dict:
+    card = {"name": METRIC_TITLES[key], "value": value, "range": interval, "size": size}
+    return {**card, "note": metric_notes.MEANINGS.get(key, "")}
 
 
 def draw_charts(summary: dict) -> dict[str, Figure]:
@@ -147,8 +162,23 @@ def draw_charts(summary: dict) -> dict[str, Figure]:
     return charts
 
 
+def explain(keys: Iterable[str]) -> str:
+    """Return the meanings of some metrics, as a sentence."""
+    meanings = "; ".join(f"{METRIC_TITLES[key]}: {metric_notes.MEANINGS[key]}" for key in keys)
+    return f"{meanings[:1].upper()}{meanings[1:]}."
+
+
+FILTERS = {
+    "explain": explain,
+    "number": format_number,
+    "percent": format_percent,
+    "range": format_range,
+    "title": METRIC_TITLES.get,
+}
+
+
 def make_axes(width: float, height: float, title: str):
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -168,7 +198,7 @@ def draw_confusion(matrix: dict) -> Figure:
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if count := counts[row][column]:
-                colour = "white" if shares[y][x] > 0.6 else "black"
+                colour = "white" if shares[y][x] > DARK_SHARE else "black"
                 axes.text(x, y, count, ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(columns)), [shorten(matrix["columns"][n], 22) for n in columns], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [shorten(matrix["rows"][n], 22) for n in rows])
@@ -212,7 +242,7 @@ def draw_reliability(probabilities: dict) -> Figure:
             axes.plot(*points, color=colour, linewidth=1, alpha=0.6)
             axes.scatter(*points, s=sizes, color=colour, label=name, clip_on=False)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
+    legend_below(figure)
     return figure
 
 
@@ -221,7 +251,7 @@ def draw_abstention(rows: list[dict]) -> Figure:
     points = [100 * row["coverage"] for row in rows], [row["accuracy"] for row in rows]
     axes.plot(*points, "o-", color=GREEN, clip_on=False)
     axes.set(xlabel="coverage: share of answers, most confident first, %", ylabel="accuracy", ylim=(0, 1.02))
-    axes.grid(color="#EEEEEE")
+    axes.grid(color=GRID)
     return figure
 
 
@@ -256,19 +286,38 @@ def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Seque
             "count": len(chosen),
             "rows": [
                 _make_example(row, correct(row), base_answers.get(row["index"]), samples[row["index"]]["images"])
-                for row in chosen[:: max(1, -(-len(chosen) // MAX_EXAMPLES))]  # evenly spaced, to cover all labels
+                for row in spaced(chosen, MAX_WRONG if title == "Wrong" else MAX_EXAMPLES)
             ],
         }
         for title, chosen in kinds.items()
     ]
 
 
+def spaced(rows: list, count: int) -> list:
+    """Return at most `count` of the rows, evenly spaced, to cover all labels."""
+    return rows[:: max(1, -(-len(rows) // count))]
+
+
+def example_filters(examples: list[dict]) -> list[dict]:
+    """Return what the page's examples can be filtered by: labels and skin types, where there are several."""
+    found = []
+    for name, title in {"label": "label", "skin": "skin type"}.items():
+        options = sorted(
+            {row[name] for kind in examples for row in kind["rows"]}, key=lambda value: (value == UNKNOWN, value)
+        )
+        if len(options) > 1:
+            found.append({"name": name, "title": title, "options": options})
+    return found
+
+
 def _make_example(row: dict, correct: bool | None, base_answer: str | None, images: list) -> dict:
     scores = row.get("scores", {})
     return {
         **{key: row[key] for key in ("question", "reference", "prediction", "id")},
+        "label": row["label"] or UNKNOWN,
+        "skin": row.get("skin_type") or UNKNOWN,
         "correct": correct,
         "base": base_answer,
-        "images": [encode_image(load_image(image), 300) for image in images],
+        "images": [encode_image(load_image(image), IMAGE_SIDE) for image in images],
         "likeliest": max(scores, key=scores.get) if scores else None,
     }
