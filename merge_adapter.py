@@ -11,7 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, run
+from common.cli import OneLineParser, announce_loading, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 import torch
 from accelerate import PartialState

@@ -8,7 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, run
+from common.cli import OneLineParser, announce_loading, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 from common.hub_client import open_repository
 from models.adapters import check_fits_base

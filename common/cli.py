@@ -9,10 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 # TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also ask for Gradio's newest version
+if not (sys.stderr and sys.stderr.isatty()):
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and those of transformers: in a file each is a wall
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -29,6 +32,18 @@ def _show_uncaught(kind: type[BaseException], error: BaseException, traceback) -
 
 
 sys.excepthook = _show_uncaught  # the process then ends by the signal, which shells show as 130
+
+
+def announce(step: str, duration: str) -> None:
+    """Print what takes some seconds from now on, and how long; the first process alone does, to stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{step} ({duration})", file=sys.stderr, flush=True)
+
+
+def announce_loading() -> None:
+    """Announce the loading of libraries, before they are imported; not for `--help`."""
+    if not {"-h", "--help", "--help-all"} & set(sys.argv):
+        announce(f"{Path(sys.argv[0]).name}: loading libraries", "about 10 s, the first time up to a minute")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -77,8 +92,10 @@ def run(main: Callable[[], int | None]) -> int:
     # Versions are pinned: users of a command need no warnings about future versions.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console's code page must not end a run whose work is done
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a console's code page must not end a run whose work is done; a log is read while it grows
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         code = main() or 0
         _flush_stdout()

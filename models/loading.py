@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.cli import announce
+
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
@@ -174,6 +176,8 @@ def load_model(
             precision than requested, or than its config.json says.
     """
     config = load_config(model_name_or_path, revision=revision)
+    download = "" if Path(model_name_or_path).is_dir() else ", longer if it is downloaded"
+    announce(f"loading {model_name_or_path}", f"seconds to minutes by its size{download}")
     quantization = resolve_quantization(model_name_or_path, config, quantization)
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import announce
+
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -204,6 +206,7 @@ def plan_memory(
 
     A base that comes in 4 bit has no plans without quantisation.
     """
+    announce("tracing the model's memory", "5 to 30 s")
     dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant
     counts = count_trainable(add_lora(build_without_weights(config, dtype), lora))
     print(f"trainable  {sum(counts.values()):,} parameters: {', '.join(f'{k} {n:,}' for k, n in counts.items() if n)}")

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, ProgressCallback
 
 from collator import VisionSFTCollator
 from common.console import print_rank0
@@ -229,7 +229,6 @@ def build_trainer(
     if recompute == "selective":
         keep_what_fits(model, processor, data, settings)
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)  # prints dictionaries
-        trainer.add_callback(ProgressLine)
+    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # print dictionaries
+    trainer.add_callback(ProgressLine)
     return trainer
