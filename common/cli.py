@@ -92,10 +92,8 @@ def run(main: Callable[[], int | None]) -> int:
     # Versions are pinned: users of a command need no warnings about future versions.
     warnings.filterwarnings("ignore", category=FutureWarning)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a console's code page must not end a run whose work is done; a log is read while it grows
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):  # a console's code page must not end a run whose work is done
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         _flush_stdout()

@@ -40,6 +40,7 @@ class Progress:
         """Print a line with the time that is left, above the bar if there is one; to stdout when `file` is None."""
         self.due = monotonic() + LINE_SECONDS
         tqdm.write(f"{line}{self.time_left()}", file=file)
+        (file or sys.stdout).flush()  # a log file is read while it grows
 
     def time_left(self) -> str:
         """Return "   01:30 left" at the pace so far, "" when nothing is known or left."""
