@@ -26,7 +26,7 @@ class Progress:
         self.what, self.total, self.unit, self.done, self.first = what, total, unit, done, done
         self.start = monotonic()
         self.due = self.start + FIRST_SECONDS if shown else inf
-        bar = {"desc": what, "unit": f" {unit}", "initial": done, "dynamic_ncols": True}
+        bar = {"desc": what, "unit": f" {unit}", "initial": done, "dynamic_ncols": True, "leave": None}
         self.bar = tqdm(total=total, **bar) if shown and is_terminal(sys.stderr) else None
 
     def advance(self, count: int = 1) -> None:

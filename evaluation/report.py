@@ -7,21 +7,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.files import EVALUATION_PLOTS
-from common.html import encode_figure, encode_image, render_page, shorten
+from common.html import encode_figure, render_page, shorten
 from common.plots import BLUE, DPI, GREEN, GREY, GRID, ORANGE, legend_below
-from data_prep.images import load_image
-from data_prep.labels import read_label, strip_thinking
 from evaluation.calibration import MIN_CALIBRATION
-from evaluation.label_matching import asks_for_label
 from evaluation.metrics import MAIN_METRICS
+from evaluation.page_examples import UNKNOWN, choose_examples, example_filters
 from publishing import metric_notes
 from publishing.model_card import METRIC_TITLES, RUN_TITLES
 
-MAX_EXAMPLES = 8  # of each kind, but
-MAX_WRONG = 48  # of the wrong answers, which the page can filter
-IMAGE_SIDE = 480  # of an example, px
 DARK_SHARE = 0.82  # of a row in the confusion matrix, from which on its blue wants white digits
-UNKNOWN = "unknown"  # label or skin type
 MAX_LABELS = 30  # in the confusion matrix: the most frequent
 CHART_NOTES = {
     "confusion": "Rows are the known labels, columns what was answered; right answers stand on the diagonal.",
@@ -220,7 +214,7 @@ def draw_subgroups(summary: dict, overall: float) -> Figure:
         if accuracy is not None:
             value = accuracy["value"]
             ends = [value if accuracy[end] is None else accuracy[end] for end in ("low", "high")]
-            axes.plot(ends, [y, y], color=BLUE, linewidth=2, alpha=0.45)
+            axes.plot(ends, [y, y], color=BLUE, linewidth=2, alpha=0.7)
             axes.plot(value, y, "o", color=BLUE)
     axes.axvline(overall, color=GREY, linewidth=1)
     axes.set_yticks(range(len(lines)), [shorten(name, 34) for name, _ in lines])
@@ -239,7 +233,7 @@ def draw_reliability(probabilities: dict) -> Figure:
             bins = probabilities[key]["bins"]
             sizes = [18 + 160 * row["samples"] / sum(row["samples"] for row in bins) for row in bins]
             points = [[row[axis] for row in bins] for axis in ("confidence", "accuracy")]
-            axes.plot(*points, color=colour, linewidth=1, alpha=0.6)
+            axes.plot(*points, color=colour, linewidth=1, alpha=0.7)
             axes.scatter(*points, s=sizes, color=colour, label=name, clip_on=False)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
     legend_below(figure)
@@ -253,71 +247,3 @@ def draw_abstention(rows: list[dict]) -> Figure:
     axes.set(xlabel="coverage: share of answers, most confident first, %", ylabel="accuracy", ylim=(0, 1.02))
     axes.grid(color=GRID)
     return figure
-
-
-def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Sequence[dict]) -> list[dict]:
-    """Return examples for the page: wrong answers, differences to the base model, and correct answers.
-
-    An answer whose reference names no label cannot be judged: its words are the reference's, or others.
-    """
-    rows, base = runs["adapter"], runs.get("base")
-
-    def correct(row: dict) -> bool | None:
-        if asks_for_label(row, label_map):
-            return read_label(row["prediction"], label_map) == row["label"]
-        answer, reference = (strip_thinking(row[side]).strip() for side in ("prediction", "reference"))
-        return answer == reference or None
-
-    kinds = {
-        "Wrong": [row for row in rows if correct(row) is False],
-        "In other words than the reference": [row for row in rows if correct(row) is None],
-    }
-    if base is not None:
-        pairs = list(zip(rows, base, strict=True))
-        kinds["Wrong, base model correct"] = [row for row, other in pairs if correct(row) is False and correct(other)]
-        kinds["Correct, base model wrong"] = [row for row, other in pairs if correct(row) and correct(other) is False]
-        kinds["Correct"] = [row for row, other in pairs if correct(row) and correct(other) is not False]
-    else:
-        kinds["Correct"] = [row for row in rows if correct(row)]
-    base_answers = {row["index"]: row["prediction"] for row in base or []}
-    return [
-        {
-            "title": title,
-            "count": len(chosen),
-            "rows": [
-                _make_example(row, correct(row), base_answers.get(row["index"]), samples[row["index"]]["images"])
-                for row in spaced(chosen, MAX_WRONG if title == "Wrong" else MAX_EXAMPLES)
-            ],
-        }
-        for title, chosen in kinds.items()
-    ]
-
-
-def spaced(rows: list, count: int) -> list:
-    """Return at most `count` of the rows, evenly spaced, to cover all labels."""
-    return rows[:: max(1, -(-len(rows) // count))]
-
-
-def example_filters(examples: list[dict]) -> list[dict]:
-    """Return what the page's examples can be filtered by: labels and skin types, where there are several."""
-    found = []
-    for name, title in {"label": "label", "skin": "skin type"}.items():
-        options = sorted(
-            {row[name] for kind in examples for row in kind["rows"]}, key=lambda value: (value == UNKNOWN, value)
-        )
-        if len(options) > 1:
-            found.append({"name": name, "title": title, "options": options})
-    return found
-
-
-def _make_example(row: dict, correct: bool | None, base_answer: str | None, images: list) -> dict:
-    scores = row.get("scores", {})
-    return {
-        **{key: row[key] for key in ("question", "reference", "prediction", "id")},
-        "label": row["label"] or UNKNOWN,
-        "skin": row.get("skin_type") or UNKNOWN,
-        "correct": correct,
-        "base": base_answer,
-        "images": [encode_image(load_image(image), IMAGE_SIDE) for image in images],
-        "likeliest": max(scores, key=scores.get) if scores else None,
-    }

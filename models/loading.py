@@ -176,8 +176,7 @@ def load_model(
             precision than requested, or than its config.json says.
     """
     config = load_config(model_name_or_path, revision=revision)
-    download = "" if Path(model_name_or_path).is_dir() else ", longer if it is downloaded"
-    announce(f"loading {model_name_or_path}", f"seconds to minutes by its size{download}")
+    _announce_loading(model_name_or_path)
     quantization = resolve_quantization(model_name_or_path, config, quantization)
     device = PartialState().device
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
@@ -198,6 +197,11 @@ def load_model(
     if device.type == "cpu":
         keep_trainable_on_cpu(model)
     return model
+
+
+def _announce_loading(name: str) -> None:
+    download = "" if Path(name).is_dir() else ", longer if it is downloaded"
+    announce(f"loading {name}", f"seconds to minutes by its size{download}")
 
 
 def _nf4_of(config: PreTrainedConfig, dtype: torch.dtype, *, double_quant: bool, storage: str) -> BitsAndBytesConfig:

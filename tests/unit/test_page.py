@@ -13,7 +13,8 @@ from PIL import Image
 from common import plots
 from common.html import TEMPLATES, encode_figure, render_page
 from data_prep.report import _histogram, _label_chart
-from evaluation.report import CHART_NOTES, DARK_SHARE, MAX_EXAMPLES, draw_reliability, example_filters, spaced
+from evaluation.page_examples import MAX_EXAMPLES, example_filters, spaced
+from evaluation.report import CHART_NOTES, DARK_SHARE, draw_reliability
 
 STYLE = (TEMPLATES / "page.css").read_text()
 PRINT = STYLE[STYLE.index("@media print") :]
