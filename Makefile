@@ -12,6 +12,8 @@ FAST := tests/unit -m "not slow and not scale"
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Seconds; one of torch's wheels has 600 MB.
 export UV_HTTP_TIMEOUT ?= 300
+# All that accelerate would otherwise remark on.
+ONE_PROCESS := --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 # Of the demo's model: a key of models/families.py.
 FAMILY ?= qwen2_5_vl
 
@@ -53,8 +55,10 @@ demo: install
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
 	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base --family $(FAMILY)
 	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
-	$(BIN)/accelerate launch --num_processes 1 train_sft.py --config configs/demo.yaml
+	$(BIN)/python -m data_prep inspect $(DEMO)/data
+	$(BIN)/accelerate launch $(ONE_PROCESS) train_sft.py --config configs/demo.yaml
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
+	@echo "report on the data        $(DEMO)/data/report.html"
 	@echo "curves                    $(DEMO)/adapter/training_metrics.png"
 	@echo "ask it in the browser     $(BIN)/python app.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --base-too"
 

@@ -10,7 +10,11 @@ evaluation. It is for this machine alone, and keeps no photo. Not a medical devi
 import argparse
 import sys
 
-from common.cli import OneLineParser, positive_int, run
+from common.cli import OneLineParser, announce, announce_loading, positive_int, run
+
+if __name__ == "__main__":
+    announce_loading()
+
 from models.without_compiler import bitsandbytes  # noqa: F401
 
 from datasets import disable_progress_bars
@@ -62,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     model = load_answering_model(args.adapter, **options)
     processor = load_processor(args.adapter, max_pixels=args.max_pixels)
     engine = Engine(model, processor, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    announce("building the page", "5 to 20 s")
     with private_uploads():
         from webapp.page import App, build_page
         from webapp.server import serve

@@ -11,7 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, run
+from common.cli import OneLineParser, announce, announce_loading, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 import torch
 from accelerate import PartialState
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         unfinished.mkdir(parents=True)
         with readable_out_of_memory("merging loads the model in 16 bit; --device cpu needs no GPU"):
             model = load_model(base, quantization=None, dtype=args.dtype, revision=revision, keep_dtype=True)
+            announce("merging", "seconds to minutes by the model's size")
             expected = merge(model, args.adapter, processor)
         setattr(model.config, MERGED_ADAPTER, describe_merge(args.adapter, base))
         card = make_merged_card(args.out.name, describe_base(base, revision), args.dtype, OLDEST_READERS)
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         check_merged_model(unfinished, expected, processor, targets, args.dtype)
     print(f"{'merged':<10} {args.out}")
     if repo_id is not None:
+        announce(f"uploading to {repo_id}", "15 GB for 7B: by the connection minutes to hours")
         print(f"{'pushed':<10} {push_merged_model(args.out, repo_id, private=not args.public)}")
 
 
@@ -101,6 +106,7 @@ def choose_device(name: str | None) -> None:
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
+    announce("writing the merged model; then it is loaded and checked", "minutes for 7B")
     decode_greedily(model)  # the saved generation settings hold for other programs too
     try:
         model.save_pretrained(folder, max_shard_size=shard_size)

@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, positive_number, run
+from common.cli import OneLineParser, announce_loading, positive_number, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 from datasets import disable_progress_bars
 

@@ -13,7 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, positive_int, run
+from common.cli import OneLineParser, announce_loading, positive_int, run
+
+if __name__ == "__main__":
+    announce_loading()
+
 from models.without_compiler import bitsandbytes  # noqa: F401
 
 from datasets import disable_progress_bars

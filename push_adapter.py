@@ -8,7 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.cli import OneLineParser, run
+from common.cli import OneLineParser, announce, announce_loading, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 from common.hub_client import open_repository
 from models.adapters import check_fits_base
@@ -32,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     check_adapter(args.output_dir)
     check_fits_base(str(args.output_dir))
     repo_id = open_repository(args.repo_id, private=not args.public, revision=args.revision)
+    announce(f"uploading to {repo_id}", "80 MB for 7B: seconds to minutes by the connection")
     url = push_adapter(args.output_dir, repo_id, revision=args.revision, private=not args.public)
     print(f"pushed to {url}")
 

@@ -5,7 +5,10 @@ accelerate launch train_sft.py --config configs/skin.yaml --output_dir outputs/s
 
 import sys
 
-from common.cli import run
+from common.cli import announce_loading, run
+
+if __name__ == "__main__":
+    announce_loading()
 
 from datasets import disable_progress_bars
 from transformers import set_seed

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 # Imports make a million objects that stay. Searched for garbage as often as usual, they take a fifth longer.
 _USUAL_THRESHOLDS = gc.get_threshold()
@@ -17,6 +18,8 @@ gc.set_threshold(200_000, 50, 1000)
 # TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also ask for Gradio's newest version
+if not (sys.stderr and sys.stderr.isatty()):
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and those of transformers: in a file each is a wall
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -33,6 +36,18 @@ def _show_uncaught(kind: type[BaseException], error: BaseException, traceback) -
 
 
 sys.excepthook = _show_uncaught  # the process then ends by the signal, which shells show as 130
+
+
+def announce(step: str, duration: str) -> None:
+    """Print what takes some seconds from now on, and how long; the first process alone does, to stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{step} ({duration})", file=sys.stderr, flush=True)
+
+
+def announce_loading() -> None:
+    """Announce the loading of libraries, before they are imported; not for `--help`."""
+    if not {"-h", "--help", "--help-all"} & set(sys.argv):
+        announce(f"{Path(sys.argv[0]).name}: loading libraries", "about 10 s, the first time up to a minute")
 
 
 class OneLineParser(argparse.ArgumentParser):

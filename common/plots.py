@@ -11,8 +11,11 @@ from matplotlib.text import Text
 
 from common.files import atomic_write
 
-# Okabe and Ito's palette, which stays apart in every common form of colour blindness.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#BBBBBB"
+# After Okabe and Ito's palette, which stays apart in every common form of colour blindness; darker where on white
+# its contrast is under 3.
+BLUE, ORANGE, GREEN, PURPLE, BROWN = "#0072B2", "#D55E00", "#009E73", "#A3487F", "#7A5A00"
+GREY, GRID = "#8C8C8C", "#EEEEEE"
+DPI = 160  # for screens with two pixels to a point, and for print
 
 
 def fit_fonts(figure: Figure) -> dict[str, str]:
@@ -74,23 +77,27 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def plot_training(log_history: list[dict], path: Path) -> None:
-    """Draw loss, smoothed loss and validation loss over the learning rate, against the optimizer step.
+    """Draw loss, smoothed loss and validation loss, the gradient norm, and the learning rate by optimizer step.
 
     Args:
-        log_history: the trainer's rows; those with `loss`, `learning_rate` and `eval_loss` are drawn. The first is the
-            mean over answer tokens, the last the trainer's mean over validation batches of their means.
+        log_history: the trainer's rows; those with `loss`, `grad_norm`, `learning_rate` and `eval_loss` are drawn. The
+            first is the mean over answer tokens, the last the trainer's mean over validation batches of their means.
         path: PNG to write; replaced atomically, so that it is complete even if the run is killed.
     """
-    figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
-    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+    losses, norms, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _draw_losses(losses, log_history)
-    steps, values = _series(log_history, "learning_rate")
-    rates.plot(steps, values, color=GREEN, marker="." if len(steps) < 3 else None)
+    _draw_line(norms, log_history, "grad_norm", BROWN)
+    norms.set_ylabel("gradient norm")
+    _set_scale(norms, _series(log_history, "grad_norm")[1])
+    _draw_line(rates, log_history, "learning_rate", GREEN)
     rates.set(xlabel="optimizer step", ylabel="learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    for axes in (losses, rates):
-        axes.grid(color="#EEEEEE")
+    for axes in (losses, norms, rates):
+        axes.grid(color=GRID)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.align_ylabels()
+    legend_below(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     atomic_write(path, buffer.getvalue())
@@ -104,10 +111,26 @@ def _draw_losses(axes, log_history: list[dict]) -> None:
     if steps:
         axes.plot(steps, validation, color=ORANGE, marker="o", markersize=4, label="validation loss")
     axes.set(ylabel="loss per answer token", title="Training")
-    drawn = training + validation
-    steep = bool(drawn) and max(drawn) > 20 * min(drawn) > 0
+    _set_scale(axes, training + validation)
+
+
+def _draw_line(axes, log_history: list[dict], key: str, colour: str) -> None:
+    steps, values = _series(log_history, key)
+    axes.plot(steps, values, color=colour, marker="." if len(steps) < 3 else None)
+
+
+def _set_scale(axes, values: list[float]) -> None:
+    """Let the axis be logarithmic for values of very different size, else start at 0."""
+    steep = bool(values) and max(values) > 20 * min(values) > 0
     axes.set(yscale="log") if steep else axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+
+
+def legend_below(figure: Figure) -> None:
+    """Put the legend of all axes under them, where it lies over nothing; one line alone needs none."""
+    entries = [entry for axes in figure.axes for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    if len(entries) > 1:
+        handles, labels = zip(*entries, strict=True)
+        figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=min(4, len(entries)))
 
 
 def _series(log_history: list[dict], key: str) -> tuple[list[int], list[float]]:

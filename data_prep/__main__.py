@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.cli import OneLineParser, positive_int, run
+from common.cli import OneLineParser, announce, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
@@ -245,6 +245,7 @@ def _check_prepared(folder: Path) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     _check_prepared(args.folder)
+    announce("drawing the report", "about 5 s, longer for thousands of images")
     print(f"{write_report(args.folder, max_pixels=args.max_pixels)}: open it in a browser")
 
 

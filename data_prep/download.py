@@ -8,9 +8,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from datasets import ClassLabel, DatasetDict, Image, List, load_dataset
-from tqdm import tqdm
 
 from common.files import atomic_write, suggest_file
+from common.progress import progress
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_BYTES = 50_000_000  # of one linked image
@@ -33,7 +33,8 @@ def fetch_links(links: dict[str, Path], *, show_progress: bool) -> dict[str, str
     missing = {path: link for link, path in links.items() if not link.startswith("file:") and not path.exists()}
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         results = pool.map(_download, missing.values(), missing)
-        reasons = list(tqdm(results, total=len(missing), desc="links", disable=not show_progress or not missing))
+        shown = show_progress and bool(missing)
+        reasons = list(progress(results, "download", len(missing), "links", shown=shown))
     return {str(path): reason for path, reason in zip(missing, reasons, strict=True) if reason is not None}
 
 

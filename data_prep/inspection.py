@@ -12,7 +12,8 @@ import imagehash
 import numpy as np
 import xxhash
 from PIL import Image, ImageOps
-from tqdm import tqdm
+
+from common.progress import progress
 
 from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
 from .containers import find_damage
@@ -99,7 +100,7 @@ def inspect_all(paths: list[str], num_workers: int | None, show_progress: bool) 
         with ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
             try:
                 results = pool.map(inspect_image, paths, chunksize=CHUNK)
-                return list(tqdm(results, total=len(paths), desc="images", unit="img", disable=not show_progress))
+                return list(progress(results, "decoding", len(paths), "images", shown=show_progress))
             finally:
                 pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not decode the rest first
     except BrokenProcessPool as error:

@@ -8,22 +8,27 @@ from itertools import zip_longest
 from pathlib import Path
 
 from datasets import DatasetDict
-from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from common.html import TEMPLATES, encode_figure, encode_image, shorten
+from common.html import encode_figure, encode_image, render_page, shorten
+from common.plots import BLUE, BROWN, DPI, GREEN, GREY, ORANGE, PURPLE, legend_below
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding, read_findings
 from data_prep.folders import FINDINGS
 from data_prep.images import Fit, load_image
 from data_prep.sizes import PATCH_CELL, count_image_tokens, fit_size
 from data_prep.storage import load_folder
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY)  # of splits
 TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table
 MIN_PIXELS = 64 * PATCH_CELL**2
 MAX_FINDINGS = 8  # of one kind on the page
 NUM_SAMPLES = 10  # on the page
 NO_LABEL = "(no label)"
+SPLIT_NOTES = {
+    "train": "samples to learn from",
+    "validation": "samples to watch the training by",
+    "test": "samples for the evaluation alone",
+}
 
 
 def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
@@ -83,10 +88,10 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
 
 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
     fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
     positions = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
-    return environment.get_template("data_report.html").render(
+    return render_page(
+        "data_report.html",
         name=name,
         cards=_cards(statistics),
         splits=list(splits),
@@ -105,10 +110,12 @@ def _cards(statistics: dict) -> list[dict]:
     errors = sum(count for kind, count in counts.items() if kind in ERRORS)
     warnings = sum(count for kind, count in counts.items() if kind in WARNINGS)
     labels = {label for split in statistics["labels"].values() for label in split} - {NO_LABEL}
-    numbers = [(name, count, "") for name, count in statistics["samples"].items()]
-    numbers += [("images", statistics["images"], ""), ("labels", len(labels), "")]
-    numbers += [("errors", errors, "bad" if errors else ""), ("warnings", warnings, "look" if warnings else "")]
-    return [{"name": name, "value": f"{value:,}", "tone": tone} for name, value, tone in numbers]
+    numbers = [(name, count, SPLIT_NOTES.get(name, "samples"), "") for name, count in statistics["samples"].items()]
+    numbers += [("images", statistics["images"], "in all splits", "")]
+    numbers += [("labels", len(labels), "different ones", "")]
+    numbers += [("errors", errors, "records left out, each under Findings", "bad" if errors else "")]
+    numbers += [("warnings", warnings, "samples to look at, under Findings", "look" if warnings else "")]
+    return [{"name": name, "value": f"{value:,}", "note": note, "tone": tone} for name, value, note, tone in numbers]
 
 
 def _label_rows(statistics: dict) -> list[dict]:
@@ -132,18 +139,19 @@ def _advice(statistics: dict) -> str:
 def _charts(splits: DatasetDict, statistics: dict) -> list[dict]:
     charts = [_label_chart(statistics)]
     if set(statistics["skin_types"]) != {"unknown"}:
-        charts.append(_bar_chart(statistics["skin_types"], "Skin types", "samples"))
+        note = "Samples of each Fitzpatrick type, all splits: results for rare ones are uncertain."
+        charts.append(_bar_chart(statistics["skin_types"], "Skin types", "samples", note))
     sizes = [size for split in splits.values() for image_sizes in split["image_sizes"] for size in image_sizes]
     if sizes:
         tokens = [
             count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
             for width, height in sizes
         ]
-        longer = [max(size) for size in sizes]
-        charts.append(_histogram(longer, "Image sizes", "longer side, px", COLOURS[0]))
-        charts.append(
-            _histogram(tokens, f"Tokens an image, max_pixels {statistics['max_pixels']:,}", "tokens", COLOURS[2])
-        )
+        longer, title = [max(size) for size in sizes], f"Tokens an image, max_pixels {statistics['max_pixels']:,}"
+        note = "Longer sides of the images as they are in the data; training shrinks those over max_pixels."
+        charts.append(_histogram(longer, "Image sizes", "images", "longer side, px", note))
+        note = "What an image costs in training: memory and time grow with it."
+        charts.append(_histogram(tokens, title, "images", "tokens", note))
     answers = [
         len(message["content"])
         for split in splits.values()
@@ -151,12 +159,13 @@ def _charts(splits: DatasetDict, statistics: dict) -> list[dict]:
         for message in messages
         if message["role"] == "assistant"
     ]
-    charts.append(_histogram(answers, "Answer lengths", "characters", COLOURS[3]))
+    note = "Lengths of the answers to learn: a few very long ones may be mistakes in the records."
+    charts.append(_histogram(answers, "Answer lengths", "answers", "characters", note))
     return charts
 
 
 def _figure(title: str, rows: int = 8):
-    figure = Figure(figsize=(6, max(3.2, 0.3 * rows + 1)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6, max(3.2, 0.3 * rows + 1)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -174,24 +183,40 @@ def _label_chart(statistics: dict) -> dict:
         axes.barh(places, shares, height=height * 0.92, color=COLOURS[number % len(COLOURS)], label=split)
     axes.set_yticks(range(len(rows)), [shorten(row["label"]) for row in rows])
     axes.set_xlabel("% of the split")
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=len(statistics["samples"]))
-    return encode_figure(figure, "label shares by split")
+    legend_below(figure)
+    note = "Share of each split's samples; bars of one label should be about equally long."
+    return encode_figure(figure, "Label shares by split", note)
 
 
-def _bar_chart(counts: dict, title: str, unit: str) -> dict:
+def _bar_chart(counts: dict, title: str, unit: str, note: str) -> dict:
     figure, axes = _figure(title)
     names = sorted(counts, key=lambda name: (name == "unknown", name))
-    axes.bar(range(len(names)), [counts[name] for name in names], color=COLOURS[4], width=0.7)
+    axes.bar(range(len(names)), [counts[name] for name in names], color=BLUE, width=0.7)
     axes.set_xticks(range(len(names)), [shorten(name, 10) for name in names])
     axes.set_ylabel(unit)
-    return encode_figure(figure, title)
+    return encode_figure(figure, title, note)
 
 
-def _histogram(values: list[int], title: str, unit: str, colour: str) -> dict:
+def _histogram(values: list[int], title: str, counted: str, unit: str, note: str) -> dict:
+    """Draw how frequent each value is, for parts.html; one value alone is a sentence.
+
+    Args:
+        values: to count.
+        title: of the chart.
+        counted: what has the values, as "images".
+        unit: of the values, as "longer side, px".
+        note: how to read the chart.
+    """
+    different = set(values)
+    if len(different) == 1:
+        return {
+            "alt": title,
+            "note": f"All {len(values):,} {counted} have the same value: {values[0]:,} ({unit}). {note}",
+        }
     figure, axes = _figure(title)
-    axes.hist(values, bins=min(40, max(5, len(set(values)))), color=colour, rwidth=0.92)
-    axes.set(xlabel=unit, ylabel="count")
-    return encode_figure(figure, title)
+    axes.hist(values, bins=min(40, max(5, len(different))), color=BLUE, rwidth=0.92)
+    axes.set(xlabel=unit, ylabel=counted)
+    return encode_figure(figure, title, note)
 
 
 def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dict, fit: Fit) -> list[dict]:

@@ -5,6 +5,11 @@ import copy
 import json
 from pathlib import Path
 
+from common.cli import announce_loading
+
+if __name__ == "__main__":
+    announce_loading()
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

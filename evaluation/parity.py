@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from tqdm import tqdm
-
 from collator import opens_thought
+from common.progress import progress
 from data_prep.sizes import fit_options, fit_size
 from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
 from evaluation.engines import TransformersEngine, in_parallel, listed_models
@@ -59,7 +58,8 @@ def spread(examples: Iterable[dict], count: int, size: int) -> Iterator[dict]:
 def own_answers(engine: TransformersEngine, name: str | None, examples: list[dict], args) -> list[str]:
     fit = partial(fit_size, **fit_options(engine.processors[name].image_processor))
     texts = []
-    for start in tqdm(range(0, len(examples), args.batch_size), unit="batch"):
+    starts = range(0, len(examples), args.batch_size)
+    for start in progress(starts, "answering", len(starts), "batches"):
         batch = [decode(example, fit=fit) for example in examples[start : start + args.batch_size]]
         texts += engine.answers(batch, args.max_new_tokens, adapter=name)[0]
     return texts

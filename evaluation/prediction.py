@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from common.files import atomic_path, check_parent, error_names
+from common.progress import progress
 from data_prep.sizes import fit_options, fit_size
 from evaluation.examples import decode
 from evaluation.label_matching import LABEL_PLACEHOLDER
@@ -113,7 +114,7 @@ def write_answers(rows: Iterable[dict], out: Path | None, *, total: int, stream:
             print_answer(row, stream=stream, single=total == 1)
         return counts
     with _open_out(out) as file:
-        for row in tqdm(rows, total=total, unit="answer"):
+        for row in progress(rows, "answering", total, "questions"):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if "error" in row:
                 tqdm.write(f"skipped {row['id']}: {row['error']}", file=sys.stderr)

@@ -2,25 +2,28 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
 from common.files import EVALUATION_PLOTS
-from common.html import TEMPLATES, encode_figure, encode_image, shorten
-from common.plots import BLUE, GREEN, GREY, ORANGE
-from data_prep.images import load_image
-from data_prep.labels import read_label, strip_thinking
+from common.html import encode_figure, render_page, shorten
+from common.plots import BLUE, DPI, GREEN, GREY, GRID, ORANGE, legend_below
 from evaluation.calibration import MIN_CALIBRATION
-from evaluation.label_matching import asks_for_label
 from evaluation.metrics import MAIN_METRICS
+from evaluation.page_examples import UNKNOWN, choose_examples, example_filters
 from publishing import metric_notes
 from publishing.model_card import METRIC_TITLES, RUN_TITLES
 
-MAX_EXAMPLES = 8  # of each kind
+DARK_SHARE = 0.82  # of a row in the confusion matrix, from which on its blue wants white digits
 MAX_LABELS = 30  # in the confusion matrix: the most frequent
+CHART_NOTES = {
+    "confusion": "Rows are the known labels, columns what was answered; right answers stand on the diagonal.",
+    "subgroups": "Points are accuracies, bars their 95 % intervals; where bars overlap, groups may differ by chance.",
+    "reliability": "On the grey line, answers are right as often as confidence says; under it they are too sure.",
+    "abstention": "Accuracy if only so many of the most confident answers are kept; it should rise to the left.",
+}
 
 
 def write_report(
@@ -41,13 +44,13 @@ def write_report(
         (folder / Path(plot).name).unlink(missing_ok=True)  # an earlier evaluation may have had more of them
     charts = {}
     for name, figure in draw_charts(summary).items():
-        charts[name] = encode_figure(figure, name)
+        # with fonts that have the labels' characters
+        charts[name] = encode_figure(figure, figure.axes[0].get_title(loc="left"), CHART_NOTES[name])
         (folder / f"{name}.png").write_bytes(base64.b64decode(charts[name]["png"]))  # drawing takes a quarter second
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    environment.filters |= {
-        "number": format_number, "percent": format_percent, "range": format_range, "title": METRIC_TITLES.get,
-    }  # fmt: skip
-    page = environment.get_template("evaluation.html").render(
+    examples = choose_examples(runs, label_map, samples)
+    page = render_page(
+        "evaluation.html",
+        filters=FILTERS,
         summary=summary,
         run_titles=titles_of(summary),
         main_metrics=MAIN_METRICS,
@@ -55,7 +58,9 @@ def write_report(
         notes=metric_notes,
         calibration_needs=MIN_CALIBRATION,
         charts=charts,
-        examples=choose_examples(runs, label_map, samples),
+        examples=examples,
+        filters_of_examples=example_filters(examples),
+        unknown=UNKNOWN,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -120,18 +125,22 @@ def make_cards(summary: dict) -> list[dict]:
     )
     if "diagnosis" not in run:
         texts = run["text"].items()
-        return [{"name": METRIC_TITLES[key], "value": f"{value:.2f}", "size": size} for key, value in texts]
-    metrics = {METRIC_TITLES[key]: run["diagnosis"][key] for key in MAIN_METRICS}
+        return [make_card(key, f"{value:.2f}", size) for key, value in texts]
+    metrics = {key: run["diagnosis"][key] for key in MAIN_METRICS}
     probabilities = run.get("probabilities", {})
     if "macro_auroc" in probabilities:
-        metrics["macro-AUROC"] = probabilities["macro_auroc"]
+        metrics["macro_auroc"] = probabilities["macro_auroc"]
     if "calibration" in probabilities:
         error = probabilities["calibration"]["expected_calibration_error"]
-        metrics["calibration error"] = {"value": error, "low": None, "high": None}
+        metrics["calibration"] = {"value": error, "low": None, "high": None}
     return [
-        {"name": name, "value": format_number(metric["value"]), "range": format_range(metric), "size": size}
-        for name, metric in metrics.items()
+        make_card(key, format_number(metric["value"]), size, format_range(metric)) for key, metric in metrics.items()
     ]
+
+
+def make_card(key: str, value: str, size: str, interval: str = "") -> dict:
+    card = {"name": METRIC_TITLES[key], "value": value, "range": interval, "size": size}
+    return {**card, "note": metric_notes.MEANINGS.get(key, "")}
 
 
 def draw_charts(summary: dict) -> dict[str, Figure]:
@@ -148,8 +157,23 @@ def draw_charts(summary: dict) -> dict[str, Figure]:
     return charts
 
 
+def explain(keys: Iterable[str]) -> str:
+    """Return the meanings of some metrics, as a sentence."""
+    meanings = "; ".join(f"{METRIC_TITLES[key]}: {metric_notes.MEANINGS[key]}" for key in keys)
+    return f"{meanings[:1].upper()}{meanings[1:]}."
+
+
+FILTERS = {
+    "explain": explain,
+    "number": format_number,
+    "percent": format_percent,
+    "range": format_range,
+    "title": METRIC_TITLES.get,
+}
+
+
 def make_axes(width: float, height: float, title: str):
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize=12, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -169,7 +193,7 @@ def draw_confusion(matrix: dict) -> Figure:
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             if count := counts[row][column]:
-                colour = "white" if shares[y][x] > 0.6 else "black"
+                colour = "white" if shares[y][x] > DARK_SHARE else "black"
                 axes.text(x, y, count, ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(columns)), [shorten(matrix["columns"][n], 22) for n in columns], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [shorten(matrix["rows"][n], 22) for n in rows])
@@ -191,7 +215,7 @@ def draw_subgroups(summary: dict, overall: float) -> Figure:
         if accuracy is not None:
             value = accuracy["value"]
             ends = [value if accuracy[end] is None else accuracy[end] for end in ("low", "high")]
-            axes.plot(ends, [y, y], color=BLUE, linewidth=2, alpha=0.45)
+            axes.plot(ends, [y, y], color=BLUE, linewidth=2, alpha=0.7)
             axes.plot(value, y, "o", color=BLUE)
     axes.axvline(overall, color=GREY, linewidth=1)
     axes.set_yticks(range(len(lines)), [shorten(name, 34) for name, _ in lines])
@@ -210,10 +234,10 @@ def draw_reliability(probabilities: dict) -> Figure:
             bins = probabilities[key]["bins"]
             sizes = [18 + 160 * row["samples"] / sum(row["samples"] for row in bins) for row in bins]
             points = [[row[axis] for row in bins] for axis in ("confidence", "accuracy")]
-            axes.plot(*points, color=colour, linewidth=1, alpha=0.6)
+            axes.plot(*points, color=colour, linewidth=1, alpha=0.7)
             axes.scatter(*points, s=sizes, color=colour, label=name, clip_on=False)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
+    legend_below(figure)
     return figure
 
 
@@ -222,54 +246,5 @@ def draw_abstention(rows: list[dict]) -> Figure:
     points = [100 * row["coverage"] for row in rows], [row["accuracy"] for row in rows]
     axes.plot(*points, "o-", color=GREEN, clip_on=False)
     axes.set(xlabel="coverage: share of answers, most confident first, %", ylabel="accuracy", ylim=(0, 1.02))
-    axes.grid(color="#EEEEEE")
+    axes.grid(color=GRID)
     return figure
-
-
-def choose_examples(runs: dict[str, list[dict]], label_map: dict, samples: Sequence[dict]) -> list[dict]:
-    """Return examples for the page: wrong answers, differences to the base model, and correct answers.
-
-    An answer whose reference names no label cannot be judged: its words are the reference's, or others.
-    """
-    rows, base = runs["adapter"], runs.get("base")
-
-    def correct(row: dict) -> bool | None:
-        if asks_for_label(row, label_map):
-            return read_label(row["prediction"], label_map) == row["label"]
-        answer, reference = (strip_thinking(row[side]).strip() for side in ("prediction", "reference"))
-        return answer == reference or None
-
-    kinds = {
-        "Wrong": [row for row in rows if correct(row) is False],
-        "In other words than the reference": [row for row in rows if correct(row) is None],
-    }
-    if base is not None:
-        pairs = list(zip(rows, base, strict=True))
-        kinds["Wrong, base model correct"] = [row for row, other in pairs if correct(row) is False and correct(other)]
-        kinds["Correct, base model wrong"] = [row for row, other in pairs if correct(row) and correct(other) is False]
-        kinds["Correct"] = [row for row, other in pairs if correct(row) and correct(other) is not False]
-    else:
-        kinds["Correct"] = [row for row in rows if correct(row)]
-    base_answers = {row["index"]: row["prediction"] for row in base or []}
-    return [
-        {
-            "title": title,
-            "count": len(chosen),
-            "rows": [
-                _make_example(row, correct(row), base_answers.get(row["index"]), samples[row["index"]]["images"])
-                for row in chosen[:: max(1, -(-len(chosen) // MAX_EXAMPLES))]  # evenly spaced, to cover all labels
-            ],
-        }
-        for title, chosen in kinds.items()
-    ]
-
-
-def _make_example(row: dict, correct: bool | None, base_answer: str | None, images: list) -> dict:
-    scores = row.get("scores", {})
-    return {
-        **{key: row[key] for key in ("question", "reference", "prediction", "id")},
-        "correct": correct,
-        "base": base_answer,
-        "images": [encode_image(load_image(image), 300) for image in images],
-        "likeliest": max(scores, key=scores.get) if scores else None,
-    }

@@ -9,11 +9,11 @@ from math import isfinite
 from pathlib import Path
 
 from accelerate import PartialState
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from common.console import print_rank0
 from common.files import ADAPTER_WEIGHTS
+from common.progress import progress
 from data_prep.sizes import fit_options, fit_size
 from evaluation.batching import AUTO, load_ahead, order_batches, token_budget
 from evaluation.dealing import batch_costs, deal
@@ -92,7 +92,7 @@ def answer_questions(
         adapters = [args.adapter] if args.adapter else []
         with open_engine(adapters, args.base or args.model, args, journal.folder / "vllm.log") as engine:
             answered = _answer_batches(engine, runs, share, journal, args)
-            for rows in tqdm(answered, total=len(share), unit="batch", disable=not state.is_main_process):
+            for rows in progress(answered, "answering", len(share), "batches", shown=state.is_main_process):
                 journal.add(rows)
     if state.is_main_process:
         wait_for_others(journal, runs, missing)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.cli import announce
+
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
@@ -181,6 +183,7 @@ def load_model(
     """
     name, device = model_name_or_path, PartialState().device
     config = load_config(name, revision=revision)
+    _announce_loading(name)
     quantization = resolve_quantization(name, config, quantization)
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     nf4 = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage)
@@ -197,6 +200,11 @@ def load_model(
     check_quantized(model, quantization)
     _choose_implementations(model, varlen=attn_implementation == VARLEN)
     return model
+
+
+def _announce_loading(name: str) -> None:
+    download = "" if Path(name).is_dir() else ", longer if it is downloaded"
+    announce(f"loading {name}", f"seconds to minutes by its size{download}")
 
 
 def _choose_implementations(model: PreTrainedModel, *, varlen: bool) -> None:

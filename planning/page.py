@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import announce
+
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
@@ -235,6 +237,7 @@ def plan_memory(
     A base that comes in 4 bit has no plans without quantisation. Complete compiled layers alone recompute selectively.
     With `shard_base`, so many processes share the base, and only parts of its layers are compiled.
     """
+    announce("tracing the model's memory", "5 to 30 s")
     dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant
     model = add_lora(build_without_weights(config, dtype), lora)
     counts = count_trainable(model)

@@ -1,6 +1,20 @@
 """Sentences that the figures of an evaluation cannot be read without: on the screen, on the page and in the card."""
 
 SAMPLES = "samples"
+MEANINGS = {
+    "accuracy": "share of the answers that name the right label and no other",
+    "balanced_accuracy": "mean of the labels' recalls: a rare label counts as much as a frequent one",
+    "macro_f1": "mean of the labels' F1, which false alarms lower too",
+    "no_label": "share of the answers that name no label",
+    "several_labels": "share that name more than one, which counts as wrong",
+    "macro_auroc": "how well the labels' likelihoods rank the samples: 0.5 is chance, 1 is perfect",
+    "calibration": "mean distance of confidence from accuracy: 0 is best",
+    "bleu": "shared runs of up to four words",
+    "chrf": "shared runs of characters",
+    "rouge_l": "longest common sequence of words, from 0 to 1",
+    "exact_match": "share of answers that are the reference, letter by letter",
+    "length_ratio": "words of the answers by words of the references",
+}
 
 
 def has_clusters(metrics: dict) -> bool:

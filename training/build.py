@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProcessorMixin, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, ProgressCallback
 
 from collator import VisionSFTCollator
 from common.console import print_rank0
@@ -204,7 +204,6 @@ def build_trainer(
     if args.device.type == "cuda":
         trainer.speed.ceiling = matmul_ceiling(args.device, step_options(settings)["dtype"] or torch.float32)
     check_sharded(trainer.accelerator, requested_sharding(args.deepspeed_plugin))
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)  # prints dictionaries
-        trainer.add_callback(ProgressLine)
+    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)  # print dictionaries
+    trainer.add_callback(ProgressLine)
     return trainer

@@ -4,29 +4,64 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from common.files import atomic_write
 from common.plots import plot_training
+from common.progress import LINE_SECONDS, Progress
 from publishing.hub import BackgroundPush
 from training.speed import format_speed
 
 
-class ProgressLine(ProgressCallback):
-    """A progress bar, and one short line for each log instead of a dictionary."""
+class ProgressLine(TrainerCallback):
+    """A bar on a terminal, and short lines instead of a dictionary for each log.
+
+    There is a line for each twentieth of the run, and at least one a minute; metrics.jsonl has every log.
+    """
+
+    def __init__(self):
+        self.training = self.validation = None
+        self.last_step, self.last_time = 0, -LINE_SECONDS
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        shown = state.is_world_process_zero
+        self.training = Progress("training", state.max_steps, "steps", done=state.global_step, shown=shown)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.training.advance(state.global_step - self.training.done)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.validation is None:
+            shown = state.is_world_process_zero
+            self.validation = Progress("validation", len(eval_dataloader), "batches", shown=shown)
+        self.validation.advance()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.validation is not None:
+            self.validation.close()
+            self.validation = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
+        if not state.is_world_process_zero or self.training is None:
             return
-        if "loss" in logs:
+        step = f"step {state.global_step:>6}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.training.write(f"{step}   validation loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and self._is_due(state):
             numbers = f"loss {logs['loss']:.4f}   lr {logs['learning_rate']:.2e}   grad norm {logs['grad_norm']:.3f}"
-            self.training_bar.write(f"step {state.global_step:>6}/{state.max_steps}   {numbers}{format_speed(logs)}")
-        elif "eval_loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step:>6}/{state.max_steps}   validation loss {logs['eval_loss']:.4f}"
-            )
+            self.training.write(f"{step}   {numbers}{format_speed(logs)}")
+            self.last_step, self.last_time = state.global_step, monotonic()
+
+    def _is_due(self, state: TrainerState) -> bool:
+        passed = state.global_step - self.last_step
+        ends = state.global_step + state.logging_steps > state.max_steps
+        return ends or 20 * passed >= state.max_steps or monotonic() - self.last_time >= LINE_SECONDS
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training.close()
 
 
 class CurvesCallback(TrainerCallback):

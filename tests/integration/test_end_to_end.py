@@ -53,7 +53,8 @@ def test_the_main_job_from_annotations_to_an_answer(tiny_base, demo_raw, tmp_pat
 def test_an_error_is_one_line_and_the_launcher_can_be_told_to_add_nothing(tiny_base, demo_data, tmp_path):
     direct = call(sys.executable, "train_sft.py", *train_args(tiny_base, tmp_path / "nothing.json", tmp_path / "run"))
     assert direct.returncode == 1
-    [line] = direct.stderr.splitlines()
+    loading, line = direct.stderr.splitlines()
+    assert loading.startswith("train_sft.py: loading libraries")
     assert line.startswith("error: no data at ") and "nothing.json" in line
     script, *args = train_command(tiny_base, tmp_path / "nothing.json", tmp_path / "run")[2:]
     launched = call(*ACCELERATE, "--quiet", "--num_processes", "1", script, *args)

@@ -39,7 +39,7 @@ def test_plot_training_draws_each_curve(tmp_path):
 
 def test_plot_training_accepts_an_empty_log(tmp_path):
     plot_training([], tmp_path / "a.png")
-    assert Image.open(tmp_path / "a.png").size == (960, 720)
+    assert Image.open(tmp_path / "a.png").size == (960, 840)
 
 
 def test_write_metrics_replaces_the_file_atomically(tmp_path):
