@@ -43,8 +43,10 @@ class ShardedLinear4bit(OpaqueLinear4bit):
         return [self.weight[:packed].unsqueeze(1), self.weight[packed:], *self.constants]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x)
+        return super().forward(x) if torch.compiler.is_compiling() else self._multiply(x)
+
+    @torch.compiler.disable  # torch 2.11 would compile the functions called here, which return views of the weight
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         shape = self.out_features, self.in_features

@@ -43,8 +43,9 @@ def test_the_benchmark_of_answers_counts_all_runs_and_times_their_parts(tmp_path
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_several_gpus_finds_the_same_losses_in_all_parts(tmp_path):
-    gpu_fsdp.main(["--tiny", "--steps", "4", "--out", str(tmp_path / "results.json")])
+@pytest.mark.parametrize("options", [[], ["--compile"]])
+def test_the_benchmark_of_several_gpus_finds_the_same_losses_in_all_parts(tmp_path, options):
+    gpu_fsdp.main(["--tiny", "--steps", "4", "--out", str(tmp_path / "results.json"), *options])
     one, ddp, sharded = json.loads((tmp_path / "results.json").read_text())
     assert one["losses"] == pytest.approx(ddp["losses"], abs=1e-4)
     assert one["losses"] == pytest.approx(sharded["losses"], abs=1e-4)
