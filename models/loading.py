@@ -186,8 +186,7 @@ def load_model(
     _announce_loading(name)
     quantization = resolve_quantization(name, config, quantization)
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
-    nf4 = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage)
-    nf4 = nf4 if quantization == "nf4" else None
+    nf4 = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage) if quantization == "nf4" else None
     options = {"revision": revision, "dtype": dtype, "device_map": {"": "cpu" if shard else device}}
     if nf4 is not None and not shard:
         options["quantization_config"] = nf4

@@ -133,9 +133,10 @@ def wait_for_end(process, seconds):
 def test_a_worker_survives_the_signals_of_others_and_not_its_trainers():
     """A trainer that ends with batches still on their way terminates its workers, and waits for them."""
     loader = Accelerator(cpu=True).prepare(DataLoader(range(64), batch_size=2, num_workers=1))
+    others = set(multiprocessing.active_children())  # of earlier tests in this process
     batches = iter(shield_workers(loader))
     assert next(batches).tolist() == [0, 1]
-    [worker] = multiprocessing.active_children()
+    [worker] = set(multiprocessing.active_children()) - others
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     assert not wait_for_end(worker.pid, 1)
     assert [next(batches).tolist() for _ in range(20)][-1] == [40, 41]
