@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from models.compilation import language_layers
+from models.compilation import language_layers, takes_whole_layers
 from models.experts import WEIGHTS, count_active, expert_layers, nf4_name
 from models.families import family_of
 from models.recomputation import is_wide
@@ -30,12 +30,14 @@ class BatchShape(NamedTuple):
         squares: sum of the samples' squared lengths, tokens^2: attention.
         patches: of all images.
         patch_squares: sum of the images' squared patches.
+        spared: tokens for which the last language layer has no MLP, see `spare_last_layer`.
     """
 
     tokens: float
     squares: float
     patches: float
     patch_squares: float
+    spared: float = 0
 
 
 class Work(NamedTuple):
@@ -44,6 +46,7 @@ class Work(NamedTuple):
     Attributes:
         language: frozen weights of the language layers, of experts those that a token is sent to.
         trained: LoRA weights of the language layers.
+        last_mlp: frozen weights of the last language layer's MLP where `spare_last_layer` works, else 0.
         tower: weights of the vision tower that a patch passes.
         merger: weights that an image token passes on its way to the language model.
         tower_trains: whether the tower has a backward pass.
@@ -56,6 +59,7 @@ class Work(NamedTuple):
 
     language: int
     trained: int
+    last_mlp: int
     tower: int
     merger: int
     tower_trains: bool
@@ -80,6 +84,7 @@ def work_of(model: nn.Module) -> Work:
     return Work(
         language=language_weights(base),
         trained=sum(x.numel() for x in lora),
+        last_mlp=_last_mlp(base),
         tower=sum(count for name, count in tower if not name.startswith(family.mergers)),
         merger=sum(count for name, count in tower if name.startswith(family.mergers)),
         tower_trains=any(x.requires_grad for name, x in base.named_parameters() if name.startswith(family.vision)),
@@ -94,7 +99,7 @@ def work_of(model: nn.Module) -> Work:
 def useful_flop(work: Work, shape: BatchShape) -> float:
     """Return the FLOP of a training step without what is computed twice: forward, and backward of activations and of
     the weights that train. Attention's backward pass has twice the products of its forward pass."""
-    language = 2 * 2 * work.language * shape.tokens + 3 * 2 * work.trained * shape.tokens
+    language = 2 * 2 * _language(work, shape) + 3 * 2 * work.trained * shape.tokens
     passes = 2 if work.tower_trains else 1
     attention = 3 * _attention(work, shape) + (3 if work.tower_trains else 1) * _tower_attention(work, shape)
     return language + attention + passes * _tower(work, shape)
@@ -109,11 +114,16 @@ def recomputed_flop(work: Work, shape: BatchShape, share: float) -> float:
         share: of the language layers' products that are computed again; 1 for the whole forward pass, attention and
             a tower that trains included.
     """
-    again = share * 2 * work.language * shape.tokens
+    again = share * 2 * _language(work, shape)
     if share < 1:
         return again
     tower = _tower(work, shape) + _tower_attention(work, shape) if work.tower_trains else 0
     return again + 2 * work.trained * shape.tokens + _attention(work, shape) + tower
+
+
+def _language(work: Work, shape: BatchShape) -> float:
+    """Return how often a frozen weight of the language layers is used."""
+    return work.language * shape.tokens - work.last_mlp * shape.spared
 
 
 def _attention(work: Work, shape: BatchShape) -> float:
@@ -133,7 +143,8 @@ def shape_of_batch(batch: dict) -> BatchShape:
     """Return the shape of what the collator returns, on the CPU; padding does not count."""
     cu_seqlens, grid = batch.get("text_cu_seqlens"), batch.get("image_grid_thw")
     lengths = batch["attention_mask"].sum(1) if cu_seqlens is None else cu_seqlens.diff()
-    return _shape(lengths.tolist(), [] if grid is None else grid.prod(1).tolist())
+    shape = _shape(lengths.tolist(), [] if grid is None else grid.prod(1).tolist())
+    return shape._replace(spared=shape.tokens - len(batch["answer_rows"])) if "answer_rows" in batch else shape
 
 
 def shape_of_samples(total: Sequence[int], image: Sequence[int], merge: int) -> BatchShape:
@@ -143,6 +154,12 @@ def shape_of_samples(total: Sequence[int], image: Sequence[int], merge: int) -> 
 
 def _shape(lengths: Sequence[int], patches: Sequence[int]) -> BatchShape:
     return BatchShape(sum(lengths), sum(x**2 for x in lengths), sum(patches), sum(x**2 for x in patches))
+
+
+def _last_mlp(base: nn.Module) -> int:
+    if not takes_whole_layers(base):
+        return 0
+    return sum(module_weights(x) for x in language_layers(base)[-1].mlp.modules() if is_frozen_linear(x))
 
 
 def language_weights(model: nn.Module) -> int:

@@ -53,6 +53,14 @@ def test_frozen_weights_cost_four_operations_a_token_and_trained_ones_six():
     assert recomputed_flop(work, sample, 0.0) == 0
 
 
+def test_tokens_that_the_last_layer_spares_cost_no_mlp_there():
+    work, sample = work_7b(), BatchShape(tokens=100, squares=0, patches=0, patch_squares=0)
+    assert work.last_mlp == 3 * 3584 * 18944
+    less = useful_flop(work, sample) - useful_flop(work, sample._replace(spared=80))
+    assert less == 80 * 4 * work.last_mlp
+    assert work_of(build_without_weights(published_config("Qwen3-VL-30B-A3B"), torch.bfloat16)).last_mlp == 0
+
+
 def test_attention_is_counted_by_the_samples_of_a_pack_and_a_frozen_tower_forward_only():
     work = work_7b()
     one, two = shape_of_samples([400], [0], work.merge), shape_of_samples([200, 200], [0, 0], work.merge)
@@ -86,7 +94,9 @@ def test_a_batch_has_the_same_shape_packed_and_padded(processor, demo_splits):
     samples = list(demo_splits["test"])[:3]
     packed, padded = (shape_of_batch(VisionSFTCollator(processor, packed=kind)(samples)) for kind in (True, False))
     alone = [shape_of_batch(VisionSFTCollator(processor)([sample])) for sample in samples]
-    assert packed == padded == BatchShape(*map(sum, zip(*alone, strict=True)))
+    assert padded == BatchShape(*map(sum, zip(*alone, strict=True))) == packed._replace(spared=0)
+    learnt = sum((VisionSFTCollator(processor)([sample])["labels"] != -100).sum() for sample in samples)
+    assert packed.spared == packed.tokens - learnt
     assert packed.tokens**2 > packed.squares > packed.tokens and packed.patches > 0
 
 
