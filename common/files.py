@@ -25,6 +25,21 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_COMPARED = 5000  # names of a folder, when one is missing
 
 
+def read_json(path: Path) -> dict | None:
+    """Return the JSON object in a file; None when there is no such file.
+
+    Raises:
+        ValueError: it holds something else; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found {content!r:.60}")
+    return content if path.is_file() else None
+
+
 def read_json_lines(path: Path) -> list[dict]:
     """Return the rows of a JSON Lines file. `splitlines` would also split at U+2028 and U+0085 inside a text.
 

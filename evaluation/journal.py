@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.files import atomic_write, error_names
+from common.files import atomic_write, error_names, read_json
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -43,7 +43,10 @@ class Journal:
     def _check_settings(self, settings: dict, *, write: bool) -> None:
         path = self.folder / SETTINGS_FILE
         if path.is_file():
-            previous = _read_settings(path)
+            try:
+                previous = read_json(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; {REMEDY}") from error
             answered = any(self.folder.glob("predictions*.jsonl"))
             if not answered and write:  # of a run that ended before its first answer
                 atomic_write(path, json.dumps(settings, indent=1))
@@ -103,16 +106,6 @@ class Journal:
 def _with_columns(row: dict, columns: dict) -> dict:
     dropped = () if row.get("candidates") == columns.get("candidates") else ("scores", "candidates")
     return {**{key: value for key, value in row.items() if key not in dropped}, **columns}
-
-
-def _read_settings(path: Path) -> dict:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: damaged, not the settings of an evaluation; {REMEDY}")
-    return settings
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -1,6 +1,5 @@
 """A trained adapter on its base model, which is loaded as in training."""
 
-import json
 import re
 import sys
 import warnings
@@ -14,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file
+from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json
 from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
 from models.loading import CONFIG_ERRORS, load_config, load_model, readable_out_of_memory
@@ -97,7 +96,7 @@ def _does_not_work(adapter: str, error: Exception) -> str:
 def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:
     """Raise ValueError for a processor of another family beside the adapter: families share names and shapes."""
     path = find_file(adapter, "processor_config.json")
-    processor = _read_object(path).get("processor_class") if path else None
+    processor = read_json(path).get("processor_class") if path else None
     names = [family.name for family in FAMILIES.values() if family.processor.__name__ == processor]
     if names and (name := family_of(model).name) not in names:
         raise ValueError(f"adapter {adapter} does not fit its base model: it is of {' or '.join(names)}, not {name}")
@@ -237,9 +236,8 @@ def read_adapter_config(adapter: str) -> PeftConfig:
 def check_config_file(adapter: str) -> None:
     """Raise ValueError for a configuration that is there and cannot be one of an adapter; PEFT calls it missing."""
     path = Path(adapter, CONFIG_NAME)
-    if not path.is_file():
+    if (config := read_json(path)) is None:
         return
-    config = _read_object(path)
     for key in ("peft_type", "base_model_name_or_path"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"{path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
@@ -253,7 +251,7 @@ def is_adapter(name: str) -> bool:
 def read_run_facts(adapter: str) -> dict:
     """Return what `train_sft.py` recorded: the keywords of `load_model`, and `thinking`; nothing from elsewhere."""
     path = find_file(adapter, LOADING_SETTINGS, f"../{LOADING_SETTINGS}")  # a checkpoint's are in the run's folder
-    facts = _read_object(path) if path else {}
+    facts = read_json(path) if path else {}
     rules = {
         "quantization": (None, "nf4", STORED),
         "dtype": ("bfloat16", "float16", "float32"),
@@ -271,16 +269,6 @@ def read_run_facts(adapter: str) -> dict:
             names = {dict: "an object", str | None: "a text"}
             raise ValueError(f"{path}: {name!r}: expected {names.get(rule, rule)}, found {value!r:.60}")
     return facts
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object, found {content!r:.60}")
-    return content
 
 
 def find_file(adapter: str, *names: str) -> Path | None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS
+from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS, read_json
 from common.html import TEMPLATES
 from models.families import FAMILIES
 from models.serving import Serving, adapted_modules
 from publishing import metric_notes
-from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_json, read_metrics
+from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_metrics
 
 RARE = 20  # the card lists labels with fewer training samples
 MAX_LABELS = 50  # in the table of counts

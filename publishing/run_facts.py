@@ -18,6 +18,7 @@ from common.files import (
     TRAINING_FACTS,
     atomic_write,
     digest_of_file,
+    read_json,
 )
 from data_prep import fingerprint
 
@@ -156,14 +157,3 @@ def read_metrics(output_dir: Path) -> dict | None:
 def adapter_digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's weights; an evaluation is valid for these weights only."""
     return digest_of_file(folder / ADAPTER_WEIGHTS)
-
-
-def read_json(path: Path) -> dict | None:
-    """Return the JSON object in a file; None when there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict | None):
-        raise ValueError(f"{path} is damaged: expected an object, found {content!r:.60}")
-    return content

@@ -351,7 +351,7 @@ def test_the_error_names_a_folder_without_an_adapter_and_invalid_facts(tmp_path,
     with pytest.raises(ValueError, match=r"empty/adapter_config\.json: no such file, or it names no base model"):
         write_card(empty)
     (folder / "facts.json").write_text("{")
-    with pytest.raises(ValueError, match=r"facts\.json: not JSON: "):
+    with pytest.raises(ValueError, match=r"facts\.json is damaged: not JSON: "):
         read_base(folder)
 
 

@@ -48,7 +48,7 @@ def test_rows_that_are_only_scored_have_no_answer(tmp_path):
 def test_damaged_settings_are_named(tmp_path, text):
     write_lines(tmp_path, GOOD)
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match=r"settings\.json: damaged, .*; add --overwrite"):
+    with pytest.raises(ValueError, match=r"settings\.json is damaged: .*; add --overwrite"):
         Journal(tmp_path, {"a": 1}, 0)
 
 

@@ -13,7 +13,7 @@ from publishing.run_facts import adapter_digest, read_facts, read_metrics
         ("[]", "facts.json is damaged: expected an object, found []"),
         ('{"data": 5}', "facts.json is damaged: 'data' is no object"),
         ('{"training": [1]}', "facts.json is damaged: 'training' is no object"),
-        ('{"a":', "facts.json: not JSON"),
+        ('{"a":', "facts.json is damaged: not JSON"),
     ],
 )
 def test_damaged_facts_are_named(tmp_path, text, message):
