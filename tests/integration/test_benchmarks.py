@@ -51,6 +51,7 @@ def test_the_benchmark_of_several_gpus_finds_the_same_losses_in_all_parts(tmp_pa
     assert one["losses"] == pytest.approx(sharded["losses"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_answer_is_timed_from_the_start_of_the_command(tmp_path):
     result = first_answer.measure("Qwen2.5-VL-7B", tmp_path, tiny=True)
     stages = result["first_answer_stages"]
@@ -64,6 +65,7 @@ def test_the_gpu_benchmark_names_unknown_shapes():
         gpu_7b.main(["--tiny", "--shapes", "Qwen9-VL-1B"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_training_steps_gives_each_side_every_sample_once(capsys):
     results = train_step.main(["--tiny", "--rounds", "1"])
     assert list(results) == ["256-512 tokens an image", "about 110 tokens an image"]

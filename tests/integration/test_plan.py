@@ -140,7 +140,11 @@ def measured_step(config, tokens, image_tokens, *, checkpointing, quantized=Fals
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("shape", "tokens", "image_tokens"),
-    [((128, 512, 4, 2, 64), 640, 400), ((256, 768, 4, 4, 128), 512, 256), ((192, 1024, 6, 2, 64), 900, 300)],
+    [
+        ((128, 512, 4, 2, 64), 640, 400),
+        pytest.param((256, 768, 4, 4, 128), 512, 256, marks=pytest.mark.slow),
+        pytest.param((192, 1024, 6, 2, 64), 900, 300, marks=pytest.mark.slow),
+    ],
 )
 def test_planned_activations_are_what_a_cpu_holds(shape, tokens, image_tokens, checkpointing):
     config = small_config(*shape)
@@ -154,6 +158,7 @@ def test_planned_activations_are_what_a_cpu_holds(shape, tokens, image_tokens, c
         assert planned.saved == pytest.approx(saved, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpointing", "train_vision"),
     [("Qwen2.5-VL-3B", True, False), ("Qwen2.5-VL-3B", False, True), ("Qwen3-VL-2B", True, True)],
@@ -195,6 +200,7 @@ def plans_7b(*, compiled):
     return page.plan_memory(published_config("Qwen2.5-VL-7B"), settings, 0.81, 8192, compiled=compiled)
 
 
+@pytest.mark.slow
 def test_the_plan_meets_what_was_measured_on_an_h100():
     """GB reserved, from benchmarks/README.md; the table's packs of 4,096 without checkpointing had compiled parts."""
     plain, whole = plans_7b(compiled=False), plans_7b(compiled=True)
@@ -221,6 +227,7 @@ def plan_recipes_model(name, settings):
     return page.plan_memory(read_config(name, local_files_only=True)[0], parsed, 0.8, 4096, compiled=True)
 
 
+@pytest.mark.slow
 def test_selective_plans_keep_wide_products_where_there_is_room():
     plans = plan_recipes_model("Qwen/Qwen2.5-VL-7B-Instruct", ("--config", "configs/skin.yaml"))
     chosen = {gpu: page.choose_plan(plans, "auto", True, 8192, gpu)[1] for gpu in (None, 12, 24, 40, 80)}
@@ -244,7 +251,12 @@ def test_a_compiled_layer_stores_what_selective_recomputation_says():
     assert wide_share(model) == 2 * 18944 / (3 * 18944 + 2 * 3584 + 2 * 512)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def choose_speed(path: Path):
+    """Return a recipe as a parameter: most take half a minute to plan."""
+    return path if path.stem in ("skin", "skin_16gb") else pytest.param(path, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", [choose_speed(path) for path in RECIPES], ids=lambda path: path.stem)
 def test_each_recipe_fits_the_gpu_that_it_states(path):
     settings = parse_config(["--config", str(path), "--use_cpu", "true", "--fp16", "false"])
     _, training, model = settings
@@ -258,6 +270,7 @@ def test_each_recipe_fits_the_gpu_that_it_states(path):
     assert plan.total(batch) / 1e9 <= 0.95 * stated  # the driver and the screen take some
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_base_hold_their_part_and_three_layers():
     shard = plan_recipes_model("Qwen/Qwen2.5-VL-32B-Instruct", ("--shard_base", "true"))[True, True].fixed
     whole = plan_recipes_model("Qwen/Qwen2.5-VL-32B-Instruct", ())[True, True].fixed
