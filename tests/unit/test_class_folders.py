@@ -35,6 +35,14 @@ def test_class_folders_are_a_source(tmp_path):
     assert {m[1]["content"] for m in train["messages"]} == {"This is nevus.", "This is basal cell carcinoma."}
 
 
+def test_a_class_name_loses_the_blanks_that_stand_for_its_underscores(tmp_path):
+    for folder, colour in (("nevus_", "brown"), ("_", "red")):
+        draw(tmp_path / folder / "1.jpg", colour)
+    result = prepare([Source(tmp_path)], split=(1, 0, 0), show_progress=False)
+    train = result.splits["train"]
+    assert [(row["label"], row["messages"][1]["content"]) for row in train] == [("nevus", "This is nevus.")]
+
+
 def test_hidden_and_system_files_are_no_classes_and_no_images(tmp_path):
     touch(tmp_path, "seborrheic keratosis/a b.JPG", "nevus/1.jpg")
     touch(
