@@ -104,8 +104,10 @@ def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:
 
 
 def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
-    """Raise ValueError unless the adapter's file has exactly the tensors of the model's adapter `name`."""
-    stored = {key: tuple(tensor.shape) for key, tensor in load_peft_weights(adapter, device="cpu").items()}
+    """Raise ValueError unless the adapter's file has exactly the tensors of the model's adapter `name`, all finite."""
+    with _peft_errors(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
+    stored = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     unknown, missing = sorted(stored.keys() - expected.keys()), sorted(expected.keys() - stored.keys())
@@ -121,6 +123,15 @@ def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
     if problems:
         base = Path(model.get_base_model().config.name_or_path).name
         raise ValueError(f"adapter {adapter} does not fit the base model {base}: {'; '.join(problems)}")
+    check_finite(weights, adapter)
+
+
+def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
+    """Raise ValueError for NaN or infinity in an adapter's tensors: one makes every answer meaningless."""
+    if invalid := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
+        )
 
 
 def check_fits_base(adapter: str) -> None:
