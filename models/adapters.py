@@ -237,6 +237,8 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
     except (OSError, ValueError) as error:
+        if Path(adapter, CONFIG_NAME).is_file():
+            raise ValueError(_does_not_work(adapter, error)) from error
         complete = Path(adapter, "config.json").is_file()
         hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub{hint}") from error

@@ -144,6 +144,7 @@ def test_a_damaged_configuration_is_not_called_missing(trained, tmp_path, capsys
         ({"lora_alpha": None}, "does not work: TypeError"),
         ({"target_modules": "("}, "does not work: error: missing )"),
         ({"peft_type": "NOPE"}, "does not work: KeyError: 'NOPE'"),
+        ({"task_type": "NOPE"}, "does not work: ValueError: Invalid task type: 'NOPE'"),
         ({"rank_pattern": 5}, "does not work: AttributeError"),
         ({"modules_to_save": ["lm_head"]}, "does not work: KeyError: 'base_model.model.lm_head.weight'"),
     ],
