@@ -10,7 +10,7 @@ evaluation. It is for this machine alone, and keeps no photo. Not a medical devi
 import argparse
 import sys
 
-from common.cli import OneLineParser, announce, announce_loading, positive_int, run
+from common.cli import OneLineParser, announce, announce_loading, port_number, positive_int, run
 
 if __name__ == "__main__":
     announce_loading()
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-pixels", type=int, help="largest image area, px^2 (default: the processor's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128)
     parser.add_argument("--batch-size", type=positive_int, default=8, help="of the occlusion maps")
-    parser.add_argument("--port", type=positive_int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=port_number, help="default: the first free one from 7860 on")
     parser.add_argument(
         "--share", action="store_true",
         help="a public address for a week; photos then pass through Gradio's servers",

@@ -76,6 +76,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def port_number(text: str) -> int:
+    """Read the number of a port (the `type` of an option)."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, found {text!r}")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """Read a finite number above 0 (the `type` of an option)."""
     try:

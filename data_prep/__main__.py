@@ -21,7 +21,7 @@ from data_prep.convert import STRATA, prepare
 from data_prep.folders import FINDINGS, REJECTED
 from data_prep.labels import check_names
 from data_prep.mapping import shipped
-from data_prep.output import claim, save
+from data_prep.output import claim, resolve_out, save
 from data_prep.publish import publish
 from data_prep.reading import describe, suggest
 from data_prep.records import FORMATS
@@ -190,7 +190,7 @@ def _from(folder: Path, name: str) -> Path:
 
 
 def convert(args: argparse.Namespace) -> None:
-    args.out = args.out.resolve()
+    args.out = resolve_out(args.out)
     with claim(args.out, overwrite=args.overwrite, links_dir=args.fetch_links) as work:
         prepared = prepare(
             read_sources(args), **_common(args), folds=args.folds, on_error=args.on_error, balance=args.balance,

@@ -34,7 +34,8 @@ def read_folders(root: Path) -> list[dict[str, str]]:
     Hidden and system files are passed over. So are files that are no images by their ending, with a warning.
 
     Raises:
-        ValueError: no images, images at another depth, a name that is not UTF-8, or a link to a folder.
+        ValueError: no images, images at another depth, a name that is not UTF-8, a link to a folder, or an
+            unreadable one.
     """
     images, others, empty = [], [], []
     for folder, files, is_leaf in _walk(root):
@@ -62,12 +63,17 @@ def _check_encodable(path: Path) -> None:
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], bool]]:
     """Yield each folder below `root`, the files in it, and whether it has no folders."""
-    for name, folders, files in os.walk(root):
+    for name, folders, files in os.walk(root, onerror=_refuse):
         folders[:] = sorted(folder for folder in folders if not is_system_name(folder))
         for folder in folders:
             if (Path(name) / folder).is_symlink():
                 raise ValueError(f"{Path(name) / folder} is a link to a folder, and such links are not followed")
         yield Path(name).relative_to(root), [file for file in files if not is_system_name(file)], not folders
+
+
+def _refuse(error: OSError) -> None:
+    """Raise ValueError for a folder that cannot be listed; `os.walk` would pass over it, and its class be lost."""
+    raise ValueError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
 
 
 def _warn(message: str, paths: list[Path]) -> None:

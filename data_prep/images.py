@@ -37,6 +37,7 @@ Fit = Callable[[int, int], tuple[int, int]]
 register_heif_opener()
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 24  # bytes; also limits an ICC profile, and those of printers have several MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` has its own limit
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)  # `private_metadata` finds it, and it is left out
 
 
 def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | None = None) -> Image.Image:

@@ -120,7 +120,11 @@ def _compile_name(name: str, label: str, changes: Changes, exact: LabelMap) -> r
     if name.startswith(PATTERN_PREFIX):
         try:
             expression = simplify(name.removeprefix(PATTERN_PREFIX), "NFC")
-            return regex.compile(expression, regex.IGNORECASE | regex.FULLCASE)
+            pattern = regex.compile(expression, regex.IGNORECASE | regex.FULLCASE)
+            pattern.search("")
+            return pattern
+        except MemoryError as error:
+            raise ValueError(f"labels: {label!r}: {name!r} calls itself without an end") from error
         except regex.error as error:
             raise ValueError(f"labels: {label!r}: {name!r} is not a regular expression: {error}") from error
     words = split_name(name)

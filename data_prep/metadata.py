@@ -38,11 +38,24 @@ def private_metadata(image: Image.Image, data: bytes) -> tuple[str, ...]:
     listed = set().union(*PRIVATE_TAGS.values())
     if set(texts) - HARMLESS_TAGS - listed or {"comment", "photoshop", "xmp"} & set(image.info) or _has_text(data):
         kinds.append("text")
+    if _has_unread_tags(image.info.get("exif"), exif):
+        kinds.append("text")
     if exif.get_ifd(IFD.IFD1):
         kinds.append("preview")
     if data[end_of_image(data) :].strip(b"\0\r\n"):
         kinds.append("data behind the image")
     return tuple(dict.fromkeys(kinds))
+
+
+def _has_unread_tags(block: bytes | None, exif: Image.Exif) -> bool:
+    """Whether an EXIF block has bytes and no tags, or more tags than Pillow reads, as a damaged one."""
+    block = (block or b"").removeprefix(b"Exif\0\0")
+    order = "big" if block.startswith(b"MM") else "little"
+    start = int.from_bytes(block[4:8], order)
+    count = int.from_bytes(block[start : start + 2], order)
+    if count:
+        return len(exif) < count
+    return bool(block[8:].strip(b"\0")) and not exif.get_ifd(IFD.IFD1)
 
 
 def _has_text(data: bytes) -> bool:

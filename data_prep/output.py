@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,9 +17,20 @@ from .convert import Prepared
 from .folders import FINDINGS, REJECTED, is_data_set, replace_data_set
 from .storage import bytes_needed, save_splits
 
+# As `Path` has it: s3://bucket is s3:/bucket. One letter is a drive of Windows.
+ADDRESS = re.compile(r"\w[\w+.-]+:/")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
+
+
+def resolve_out(out: Path) -> Path:
+    """Return the absolute path; ValueError for an address, which would become a folder here, or lose the shards."""
+    if ADDRESS.match(str(out)) or "::" in str(out.resolve()):
+        raise ValueError(
+            f"--out: '{out}' reads as an address; expected a folder of this machine, without '::' or 'name:/'"
+        )
+    return out.resolve()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,7 +130,14 @@ def _check_record(raw: dict) -> None:
     try:
         TO_JSON.encode(raw).encode()
     except UnicodeEncodeError as error:
-        raise FieldError("text", f"half of a character pair, {error.object[error.start]!r}") from error
+        raise FieldError(_unencodable_key(raw), f"half of a character pair, {error.object[error.start]!r}") from error
+
+
+def _unencodable_key(raw: dict) -> str:
+    """Return the first key that cannot be written in UTF-8, or whose value cannot, in a form that can."""
+    texts = {key: TO_JSON.encode({key: value}) for key, value in raw.items()}
+    key = next(key for key, text in texts.items() if text.encode("utf-8", "replace").decode() != text)
+    return key[:80].encode("utf-8", "backslashreplace").decode()
 
 
 def _content_id(raw: dict) -> str:
@@ -190,7 +198,12 @@ def _text(raw: dict, field: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise FieldError(field, f"expected a text, found {describe(value)}")
     _check_text(field, str(value))
-    return str(value).strip() or None
+    return None if is_blank(str(value)) else str(value).strip()
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space and format characters alone, such as zero-width spaces."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def _check_text(field: str, text: str, whose: str = "the text") -> None:
@@ -247,7 +260,7 @@ def _turn(turn, images: list, name: str) -> dict:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_block(block, images, name) for block in content)
-    if not isinstance(content, str) or not content.strip():
+    if not isinstance(content, str) or is_blank(content):
         raise FieldError(name, f"expected some text, found {describe(content)}")
     # An answer that starts with a newline would merge with the newline before it into another token.
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}

@@ -128,7 +128,7 @@ def _label(row: dict, spec: Label) -> str:
         text = _heaviest(text)
     for old, new in spec.replace.items():
         text = text.replace(old, new)
-    return _decode(text, spec.names, spec.columns)
+    return _decode(text.strip(), spec.names, spec.columns)
 
 
 def _one_hot(row: dict, names: dict[str, str]) -> str:

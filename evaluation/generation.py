@@ -88,8 +88,18 @@ def generate(
     inputs = encode_prompts(model, processor, examples)
     if streamer is not None:
         streamer.put(inputs["input_ids"].cpu())
-    tokens = decode(model, read_prompts(model, inputs), max_new_tokens, streamer)
-    return read_answers(model, processor, tokens)
+    prefix = read_prompts(model, inputs)
+    check_finite(prefix.logits, examples)
+    return read_answers(model, processor, decode(model, prefix, max_new_tokens, streamer))
+
+
+def check_finite(logits: torch.Tensor, examples: list[dict]) -> None:
+    """Raise ValueError for logits (B, V) that are NaN or infinite: the likeliest token would be a meaningless one."""
+    finite = logits.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        problem = f"sample {examples[finite.index(False)].get('id')!r}: the model's logits are not finite"
+        remedy = "compute in another dtype (--dtype bfloat16 or float32); if it has no effect, the weights are damaged"
+        raise ValueError(f"{problem}; {remedy}")
 
 
 @torch.inference_mode()
@@ -142,6 +152,7 @@ def answer_and_score(
     scored = [n for n, texts in enumerate(answers) if texts]
     given = [answers[n] for n in scored]
     prefix = read_prompts(model, encode_prompts(model, processor, examples, features=features))
+    check_finite(prefix.logits, examples)
     if scored and opens_thought(processor):  # scores need another prompt, see `render_prompt`
         values = score_answers(model, processor, [examples[n] for n in scored], given, features=features)
     elif scored:

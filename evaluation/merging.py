@@ -5,7 +5,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
-from models.adapters import attach_adapter, read_adapter_config, read_run_facts
+from models.adapters import attach_adapter, check_finite, read_adapter_config, read_run_facts
 from models.experts import WEIGHTS
 from models.loading import load_config
 from models.quantization import stored_quantization
@@ -42,10 +42,7 @@ def read_target_weights(adapter: str) -> set[str]:
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"--adapter: {adapter}: missing or unreadable weights: {reason}") from error
-    if invalid := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
-        )
+    check_finite(tensors, adapter)
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
         raise ValueError(f"--adapter: {adapter}: every lora_B is zero; this adapter was never trained")
     experts = read_adapter_config(adapter).target_parameters or ()

@@ -103,8 +103,10 @@ def check_family(model: PreTrainedModel | PeftModel, adapter: str) -> None:
 
 
 def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
-    """Raise ValueError unless the adapter's file has exactly the tensors of the model's adapter `name`."""
-    stored = {key: tuple(tensor.shape) for key, tensor in load_peft_weights(adapter, device="cpu").items()}
+    """Raise ValueError unless the adapter's file has exactly the tensors of the model's adapter `name`, all finite."""
+    with _peft_errors(adapter):
+        weights = load_peft_weights(adapter, device="cpu")
+    stored = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     unknown, missing = sorted(stored.keys() - expected.keys()), sorted(expected.keys() - stored.keys())
@@ -120,6 +122,15 @@ def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
     if problems:
         base = Path(model.get_base_model().config.name_or_path).name
         raise ValueError(f"adapter {adapter} does not fit the base model {base}: {'; '.join(problems)}")
+    check_finite(weights, adapter)
+
+
+def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
+    """Raise ValueError for NaN or infinity in an adapter's tensors: one makes every answer meaningless."""
+    if invalid := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
+        )
 
 
 def check_fits_base(adapter: str) -> None:
@@ -225,6 +236,8 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
     except (OSError, ValueError) as error:
+        if Path(adapter, CONFIG_NAME).is_file():
+            raise ValueError(_does_not_work(adapter, error)) from error
         complete = Path(adapter, "config.json").is_file()
         hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub{hint}") from error

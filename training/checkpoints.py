@@ -50,6 +50,12 @@ def is_write_error(error: Exception) -> bool:
     return isinstance(error, OSError | SafetensorError)
 
 
+def describe_write_error(error: Exception) -> str:
+    """Return a write error in one line; torch's own tells of a position in its archive and not of the disk."""
+    text = " ".join(str(error).split())
+    return f"the disk is full or fails ({text})" if isinstance(error, RuntimeError) else text
+
+
 def describe_restart(output_dir: Path) -> str:
     """Return a phrase that says where the same command will start again."""
     complete = [path.name for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]

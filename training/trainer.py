@@ -18,7 +18,7 @@ from common.files import ADAPTER_WEIGHTS
 from models.attention import uses_varlen
 from models.flops import BatchShape, shape_of_batch, useful_flop
 from models.lora import detach_vision_inputs
-from training.checkpoints import describe_restart, is_write_error, list_checkpoints, rotate, seal
+from training.checkpoints import describe_restart, describe_write_error, is_write_error, list_checkpoints, rotate, seal
 from training.compat import HookTrainer, set_token_count
 from training.signals import shield_workers
 from training.speed import SpeedCallback
@@ -162,7 +162,7 @@ class SafeSFTTrainer(HookTrainer):
             except Exception as error:  # safetensors and torch have their own for a full disk
                 if not is_write_error(error):
                     raise
-                problem = " ".join(str(error).split())
+                problem = describe_write_error(error)
                 if self.args.world_size > 1:  # the others wait for this one
                     raise ValueError(f"{path.name} was not saved: {problem}") from error
         self.unsaved = None if problem is None else f"{path.name} was not saved: {problem}"
@@ -185,7 +185,7 @@ class SafeSFTTrainer(HookTrainer):
                 raise
             if not was_there:
                 (folder / ADAPTER_WEIGHTS).unlink(missing_ok=True)
-            reason = " ".join(str(error).split())
+            reason = describe_write_error(error)
             raise ValueError(
                 f"output_dir: the adapter could not be saved in {folder}: {reason}; {describe_restart(folder)}"
             ) from error

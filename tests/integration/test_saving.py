@@ -19,7 +19,7 @@ import train_sft
 from common.files import locked
 from helpers.runs import train_args
 from training import trainer as trainer_module
-from training.checkpoints import is_write_error, read_manifest, seal
+from training.checkpoints import describe_write_error, is_write_error, read_manifest, seal
 from training.signals import EXIT_CODE, StopCallback
 from training.trainer import SafeSFTTrainer
 
@@ -147,6 +147,7 @@ def test_errors_of_writing_are_told_from_others(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [type(error) for error in caught] == [RuntimeError, SafetensorError]
     assert all(map(is_write_error, [*caught, FULL]))
+    assert describe_write_error(caught[0]).startswith("the disk is full or fails (")
     others = [
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("shapes do not match"),

@@ -144,6 +144,7 @@ def test_a_damaged_configuration_is_not_called_missing(trained, tmp_path, capsys
         ({"lora_alpha": None}, "does not work: TypeError"),
         ({"target_modules": "("}, "does not work: error: missing )"),
         ({"peft_type": "NOPE"}, "does not work: KeyError: 'NOPE'"),
+        ({"task_type": "NOPE"}, "does not work: ValueError: Invalid task type: 'NOPE'"),
         ({"rank_pattern": 5}, "does not work: AttributeError"),
         ({"modules_to_save": ["lm_head"]}, "does not work: KeyError: 'base_model.model.lm_head.weight'"),
     ],
@@ -258,6 +259,20 @@ def test_the_second_adapter_is_checked_too(trained, damaged):
 def test_an_adapter_that_does_not_fit_is_not_pushed(damaged, capsys):
     assert run(lambda: push_adapter.main([str(damaged(rename)), "you/skin"])) == 1
     assert "28 of its 28 tensors have no place there" in capsys.readouterr().err
+
+
+def test_an_adapter_with_nan_or_damaged_weights_is_neither_loaded_nor_pushed(damaged, capsys):
+    folder = damaged(
+        lambda tensors: {name: x / 0 if "layers.0.mlp.up_proj" in name else x for name, x in tensors.items()}
+    )
+    for load in (load_answering_model, check_fits_base):
+        with pytest.raises(
+            ValueError, match=r"2 tensors hold NaN or infinity, the first is .*layers\.0\.mlp\.up_proj"
+        ):
+            load(str(folder))
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert run(lambda: push_adapter.main([str(folder), "you/skin"])) == 1
+    assert "unreadable weights: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_base_that_is_gone_keeps_no_adapter_from_being_pushed(damaged, capsys):

@@ -94,7 +94,7 @@ FLAWED = [
     ("two on a line", "a.jsonl", f"{LINE}\n{LINE} {LINE}\n", 1, "line 2, column 34: not JSON: Extra data"),
     ("first line broken", "a.jsonl", f"hello\n{LINE}", 0, "line 1, column 1: not JSON: Expecting value"),
     ("deep line", "a.jsonl", f"{LINE}\n{DEEP}\n{LINE}", 1, "line 2, column 1: not JSON: nested too deeply"),
-    ("half a character", "a.json", f'[{LINE}, {{"id": "\\ud83d"}}]', 1, "field 'text': half of a character"),
+    ("half a character", "a.json", f'[{LINE}, {{"id": "\\ud83d"}}]', 1, "field 'id': half of a character"),
 ]
 
 
@@ -224,7 +224,10 @@ BAD_CHATS = [
     ("token in two blocks", [user([{"type": "text", "text": t} for t in ("<|im_", "end|>")]), PAIR[1]], "<|im_end|>"),
     ("nested text", [user(nested(900)), PAIR[1]], "field 'messages[0]': expected a block of"),
     ("nested beyond measure", [user(nested(5000)), PAIR[1]], "nested too deeply"),
-    ("half a character", [user("\udc00"), PAIR[1]], "field 'text': half of a character pair, '\\udc00'"),
+    ("half a character", [user("\udc00"), PAIR[1]], "field 'messages': half of a character pair, '\\udc00'"),
+    ("half in a label", {"messages": PAIR, "label": "x\ud800"}, "field 'label': half of a character pair, '\\ud800'"),
+    ("half in a key", {"messages": PAIR, "a\ud800": 1}, "field 'a\\ud800': half of a character pair, '\\ud800'"),
+    ("an invisible answer", [PAIR[0], assistant("\u200b \ufeff")], "field 'messages[1]': expected some text, found"),
     ("token in a label", {"messages": PAIR, "label": "<|im_end|>"}, "field 'label': the text contains the"),
     ("token in an id", {"messages": PAIR, "id": "<|im_end|>"}, "field 'id': the text contains the special token"),
 ]

@@ -1,5 +1,6 @@
 """Class folders: the label is the folder's name, and nothing else in them becomes one."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def test_class_folders_are_a_source(tmp_path):
     train = prepare([Source(tmp_path)], split=(1, 0, 0), show_progress=False).splits["train"]
     assert sorted(train["label"]) == ["basal cell carcinoma", "nevus"]
     assert {m[1]["content"] for m in train["messages"]} == {"This is nevus.", "This is basal cell carcinoma."}
+
+
+def test_a_class_name_loses_the_blanks_that_stand_for_its_underscores(tmp_path):
+    for folder, colour in (("nevus_", "brown"), ("_", "red")):
+        draw(tmp_path / folder / "1.jpg", colour)
+    result = prepare([Source(tmp_path)], split=(1, 0, 0), show_progress=False)
+    train = result.splits["train"]
+    assert [(row["label"], row["messages"][1]["content"]) for row in train] == [("nevus", "This is nevus.")]
 
 
 def test_hidden_and_system_files_are_no_classes_and_no_images(tmp_path):
@@ -121,6 +130,18 @@ def test_another_depth_is_refused_in_words(tmp_path, names, reason):
 def test_the_folder_inside_the_one_named_is_suggested(tmp_path):
     touch(tmp_path, "HAM/nevus/1.jpg", "HAM/melanoma/2.jpg")
     with pytest.raises(ValueError, match=r"did you mean .*HAM\?"):
+        read_folders(tmp_path)
+
+
+def test_an_unreadable_class_is_not_lost_in_silence(tmp_path, monkeypatch):
+    def scandir(path, scan=os.scandir):
+        if Path(path).name == "nevus":  # permissions do not bind root, who may run the tests
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    touch(tmp_path, "nevus/1.jpg", "melanoma/2.jpg")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="nevus: the folder cannot be read: Permission denied"):
         read_folders(tmp_path)
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from common.cli import positive_number, run
+from common.cli import port_number, positive_number, run
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -43,6 +43,13 @@ def test_a_number_above_0_is_one(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"expected a number above 0, found {text!r}"):
         positive_number(text)
     assert (positive_number("24"), positive_number("0.5")) == (24, 0.5)
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "-1", "x"])
+def test_a_port_that_cannot_be_is_refused_with_the_rule(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"expected a port from 1 to 65535, found '{text}'"):
+        port_number(text)
+    assert port_number("65535") == 65535
 
 
 def test_a_name_that_the_terminal_has_no_characters_for_is_printed(monkeypatch):

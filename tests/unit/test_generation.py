@@ -117,6 +117,19 @@ def test_results_do_not_depend_on_the_batch(answering, examples):
     assert torch.allclose(torch.tensor(together[2]), torch.tensor([scores[0] for *_, scores in alone]), atol=1e-4)
 
 
+def test_logits_that_are_not_finite_give_no_answer(answering, examples):
+    model, processor = answering
+    weight = model.lm_head.weight
+    kept = weight[3].clone()
+    try:
+        weight.data[3] = float("nan")
+        for ask in (generate, lambda *args: answer_and_score(*args, [[] for _ in examples])):
+            with pytest.raises(ValueError, match=r"sample .*: the model's logits are not finite"):
+                ask(model, processor, examples, TOKENS)
+    finally:
+        weight.data[3] = kept
+
+
 def test_a_streamer_gets_the_prompt_and_then_each_token(answering, examples):
     class Kept(TextStreamer):
         def __init__(self):

@@ -65,6 +65,7 @@ def phone_photo() -> bytes:
 
 
 TEXT = SECRET.decode()
+ORIENTED = b"\x12\x01\x03\0\x01\0\0\0\x01\0\0\0"  # an entry of EXIF: orientation 1
 PRIVATE = {
     "maker note": (coded(ifd={0x8769: {0x927C: SECRET}}), "person or device"),
     "host computer": (coded(tags={0x013C: TEXT}), "person or device"),
@@ -81,6 +82,8 @@ PRIVATE = {
     "behind a PNG's end": (coded("PNG") + SECRET, "data behind the image"),
     "behind a WebP's end": (coded("WEBP") + SECRET, "data behind the image"),
     "a phone's second picture": (phone_photo(), "data behind the image"),
+    "EXIF without a place": (in_header(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff" + SECRET)), "text"),
+    "EXIF cut off": (in_header(segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x02\0" + ORIENTED + SECRET)), "text"),
     "comment": (in_header(segment(0xFE, SECRET)), "text"),
     "comment between scans": (between_scans(), "text"),
     "XMP": (in_header(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + SECRET)), "text"),

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from datasets import DatasetDict, load_from_disk
@@ -164,6 +165,15 @@ def test_an_interrupted_replacement_cannot_be_opened_but_repeated(photos, monkey
         load_splits(str(out))
     convert(TEN_EACH, "--overwrite")
     assert (out / "notes.txt").read_text() == "mine" and len(load_splits(str(out))["train"]) > 0
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/x", "zip::x"])
+def test_an_address_is_no_folder_to_write_to(photos, monkeypatch, tmp_path, name):
+    _, convert = photos
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="reads as an address"):
+        convert(TEN_EACH, out=Path(name))
+    assert not list(tmp_path.glob("*:*"))
 
 
 def test_a_folder_of_others_is_refused(photos, tmp_path):
