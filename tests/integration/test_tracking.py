@@ -42,7 +42,7 @@ def train_twice(base, data, out, tracker):
 
 def expected_config(data):
     return {
-        "learning_rate": 2e-3, "lora_r": 4, "lora_dropout": 0.1, "max_steps": 4, "train_samples": 32,
+        "learning_rate": 1e-3, "lora_r": 4, "lora_dropout": 0.1, "max_steps": 4, "train_samples": 32,
         "data_fingerprint": fingerprint(load_splits(str(data))["train"]), "code_commit": code_commit(),
     }  # fmt: skip
 

@@ -287,7 +287,7 @@ def test_the_model_card_says_what_was_trained_on_what_and_how_far(tiny_base, dem
     facts, card = json.loads((tmp_path / "facts.json").read_text()), (tmp_path / "README.md").read_text()
     assert facts["base"]["name"] == tiny_base.name
     assert {name: split["samples"] for name, split in facts["data"]["splits"].items()} == SAMPLES
-    assert facts["settings"]["learning_rate"] == 2e-3
+    assert facts["settings"]["learning_rate"] == 1e-3
     assert facts["settings"]["max_steps"] == 4 and "num_train_epochs" not in facts["settings"]
     assert facts["settings"]["lora_target_modules"] == "q_proj"
     assert facts["parameters"]["parts"] == {"language model": facts["parameters"]["trainable"]}
@@ -351,7 +351,7 @@ def test_a_data_set_without_validation_is_refused_unless_evaluation_is_off(tiny_
         ({"freeze_vision_encoder": "false", "allow_config_change": "true"}, "its weights do not fit"),
         (
             {"learning_rate": 0.5},
-            "settings.learning_rate was 0.002 and is 0.5 now; undo that, or resume with --allow_",
+            "settings.learning_rate was 0.001 and is 0.5 now; undo that, or resume with --allow_",
         ),
         ({"load_in_4bit": "false"}, "settings.load_in_4bit was True and is False now; undo that"),
         ({"max_steps": 6}, "settings.max_steps was 4 and is 6 now; undo that"),
