@@ -30,8 +30,9 @@ from common.cli import run
 import torch
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_shapes, draw_samples, matmul_ceiling
+from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_shapes, draw_samples
 from benchmarks.peers.measure import TIMED
+from models.flops import matmul_ceiling
 
 ROOT, PEERS = Path(__file__).parents[1], Path(__file__).parent / "peers"
 STEPS, LIMIT = 12, 240  # of ours; s a side
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict] | None:
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     if gpu:
-        ceiling = matmul_ceiling(torch.device("cuda"))
+        ceiling = matmul_ceiling(torch.device("cuda"), torch.bfloat16)
         machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         print(f"{machine}, bf16 matmul ceiling {ceiling / 1e12:.0f} TFLOP/s")
     print(table(results))

@@ -28,7 +28,7 @@ def main(settings: dict) -> None:
         model, finetune_vision_layers=False, finetune_language_layers=True, finetune_attention_modules=True,
         finetune_mlp_modules=True, r=8, lora_alpha=16, lora_dropout=0, bias="none",
     )  # fmt: skip
-    processor = getattr(processor, "processor", processor)
+    processor = getattr(processor, "processor", processor)  # Unsloth may return it within a wrapper
     processor.image_processor.size = settings["size"]
     data = [to_messages(row, folder) for row in json.loads((folder / "samples.json").read_text())]
     FastVisionModel.for_training(model)

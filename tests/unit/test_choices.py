@@ -109,8 +109,7 @@ def test_a_run_says_what_auto_became_and_keeps_it_when_it_resumes(tiny_base, dem
     monkeypatch.setattr(choices, "PACK_SIZES", (256, 512))
     monkeypatch.setattr(packing, "PACK_SIZES", (256, 512))
     words[words.index("--max_length") + 1] = "256"
-    chosen = lambda *args: (args[3].with_packs(512), args[4])  # noqa: E731
-    monkeypatch.setattr(build, "choose_packs", chosen)
+    monkeypatch.setattr(build, "choose_packs", lambda *args: (args[3].with_packs(512), args[4]))
     train_sft.main([*words, "--max_steps", "2"])
     assert "compiling off: there is no GPU" in capsys.readouterr().out.splitlines()
     became = {"compile_layers": False, "pack_tokens": 512, "gradient_accumulation_steps": 1}
