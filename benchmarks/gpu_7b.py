@@ -61,6 +61,7 @@ from training.trainer import SafeSFTTrainer, pin_trainable_to_float32
 
 DEFAULT_SHAPES = "Qwen2.5-VL-7B"
 TINY_LAYERS = 3  # with --tiny
+TIMED = 3  # steps, the last ones
 PEAKS = {"H200": GPUS["H100"], **GPUS}  # FLOP/s; both have the same chip
 
 
@@ -218,9 +219,18 @@ class StepTimer(TrainerCallback):
         self.device, self.ends = device, []
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        if self.device.type == "cuda":  # the host does not wait, as in a run
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
+        else:
+            self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return the times between the ends."""
+        if self.device.type != "cuda":
+            return [b - a for a, b in pairwise(self.ends)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self.ends)]
 
 
 def stock_examples(train: Dataset) -> Dataset:
@@ -245,6 +255,7 @@ def make_trainer(
         save_strategy="no", remove_unused_columns=False, disable_tqdm=True,
         dataloader_num_workers=4 if timer.device.type == "cuda" else 0,
         dataset_kwargs={"skip_prepare_dataset": True}, accelerator_config={"even_batches": False},
+        logging_nan_inf_filter=setting.stock,  # ours looks at the gradients
     )  # fmt: skip
     callbacks = [timer] if timer.profiled is None else [timer, ProfileCallback(timer.profiled)]
     common = {"model": model, "args": args, "processing_class": processor, "callbacks": callbacks}
@@ -288,7 +299,7 @@ def measure(setting: Setting, base, processor, train: Dataset, lengths, steps: i
             pin_trainable_to_float32(trainer.model)
         with torch.compiler.set_stance("default" if setting.compiled else "force_eager"):
             trainer.train()
-        seconds = statistics.median(b - a for a, b in pairwise(timer.ends[:steps][-4:]))
+        seconds = statistics.median(timer.seconds()[: steps - 1][-TIMED:])
         tokens = tokens_a_step(trainer, setting, lengths)
         memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
         return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "memory_gb": memory}

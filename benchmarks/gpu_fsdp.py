@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
 
 from common.cli import run
@@ -124,7 +123,7 @@ def measure(result: Path, argv: list[str]) -> None:
     timer = StepTimer(settings.training.device)
     trainer.add_callback(timer)
     trainer.train()
-    seconds = statistics.median(b - a for a, b in pairwise(timer.ends[len(timer.ends) // 2 :]))
+    seconds = statistics.median(timer.seconds()[len(timer.ends) // 2 :])
     rows = settings.training.gradient_accumulation_steps
     tokens = rows * sum(data.lengths["train"].total) / len(trainer.get_train_dataloader())
     found = gather_object([{**loading, "peak_gb": max(loading["loading_gb"], reserved())}])

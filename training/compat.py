@@ -60,3 +60,22 @@ class HookTrainer(SFTTrainer):
 def set_token_count(trainer: SFTTrainer, count: int) -> None:
     """Set the number of tokens that a trainer has seen; on resume TRL would count from 0 again."""
     trainer._total_train_tokens = count
+
+
+def log_batch(trainer: SFTTrainer, mode: str, entropy: float, right: float, labels: float, tokens: float) -> None:
+    """Add a batch to what the trainer's next line of the log averages.
+
+    Args:
+        trainer: whose log it is.
+        mode: "train" or "eval".
+        entropy: sum over the labels, nats.
+        right: predictions whose likeliest token is the label.
+        labels: their number.
+        tokens: of the batch's samples.
+    """
+    metrics = trainer._metrics[mode]
+    metrics["entropy"].append(entropy / labels)
+    metrics["mean_token_accuracy"].append(right / labels)
+    if mode == "train":
+        trainer._total_train_tokens += round(tokens)
+    metrics["num_tokens"] = [trainer._total_train_tokens]

@@ -18,8 +18,10 @@ from common.files import ADAPTER_WEIGHTS
 from models.attention import uses_varlen
 from models.flops import BatchShape, shape_of_batch, useful_flop
 from models.lora import detach_vision_inputs
+from models.sharding import is_sharded
+from training.answer_loss import add_answers_head
 from training.checkpoints import describe_restart, describe_write_error, is_write_error, list_checkpoints, rotate, seal
-from training.compat import HookTrainer, set_token_count
+from training.compat import HookTrainer, log_batch, set_token_count
 from training.signals import shield_workers
 from training.speed import SpeedCallback
 
@@ -73,6 +75,7 @@ class SafeSFTTrainer(HookTrainer):
         self.identity, self.keep_checkpoints, self.step_ids, self.resumed_step = identity, keep_checkpoints, [], 0
         self.max_skipped_steps, self.speed = max_skipped_steps, speed
         self.train_batches, self.eval_batches, self.unsaved = train_batches, eval_batches, None
+        self.sums = {"train": [], "eval": []}  # of the batches since the last line of the log: what `_read_sums` reads
         super().__init__(**kwargs)
         self.data_collator = CollatorWithIds(self.data_collator)
         self.add_callback(FiniteCallback(self))
@@ -83,6 +86,7 @@ class SafeSFTTrainer(HookTrainer):
         # as if they held equally many answer tokens. SFTTrainer computes the loss itself and does take it.
         self.model_accepts_loss_kwargs = True
         pin_trainable_to_float32(self.model)
+        add_answers_head(self.model.get_base_model())
         if not (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # the reentrant form would lose the gradients within the blocks
             self.tower_hook = detach_vision_inputs(self.model)
@@ -111,6 +115,7 @@ class SafeSFTTrainer(HookTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= self.speed.read()
+        self._read_sums()
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -135,16 +140,45 @@ class SafeSFTTrainer(HookTrainer):
         return shield_workers(self.accelerator.prepare(loader))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As TRL computes it. A mask of ones lets TRL count the tokens of a pack, which it else takes to be one;
-        `varlen` does not look at it. SDPA gets none: it reads the samples' borders off the positions."""
+        """As TRL computes it, for packs without a stop of the GPU where nothing needs TRL's own head."""
         inputs = dict(inputs)
         ids = inputs.pop("sample_ids", [])
         inputs.pop("batch_shape", None)
         if model.training:
             self.step_ids += ids
+        if "answer_rows" in inputs and not return_outputs and self._has_plain_loss():
+            return self._answers_loss(model, inputs, num_items_in_batch)
         if "text_cu_seqlens" in inputs and uses_varlen(self.model):
+            # Lets TRL count the tokens of a pack, which it else takes to be one; `varlen` does not look at it. SDPA
+            # gets none: it reads the samples' borders off the positions.
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _has_plain_loss(self) -> bool:
+        """Return whether the loss is the mean over the answers' tokens, and the LM head is whole in each process."""
+        plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        return plain and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or is_sharded(self.model))
+
+    def _answers_loss(self, model, inputs: dict, count: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of a pack; `count` is the number of labels of the step in all processes."""
+        scores = model(**inputs, answers_only=True)
+        sums = torch.stack([scores.entropy.detach().sum(), scores.is_top1.sum()])
+        counts = len(inputs["answer_rows"]), inputs["input_ids"].numel()
+        self.sums["train" if model.training else "eval"].append((sums, counts))
+        labels = torch.as_tensor(counts[0] if count is None else count)
+        processes = 1 if count is None or not self.args.average_tokens_across_devices else self.args.world_size
+        return -scores.log_probs.sum() / labels.clamp(min=1) * processes  # DDP averages gradients
+
+    def _read_sums(self) -> None:
+        """Hand the means over the batches of all processes to TRL's log. The GPU is waited for here alone."""
+        for mode, sums in self.sums.items():
+            if sums:
+                on_gpu, counts = zip(*sums, strict=True)
+                on_gpu = torch.stack(on_gpu)
+                both = torch.cat([on_gpu, torch.tensor(counts).to(on_gpu)], dim=1)
+                for row in self.accelerator.reduce(both).tolist():
+                    log_batch(self, mode, *row)
+                sums.clear()
 
     def save_checkpoint(self, save: Callable[[], None]) -> None:
         """Save, seal and rotate. When saving fails, as on a full disk, a single process continues, and earlier

@@ -1,5 +1,6 @@
 """A training step walks over the modules no more often than it must, and is still the same step."""
 
+import pytest
 import torch
 
 from helpers.runs import train_args
@@ -7,7 +8,12 @@ from models.tower import PatchProduct
 from training.build import build_model, build_trainer
 from training.config import parse_config
 from training.data import load_data, open_processor
-from training.trainer import FewerWalksCallback
+from training.trainer import FewerWalksCallback, SafeSFTTrainer
+
+PACKS = {
+    "packing": True, "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen",
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+}  # fmt: skip
 
 
 def make_trainer(base, data, out, **settings):
@@ -51,3 +57,36 @@ def test_evaluation_ends_in_training_mode_and_a_frozen_tower_is_sped_up(tiny_bas
     trainer.train()
     assert isinstance(patches, PatchProduct)
     assert modes.count(True) == 4 and modes.count(False) >= 2 and modes[-1] is False
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loss_of_packs_from_their_answers_alone_is_trls(tiny_base, demo_data, tmp_path, monkeypatch, accumulate):
+    logs, options = [], PACKS | {"gradient_accumulation_steps": accumulate}
+    for plain in (True, False):
+        trainer = make_trainer(tiny_base, demo_data, tmp_path / str(plain), max_steps=4, eval_steps=2, **options)
+        if not plain:
+            monkeypatch.setattr(SafeSFTTrainer, "_has_plain_loss", lambda trainer: False)
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "train_runtime" not in row])
+    found, expected = logs
+    assert [row.keys() for row in found] == [row.keys() for row in expected] and len(found) == 6
+    for key in ("loss", "eval_loss", "grad_norm", "entropy", "eval_entropy", "mean_token_accuracy", "num_tokens"):
+        values = [[row[key] for row in rows if key in row] for rows in logs]
+        assert values[0] == pytest.approx(values[1], rel=1e-4) and len(values[0]) in (2, 4, 6), key
+
+
+def test_the_metrics_of_packs_wait_for_the_log(tiny_base, demo_data, tmp_path, monkeypatch):
+    options = PACKS | {"logging_steps": 2, "max_steps": 4, "eval_steps": 4}
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, **options)
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
+    trainer.train()
+    assert [tuple(shape) for shape in reads if shape[1:] == (4,)][:2] == [(2, 4), (2, 4)]
+    assert not any(trainer.sums.values())
+
+
+@pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}])
+def test_another_loss_of_packs_is_left_to_trl(tiny_base, demo_data, tmp_path, setting):
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=1, eval_steps=10, **PACKS, **setting)
+    assert not trainer._has_plain_loss()
+    assert trainer.train().training_loss > 0

@@ -37,3 +37,13 @@ def test_the_trainer_leaves_a_model_that_was_wrapped_to_its_wrapper():
     assert found == ["self", "model", "training", "dataloader"], f"_wrap_model takes {found}; see training/compat.py"
     source = inspect.getsource(Trainer._prepare_for_training)
     assert "use_accelerator_prepare = model is self.model" in source, "sharded models would be refused by accelerate"
+
+
+def test_trl_averages_the_metrics_of_its_log_in_this_attribute():
+    source = inspect.getsource(SFTTrainer.log)
+    assert "sum(val) / len(val) for key, val in self._metrics[mode].items()" in source, (
+        "TRL keeps its metrics elsewhere: log_batch in training/compat.py has no effect"
+    )
+    source = inspect.getsource(SFTTrainer.compute_loss)
+    for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+        assert f'self._metrics[mode]["{name}"]' in source, f"TRL does not log {name} any more; see training/compat.py"
