@@ -21,7 +21,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 from common.cli import run
@@ -33,15 +36,36 @@ from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_shapes
 from benchmarks.peers.measure import TIMED
 from models.flops import matmul_ceiling
 
+# Run by a process of its own: a CUDA context takes memory too.
+HOLD = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(free - int(float(sys.argv[1]) * 1e9), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
 ROOT, PEERS = Path(__file__).parents[1], Path(__file__).parent / "peers"
 STEPS, TENTH, LIMIT = 15, 10, 240  # of ours; the step until which is timed; s a side
 LOGGED = 5  # steps a line of the log, which waits for the GPU
-SELECTIVE = {"pack_tokens": 8192, "gradient_accumulation_steps": 1, "compile_layers": "true"}
-OURS = {  # name: settings beside configs/skin.yaml
-    "configs/skin.yaml": {},
-    "packs of 8,192, selective": SELECTIVE | {"gradient_checkpointing": "selective"},
-    "packs of 8,192, selective, no dropout": SELECTIVE | {"gradient_checkpointing": "selective", "lora_dropout": 0},
-    "packs of 8,192, all recomputed": SELECTIVE | {"gradient_checkpointing": "true"},
+COMPILED = {"compile_layers": "true", "gradient_checkpointing": "selective"}
+PACKS_8192 = COMPILED | {"pack_tokens": 8192, "gradient_accumulation_steps": 1}
+PACKS_2048 = COMPILED | {"pack_tokens": 2048, "max_length": 2048, "gradient_accumulation_steps": 4}
+
+
+class Ours(NamedTuple):
+    """One line of the table: settings beside configs/skin.yaml, and the GB that are free on the GPU; all when None."""
+
+    settings: dict
+    free: float | None = None
+
+
+OURS = {
+    "configs/skin.yaml": Ours({}),
+    "packs of 8,192, selective": Ours(PACKS_8192),
+    "packs of 8,192, selective, no dropout": Ours(PACKS_8192 | {"lora_dropout": 0}),
+    "packs of 8,192, selective, 24 GB free": Ours(PACKS_8192, free=24),
+    "packs of 8,192, all recomputed": Ours(PACKS_8192 | {"gradient_checkpointing": "true"}),
+    "4 packs of 2,048, all recomputed": Ours(PACKS_2048 | {"gradient_checkpointing": "true"}),
 }
 
 
@@ -102,13 +126,24 @@ def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> 
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "attention": attention}
 
 
-def run_ours(settings: dict, folder: Path, *, tiny: bool) -> dict:
+@contextmanager
+def free_memory(gigabytes: float | None) -> Iterator[None]:
+    """Keep all but so much of the GPU's memory in another process, as if the card were smaller; all free when None."""
+    if gigabytes is None or not torch.cuda.is_available():
+        yield
+        return
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(gigabytes)], stdin=PIPE, stdout=PIPE, text=True) as holder:
+        holder.stdout.readline()  # it holds the memory, until its standard input ends
+        yield
+
+
+def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
     """Return the speed of the last steps of `train_sft.py`, its memory, and the seconds to its tenth step."""
-    with tempfile.TemporaryDirectory(dir=folder) as output:
+    with free_memory(ours.free), tempfile.TemporaryDirectory() as output:
         options = {
             "model_name_or_path": folder / "base", "dataset_path": folder / "annotations.json",
             "image_dir": folder / "images", "output_dir": Path(output) / "run", "max_steps": STEPS,
-            "logging_steps": LOGGED, "eval_strategy": "no", "save_strategy": "no", **settings,
+            "logging_steps": LOGGED, "eval_strategy": "no", "save_strategy": "no", **ours.settings,
         }  # fmt: skip
         if tiny:
             options |= {"pack_tokens": 256, "max_length": 256, "compile_layers": "false", "use_cpu": "true"}
@@ -162,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--unsloth", type=Path, help="folder with Unsloth's packages")
     parser.add_argument("--only", nargs="+", default=[""], help="sides whose name contains one of these words")
     parser.add_argument(
-        "--folder", type=Path, help="where 17 GB of weights are kept meanwhile (default: the system's)"
+        "--folder", type=Path, help="for 17 GB of weights; they stay, and later commands use them (else none)"
     )
     parser.add_argument("--tiny", action="store_true", help="few narrow layers, on a CPU too")
     parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each side")
@@ -175,10 +210,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     if not gpu and not args.tiny:
         raise ValueError("no GPU here: --tiny runs the same code on a CPU")
     results = {}
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", name]
-        subprocess.run(save + ["--tiny"] * args.tiny, check=True)  # a process of its own gives the GPU's memory back
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "annotations.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", str(folder)]
+            subprocess.run(
+                save + ["--tiny"] * args.tiny, check=True
+            )  # a process of its own leaves no GPU memory taken
         chosen = [name for name in (*(f"ours, {x}" for x in OURS), *SIDES) if any(word in name for word in args.only)]
         for name in chosen:
             results[name] = run_side(name, args, folder)
