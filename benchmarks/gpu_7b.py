@@ -414,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--only", nargs="+", help="settings whose name contains one of these words")
     parser.add_argument("--profile", action="store_true", help="profile one more step of each compiled setting")
-    parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each setting")
+    parser.add_argument("--speed-only", action="store_true", help="leave out agreement and tower, which take minutes")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, rewritten after each model")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
@@ -442,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) -> dict:
-    """Return what is measured of one model: `agreement`, `tower_seconds` and the table's `rows`."""
+    """Return what is measured of one model: the table's `rows`, and `agreement` and `tower_seconds` where asked."""
     family = FAMILIES[published_config(shapes).model_type]
     linear = family.linear_attention
     exact = not linear or is_flash_linear_attention_available()
@@ -453,10 +454,14 @@ def measure_shapes(shapes: str, args: argparse.Namespace, device: torch.device) 
     image_share = sum(lengths.image) / sum(lengths.total)
     print(f"\n{shapes}: samples of {statistics.mean(lengths.total):.0f} tokens on average, {image_share:.0%} image")
     base = build_model(processor, args.tiny, device, shapes)
-    found = {"agreement": agreement(base, processor, train, packs)}
-    found["tower_seconds"] = tower_times(base, processor, train)
-    print(f"beside padded SDPA, relative: {found['agreement']}")
-    print(f"tower, seconds for 12 images: {found['tower_seconds']}", flush=True)
+    found = {}
+    if not args.speed_only:
+        found = {
+            "agreement": agreement(base, processor, train, packs),
+            "tower_seconds": tower_times(base, processor, train),
+        }
+        print(f"beside padded SDPA, relative: {found['agreement']}")
+        print(f"tower, seconds for 12 images: {found['tower_seconds']}", flush=True)
     if not args.tiny:
         compile_layers(base, whole=False)  # some settings recompute them
     found["rows"] = []

@@ -33,7 +33,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.gpu_7b import DEFAULT_SHAPES, build_demo_processor, build_shapes, draw_samples
-from benchmarks.peers.measure import TIMED
 from models.flops import matmul_ceiling
 
 # Run by a process of its own: a CUDA context takes memory too.
@@ -45,7 +44,7 @@ print("held", flush=True)
 sys.stdin.read()
 """
 ROOT, PEERS = Path(__file__).parents[1], Path(__file__).parent / "peers"
-STEPS, TENTH, LIMIT = 15, 10, 240  # of ours; the step until which is timed; s a side
+STEPS, TENTH, LIMIT = 15, 10, 240  # of each side; the step until which ours is timed; s a side
 LOGGED = 5  # steps a line of the log, which waits for the GPU
 COMPILED = {"compile_layers": "true", "gradient_checkpointing": "selective"}
 PACKS_8192 = COMPILED | {"pack_tokens": 8192, "gradient_accumulation_steps": 1}
@@ -115,7 +114,7 @@ def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> 
         return {"error": f"no flash-attn in {packages}" if packages else "no folder with its packages was given"}
     attention = "flash_attention_2" if side.flash and has_flash else "sdpa"
     size = build_demo_processor(DEFAULT_SHAPES).image_processor.size
-    settings = {"folder": str(folder), "attention": attention, "size": dict(size), "steps": TIMED + 3}
+    settings = {"folder": str(folder), "attention": attention, "size": dict(size), "steps": STEPS}
     settings["batch"] = 2 if tiny else side.batch
     paths = [str(packages)] if packages else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
@@ -138,7 +137,8 @@ def free_memory(gigabytes: float | None) -> Iterator[None]:
 
 
 def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
-    """Return the speed of the last steps of `train_sft.py`, its memory, and the seconds to its tenth step."""
+    """Return the speed of the last steps of `train_sft.py`, its memory, the seconds to its tenth step, and all lines
+    with their seconds."""
     with free_memory(ours.free), tempfile.TemporaryDirectory() as output:
         options = {
             "model_name_or_path": folder / "base", "dataset_path": folder / "annotations.json",
@@ -150,21 +150,21 @@ def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
             options |= {"gradient_checkpointing": "true", "gradient_accumulation_steps": 1}
         command = [sys.executable, str(ROOT / "train_sft.py"), "--config", str(ROOT / "configs" / "skin.yaml")]
         command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
-        start, tenth, lines = time.perf_counter(), None, []
+        start, lines = time.perf_counter(), []
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         watchdog = threading.Timer(LIMIT, process.kill)
         watchdog.start()
         for line in process.stdout:
-            lines.append(line.strip())
-            if f"{TENTH}/{STEPS} " in line and tenth is None:
-                tenth = time.perf_counter() - start
+            lines.append((round(time.perf_counter() - start, 1), line.strip()))
         code = process.wait()
         watchdog.cancel()
         if code == -signal.SIGKILL:
             return {"error": f"not done within {LIMIT} s"}
         if code:
-            return {"error": (lines or ["no message"])[-1][:200]}
-        return {**last_steps(Path(output) / "run" / "metrics.jsonl"), "seconds_to_tenth_step": tenth}
+            return {"error": lines[-1][1][:200] if lines else "no message"}
+        tenth = next(seconds for seconds, line in lines if f"{TENTH}/{STEPS} " in line)
+        speed = last_steps(Path(output) / "run" / "metrics.jsonl")
+        return {**speed, "seconds_to_tenth_step": tenth, "output": lines}
 
 
 def last_steps(metrics: Path) -> dict:
@@ -221,7 +221,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         chosen = [name for name in (*(f"ours, {x}" for x in OURS), *SIDES) if any(word in name for word in args.only)]
         for name in chosen:
             results[name] = run_side(name, args, folder)
-            print(json.dumps({name: results[name]}), flush=True)
+            print(
+                json.dumps({name: {key: value for key, value in results[name].items() if key != "output"}}), flush=True
+            )
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     if gpu:

@@ -26,7 +26,7 @@ from collator import VisionSFTCollator
 from demo.tiny_model import build_processor
 from models.attention import takes_gqa, use_varlen
 from models.compilation import compile_layers, keep_wide_products, language_layers
-from models.flops import matmul_ceiling
+from models.flops import matmul_ceiling, shape_of_batch, useful_flop, work_of
 from models.last_layer import spare_last_layer
 from models.lora import build_lora_config
 from models.tower import speed_up_frozen_tower
@@ -143,11 +143,18 @@ def speed(name: str, tiny: bool, pack_tokens: int, steps: int, profiled: bool) -
         result = gpu_7b.measure(setting, base, processor, train, measured.total, steps, Path(folder))
         result["seconds_in_all"] = time.perf_counter() - start
     if "error" not in result:
-        setting.checkpointing = False  # useful work: nothing counted twice
-        result["useful_flops"] = gpu_7b.flops_per_second(base, setting, result, measured)
+        result["useful_flops"] = result["tokens_per_second"] * useful_flop_of_token(
+            base, processor, train, spared=ends
+        )
         if device.type == "cuda":
             result["mfu"] = result["useful_flops"] / matmul_ceiling(device, torch.bfloat16)
     return result
+
+
+def useful_flop_of_token(base, processor, train, *, spared: bool) -> float:
+    """Return the FLOP of a token without what is computed twice, from the first samples."""
+    shape = shape_of_batch(VisionSFTCollator(processor, packed=True)([train[n] for n in range(20)]))
+    return useful_flop(work_of(base), shape if spared else shape._replace(spared=0)) / shape.tokens
 
 
 def main(argv: list[str] | None = None) -> None:
