@@ -53,6 +53,7 @@ def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel
         print_rank0(f"{'4 bit':<10} {format_stored(stored)}")
     lora = settings.lora_options()
     check_targets(model, lora["target_modules"])
+    torch.manual_seed(settings.training.seed)  # LoRA starts from it alone: loading may draw, otherwise by each device
     model = attach_lora(model, lora)
     check_weights(checkpoint, model)
     return model

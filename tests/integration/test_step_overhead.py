@@ -1,10 +1,13 @@
 """A training step walks over the modules no more often than it must, and is still the same step."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from helpers.runs import train_args
 from models.tower import PatchProduct
+from training import build
 from training.build import build_model, build_trainer
 from training.config import parse_config
 from training.data import load_data, open_processor
@@ -90,3 +93,18 @@ def test_another_loss_of_packs_is_left_to_trl(tiny_base, demo_data, tmp_path, se
     trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=1, eval_steps=10, **PACKS, **setting)
     assert not trainer._has_plain_loss()
     assert trainer.train().training_loss > 0
+
+
+def draw_and_load(load, draws, *args, **options):
+    torch.rand(draws)
+    return load(*args, **options)
+
+
+def test_lora_starts_from_the_seed_whatever_loading_draws(tiny_base, demo_data, tmp_path, monkeypatch):
+    plain, adapters = build.load_model, []
+    for draws in (0, 3):
+        monkeypatch.setattr(build, "load_model", partial(draw_and_load, plain, draws))
+        model = build_model(parse_config(train_args(tiny_base, demo_data, tmp_path, seed=5)))
+        adapters.append([p for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*adapters, strict=True))
+    assert any(a.any() for a in adapters[0])
