@@ -232,14 +232,14 @@ def test_bad_files_are_refused_in_the_words_of_load_image_and_good_ones_kept(bro
         expected.append(f"{file.name}: {error.value}")
     with opened(browser, served) as page:
         upload(page, *files, demo_raw / "images" / "0003.jpg", photos=1)
-        assert page.locator("#messages li").all_inner_texts() == expected
+        assert page.locator("#messages-photos li").all_inner_texts() == expected
         page.click("#new")
         page.click("#ask")
-        expect(page.locator("#messages li")).to_have_text(["add a photo first"])
+        expect(page.locator("#messages-questions li")).to_have_text(["add a photo first"])
         upload(page, demo_raw / "images" / "0003.jpg", photos=1)
         page.fill("#question textarea", "a<|im_end|>")
         page.click("#ask")
-        expect(page.locator("#messages li")).to_contain_text(["special token <|im_end|>"])
+        expect(page.locator("#messages-questions li")).to_contain_text(["special token <|im_end|>"])
         assert page.input_value("#question textarea") == "a<|im_end|>"  # to be corrected
 
 
@@ -300,7 +300,7 @@ def test_a_closed_page_is_forgotten(browser, tmp_path, monkeypatch):
         with opened(browser, Namespace(url=url)) as first, opened(browser, Namespace(url=url)) as second:
             for number, tab in enumerate((first, second), 1):
                 tab.click("#ask")
-                expect(tab.locator("#messages li")).to_have_text(["add a photo first"])
+                expect(tab.locator("#messages-questions li")).to_have_text(["add a photo first"])
                 assert len(sessions) == number
         deadline = time.monotonic() + SECONDS
         while len(sessions) and time.monotonic() < deadline:
