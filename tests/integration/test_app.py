@@ -167,7 +167,11 @@ def ask(page, question):
 def test_upload_ask_follow_up_and_map(browser, served, demo_raw, width):
     images = demo_raw / "images"
     with opened(browser, served, width) as page:
+        page.click("#draw")  # what is wrong is told where the hand is, on a phone too
+        expect(page.locator("#messages-maps li")).to_have_text(["ask a question first whose answer names a label"])
+        expect(page.locator("#messages-maps li")).to_be_in_viewport()
         upload(page, images / "0000.jpg", images / "0001.jpg", photos=2)
+        expect(page.locator(".told li")).to_have_count(0)
         assert "112 x 112 px" in page.inner_text("#photos") and "16 tokens" in page.inner_text("#photos")
         page.locator("#photos button", has_text="Remove").nth(1).click()
         expect(page.locator("#photos .photo")).to_have_count(1)
