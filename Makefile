@@ -23,6 +23,7 @@ install: $(VENV)/.installed
 
 # uv needs about a minute, pip three. Where uv does not work, pip installs the same files.
 $(VENV)/.installed: requirements.txt requirements.lock
+	@echo "installing Python packages in $(VENV): 7 GB on the disk; a minute, or as long as the network needs"
 	$(PYTHON) -m venv $(VENV)
 	@{ $(PIP_INSTALL) uv && \
 	   $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock; } \
@@ -55,7 +56,7 @@ demo: install
 	$(BIN)/python -m demo.draw --out $(DEMO)/raw
 	$(BIN)/python -m demo.tiny_model --annotations $(DEMO)/raw/annotations.json --out $(DEMO)/base --family $(FAMILY)
 	$(BIN)/python -m data_prep convert --annotations $(DEMO)/raw/annotations.json --images $(DEMO)/raw/images --out $(DEMO)/data
-	$(BIN)/python -m data_prep inspect $(DEMO)/data
+	$(BIN)/python -m data_prep inspect $(DEMO)/data --min-pixels 12544 --max-pixels 12544
 	$(BIN)/accelerate launch $(ONE_PROCESS) train_sft.py --config configs/demo.yaml
 	$(BIN)/python eval_sft.py --adapter $(DEMO)/adapter --dataset $(DEMO)/data --baseline --min-group 5 --max-new-tokens 16
 	@echo "report on the data        $(DEMO)/data/report.html"
@@ -69,7 +70,7 @@ docs: install $(DOCS)/.installed
 	rm -rf outputs/site
 	mkdir -p outputs/site/source
 	tar -cf - --exclude=__pycache__ *.md LICENSE CITATION.cff docs notebooks benchmarks | tar -xf - -C outputs/site/source
-	$(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 	@echo "site                      outputs/site/html/index.html"
 
 $(DOCS)/.installed: docs/requirements.txt

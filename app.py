@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def show_address(url: str) -> None:
+    print(f"open {url}   (Ctrl-C ends it)", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     disable_progress_bars()  # those of datasets
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
                 examples, args.base_too, Sessions(args.system),
             )
         )  # fmt: skip
-        serve(page, port=args.port, share=args.share, ready=lambda url: print(f"open {url}", flush=True))
+        serve(page, port=args.port, share=args.share, ready=show_address)
     return 0
 
 

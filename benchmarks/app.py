@@ -1,13 +1,18 @@
-"""How long the page of app.py takes on this machine: to the first word, to the labels, to a pair of occlusion maps.
+"""How long app.py takes on this machine: until its page can be opened, to the first word, to the labels, to two maps.
 
 python -m benchmarks.app --adapter outputs/demo/adapter --image photo.jpg
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from common.cli import positive_int, run
+
+import psutil
 
 from models.adapters import load_answering_model
 from models.loading import load_processor
@@ -38,6 +43,18 @@ def measure(engine: Engine, reader, image: str, question: str) -> dict[str, floa
     return {**found, f"two maps of {GRID} x {GRID}": time.time() - start}
 
 
+def measure_start(adapter: str) -> tuple[float, float]:
+    """Return the seconds until app.py prints the page's address, and the seconds of the CPU in them."""
+    command, start = [sys.executable, "app.py", "--adapter", Path(adapter).resolve()], time.time()
+    options = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        if not process.stdout.readline().startswith("open "):
+            raise ValueError(f"--adapter: app.py does not start with {adapter}")
+        seconds, cpu = time.time() - start, sum(psutil.Process(process.pid).cpu_times()[:2])
+        process.terminate()
+    return seconds, cpu
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="with an evaluation in its folder")
@@ -48,6 +65,7 @@ def main() -> None:
     if reader is None:
         raise ValueError(f"--adapter: no evaluation in {args.adapter}")
     question = next(question for question, asks in reader.asks.items() if asks)
+    print("page can be opened after {:.1f} s, of which {:.1f} of the CPU".format(*measure_start(args.adapter)))
     options = {"max_new_tokens": 128, "batch_size": 8}
     engine = Engine(load_answering_model(args.adapter), load_processor(args.adapter), **options)
     runs = [measure(engine, reader, args.image, question) for _ in range(args.repeats)]

@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also ask for Gradio's newest version
 if not (sys.stderr and sys.stderr.isatty()):
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and those of transformers: in a file each is a wall
+# PyTorch's threads spin while they wait for each other, which where other programs use the cores makes a tiny model up
+# to forty times as slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

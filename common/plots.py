@@ -1,6 +1,7 @@
 """Plots of a run's metrics."""
 
 import io
+import math
 from functools import cache
 from pathlib import Path
 
@@ -66,8 +67,16 @@ def _coverage(file: str) -> frozenset[int]:
     return frozenset(FT2Font(file).get_charmap())
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Return the exponential moving average of `values` over a twentieth of their number, corrected for its start."""
+def smooth(values: list[float], *, logarithmic: bool = False) -> list[float]:
+    """Return the exponential moving average of `values` over a twentieth of their number, corrected for its start.
+
+    Args:
+        values: in their order.
+        logarithmic: average the logarithms, for a logarithmic axis: where values fall by powers of ten, their own
+            average stays far above them.
+    """
+    if logarithmic:
+        return [math.exp(value) for value in smooth([math.log(value) for value in values])]
     weight = 1 - 1 / max(2, len(values) / 20)
     average, result = 0.0, []
     for step, value in enumerate(values, start=1):
@@ -84,7 +93,7 @@ def plot_training(log_history: list[dict], path: Path) -> None:
             first is the mean over answer tokens, the last the trainer's mean over validation batches of their means.
         path: PNG to write; replaced atomically, so that it is complete even if the run is killed.
     """
-    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
     losses, norms, rates = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
     _draw_losses(losses, log_history)
     _draw_line(norms, log_history, "grad_norm", BROWN)
@@ -106,10 +115,11 @@ def plot_training(log_history: list[dict], path: Path) -> None:
 def _draw_losses(axes, log_history: list[dict]) -> None:
     steps, training = _series(log_history, "loss")
     axes.plot(steps, training, color=GREY, label="training loss", marker="." if len(steps) < 3 else None)
-    axes.plot(steps, smooth(training), color=BLUE, linewidth=2, label="training loss, smoothed")
-    steps, validation = _series(log_history, "eval_loss")
-    if steps:
-        axes.plot(steps, validation, color=ORANGE, marker="o", markersize=4, label="validation loss")
+    validations, validation = _series(log_history, "eval_loss")
+    smoothed = smooth(training, logarithmic=_is_steep(training + validation))
+    axes.plot(steps, smoothed, color=BLUE, linewidth=2, label="training loss, smoothed")
+    if validations:
+        axes.plot(validations, validation, color=ORANGE, marker="o", markersize=4, label="validation loss")
     axes.set(ylabel="loss per answer token", title="Training")
     _set_scale(axes, training + validation)
 
@@ -121,8 +131,11 @@ def _draw_line(axes, log_history: list[dict], key: str, colour: str) -> None:
 
 def _set_scale(axes, values: list[float]) -> None:
     """Let the axis be logarithmic for values of very different size, else start at 0."""
-    steep = bool(values) and max(values) > 20 * min(values) > 0
-    axes.set(yscale="log") if steep else axes.set_ylim(bottom=0)
+    axes.set(yscale="log") if _is_steep(values) else axes.set_ylim(bottom=0)
+
+
+def _is_steep(values: list[float]) -> bool:
+    return bool(values) and max(values) > 20 * min(values) > 0
 
 
 def legend_below(figure: Figure) -> None:

@@ -63,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="a page about a data set folder", epilog=EXAMPLES["inspect"])
     command.add_argument("folder", type=Path, help="output of convert")
     command.add_argument("--max-pixels", type=positive_int, help="image limit, px^2 (default: the suggested one)")
+    command.add_argument(
+        "--min-pixels", type=positive_int, default=MIN_PIXELS,
+        help="smallest area of an image in training, px^2 (default: %(default)s)",
+    )  # fmt: skip
     command.set_defaults(function=inspect)
     command = commands.add_parser("push", help="a data set folder -> the Hub, private", epilog=EXAMPLES["push"])
     command.add_argument("folder", type=Path, help="output of convert")
@@ -246,7 +250,7 @@ def _check_prepared(folder: Path) -> None:
 def inspect(args: argparse.Namespace) -> None:
     _check_prepared(args.folder)
     announce("drawing the report", "about 5 s, longer for thousands of images")
-    print(f"{write_report(args.folder, max_pixels=args.max_pixels)}: open it in a browser")
+    print(f"{write_report(args.folder, min_pixels=args.min_pixels, max_pixels=args.max_pixels)}: open it in a browser")
 
 
 def print_counts(findings: list[Finding]) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from common.html import encode_figure, encode_image, render_page, shorten
 from common.plots import BLUE, BROWN, DPI, GREEN, GREY, ORANGE, PURPLE, legend_below
+from data_prep.boxes import MIN_PIXELS
 from data_prep.check import ERRORS, KINDS, WARNINGS, Finding, read_findings
 from data_prep.folders import FINDINGS
 from data_prep.images import Fit, load_image
@@ -20,7 +21,6 @@ from data_prep.storage import load_folder
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, BROWN, GREY)  # of splits
 TOKEN_LIMITS = (256, 384, 512, 768, 1024, 1280)  # most tokens of an image, for each row of the table
-MIN_PIXELS = 64 * PATCH_CELL**2
 MAX_FINDINGS = 8  # of one kind on the page
 NUM_SAMPLES = 10  # on the page
 NO_LABEL = "(no label)"
@@ -31,27 +31,32 @@ SPLIT_NOTES = {
 }
 
 
-def write_report(folder: Path, *, max_pixels: int | None = None) -> Path:
+def write_report(folder: Path, *, min_pixels: int = MIN_PIXELS, max_pixels: int | None = None) -> Path:
     """Write `report.html` and `report.json` into a prepared data set's folder and return the page's path.
 
     Args:
         folder: what `python -m data_prep convert` wrote.
+        min_pixels: smallest area of an image in training, px^2; smaller ones are enlarged to it.
         max_pixels: image limit to show samples and costs at, px^2; the suggested one when None.
+
+    Raises:
+        ValueError: min_pixels > max_pixels.
     """
     splits = load_folder(folder)
     findings = read_findings(folder / FINDINGS)
-    statistics = summarise(splits, findings, max_pixels)
+    statistics = summarise(splits, findings, min_pixels, max_pixels)
     (folder / "report.json").write_text(json.dumps(statistics, indent=2, ensure_ascii=False), encoding="utf-8")
     page = _render(folder.resolve().name, splits, findings, statistics)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
-def summarise(splits: DatasetDict, findings: list[Finding], max_pixels: int | None) -> dict:
+def summarise(splits: DatasetDict, findings: list[Finding], min_pixels: int, max_pixels: int | None) -> dict:
     """Return the report's numbers: samples, images, labels by split, skin types, token costs, findings by kind."""
     labels = {name: dict(Counter(label or NO_LABEL for label in split["label"])) for name, split in splits.items()}
     sizes = [tuple(size) for split in splits.values() for sizes in split["image_sizes"] for size in sizes]
-    budget = [_budget(splits, sizes, tokens * PATCH_CELL**2) for tokens in TOKEN_LIMITS] if sizes else []
+    limits = [tokens * PATCH_CELL**2 for tokens in TOKEN_LIMITS if tokens * PATCH_CELL**2 >= min_pixels]
+    budget = [_budget(splits, sizes, min_pixels, limit) for limit in limits] if sizes else []
     suggested = next((row["max_pixels"] for row in budget if row["shrunk"] <= 5), TOKEN_LIMITS[-1] * PATCH_CELL**2)
     kinds = Counter(finding.kind for finding in findings)
     return {
@@ -61,16 +66,17 @@ def summarise(splits: DatasetDict, findings: list[Finding], max_pixels: int | No
         "skin_types": dict(Counter(kind or "unknown" for split in splits.values() for kind in split["skin_type"])),
         "budget": budget,
         "suggested_max_pixels": suggested,
+        "min_pixels": min_pixels,
         "max_pixels": max_pixels or suggested,
         "findings": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
     }
 
 
-def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) -> dict:
+def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], min_pixels: int, max_pixels: int) -> dict:
     """Return the effect of a limit: mean tokens an image, share of images shrunk (%), longest sample (tokens)."""
 
     def tokens(width: int, height: int) -> int:
-        return count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=max_pixels)
+        return count_image_tokens(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
 
     cost = {size: tokens(*size) for size in set(sizes)}
     longest = 0
@@ -88,7 +94,7 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], max_pixels: int) 
 
 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
-    fit = partial(fit_size, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
+    fit = partial(fit_size, min_pixels=statistics["min_pixels"], max_pixels=statistics["max_pixels"])
     positions = {sample_id: (split, row) for split in splits for row, sample_id in enumerate(splits[split]["id"])}
     return render_page(
         "data_report.html",
@@ -143,10 +149,8 @@ def _charts(splits: DatasetDict, statistics: dict) -> list[dict]:
         charts.append(_bar_chart(statistics["skin_types"], "Skin types", "samples", note))
     sizes = [size for split in splits.values() for image_sizes in split["image_sizes"] for size in image_sizes]
     if sizes:
-        tokens = [
-            count_image_tokens(height, width, min_pixels=MIN_PIXELS, max_pixels=statistics["max_pixels"])
-            for width, height in sizes
-        ]
+        limits = {name: statistics[name] for name in ("min_pixels", "max_pixels")}
+        tokens = [count_image_tokens(height, width, **limits) for width, height in sizes]
         longer, title = [max(size) for size in sizes], f"Tokens an image, max_pixels {statistics['max_pixels']:,}"
         note = "Longer sides of the images as they are in the data; training shrinks those over max_pixels."
         charts.append(_histogram(longer, "Image sizes", "images", "longer side, px", note))

@@ -63,7 +63,7 @@ Plans = dict[tuple[bool, bool | str], MemoryPlan]  # by the keys of PLAN_NAMES
 
 
 class Steps(NamedTuple):
-    """Optimizer steps of a run, its epochs, and the samples of one step; None if unknown."""
+    """Optimizer steps of a run, its epochs, and the samples of a full step (packs: of a mean one); None if unknown."""
 
     run: int | None
     epochs: float | None
@@ -211,7 +211,8 @@ def print_steps(lengths: SampleLengths | None, settings: Settings) -> Steps:
     order = {"seed": settings.order_seed, "epochs": epochs}
     per_epoch = steps_per_epoch(kept, pack_tokens=pack_tokens, batch=rows, accumulate=accumulate, **order)
     total = limit or math.ceil(per_epoch * args.num_train_epochs)
-    steps = Steps(total, total / per_epoch, len(kept) / per_epoch)
+    samples = len(kept) / per_epoch if pack_tokens else min(rows * accumulate, len(kept))
+    steps = Steps(total, total / per_epoch, samples)
     unit = f"packs of {pack_tokens:,} tokens, {steps.samples:.0f} samples each" if pack_tokens else "samples"
     print(f"steps      {total:,} of {rows * accumulate} {unit}; {steps.epochs:.3g} epochs")
     return steps

@@ -15,17 +15,15 @@ from webapp.labels import LabelReader
 from webapp.photos import load_photo, load_photos
 from webapp.sessions import LabelMapping, Session
 
-BUSY = "the last question or map is not finished yet; stop it or wait"
-
 
 def add_photos(session: Session, paths: list[str], engine: Engine) -> None:
     """Read uploaded files, delete them, and keep the photos for the next question."""
     try:
-        photos, session.messages = load_photos(paths, engine.processor)
+        photos, refused = load_photos(paths, engine.processor)
     finally:
         for path in paths:
             Path(path).unlink(missing_ok=True)
-    session.messages += session.conversation.add_photos(photos)
+    session.report("photos", refused + session.conversation.add_photos(photos))
 
 
 def remove_photo(session: Session, number: int) -> None:
@@ -59,20 +57,19 @@ def take_example(session: Session, sample: dict, engine: Engine) -> str:
 
 def ask(session: Session, question: str, engine: Engine, reader: LabelReader | None, *, base: bool) -> Iterator[None]:
     """Ask the adapter, rank the labels, and ask the base model."""
-    with session.working() as free:
-        session.messages = [] if free else [BUSY]
+    with session.working("questions") as free:
         if not free:
             return
         conversation = session.conversation
         try:
             turn = conversation.ask(question)
         except ValueError as error:
-            session.messages = [str(error)]
+            session.report("questions", [str(error)])
             return
         try:
             yield from _answer(session, turn, engine, reader, base=base)
         except ValueError as error:
-            session.messages = [str(error)]
+            session.report("questions", [str(error)])
             if not turn.answers[ADAPTER].text:
                 conversation.drop_turn()
 
@@ -108,17 +105,17 @@ def draw_maps(session: Session, photo: int, labels: list[str], engine: Engine) -
         labels: two of the ranked ones.
         engine: the model.
     """
-    with session.working() as free:
+    with session.working("maps") as free:
+        if not free:
+            return
         turn = mapped_turn(session.conversation)
-        session.messages = [] if free else [BUSY]
-        if free and turn is None:
-            session.messages = ["ask a question first whose answer names a label"]
-        if session.messages:
+        if turn is None:
+            session.report("maps", ["ask a question first whose answer names a label"])
             return
         try:
             yield from _draw_maps(session, turn, photo, labels, engine)
         except ValueError as error:
-            session.messages = [str(error)]
+            session.report("maps", [str(error)])
         finally:
             session.progress = None
 
@@ -134,7 +131,7 @@ def _draw_maps(session: Session, turn: int, photo: int, labels: list[str], engin
     yield
     for batch in engine.score_all(examples, [answers[label] for label in labels]):
         if session.stop.is_set():
-            session.messages = ["stopped"]
+            session.report("maps", ["stopped"])
             return
         scores.append(batch)
         done = sum(map(len, scores))

@@ -23,6 +23,7 @@ from publishing.run_facts import read_metrics
 
 NOT_EVALUATED = "no evaluation is in the adapter's folder (python eval_sft.py)"
 NOT_ASKED = "the evaluation did not ask this question"
+ONLY_ITS_PHOTOS = "That holds for photos like those: any other picture, even noise, can have such a confidence too."
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def judge_confidence(confidence: float, level: dict | None) -> tuple[str, bool]:
         limit = f"its confidence of {confidence:.1%} is under {level['confidence']:.1%}"
         return f"Abstain: do not take this as an answer; {limit}, the level that the evaluation found.", True
     found = f"{level['accuracy']:.0%} of the evaluation's answers from {level['confidence']:.1%} on were right"
-    return f"Confidence {confidence:.1%}: {found} ({level['samples']:,} samples of the validation split).", False
+    size = f"({level['samples']:,} samples of the validation split)"
+    return f"Confidence {confidence:.1%}: {found} {size}. {ONLY_ITS_PHOTOS}", False
 
 
 def read_labels(adapter: str, splits: DatasetDict | None, split: str) -> LabelReader | None:

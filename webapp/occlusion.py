@@ -109,5 +109,5 @@ def describe_map(label: str, drops: np.ndarray) -> str:
     others = np.delete(drops, strongest).mean()
     return (
         f"Greying out the patch in row {row}, column {column} lowers the odds of {label} most: they are divided by "
-        f"{np.exp(drops[strongest]):.2f}, by {np.exp(others):.2f} on average over the other {len(drops) - 1} patches."
+        f"{np.exp(drops[strongest]):,.2f}, by {np.exp(others):.2f} on average over the other {len(drops) - 1} patches."
     )

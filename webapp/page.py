@@ -49,6 +49,7 @@ class Page:
 
     def __init__(self, app: App):
         self.app, empty = app, Session(Conversation())
+        self.messages = {}
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=320):
                 self._build_photos(empty)
@@ -60,7 +61,7 @@ class Page:
     def _build_photos(self, empty: Session) -> None:
         _html("<h2>Photos</h2>")
         self.upload = gr.File(label="Photos", show_label=False, file_count="multiple", height=130, elem_id="upload")
-        self.messages = _html(views.render_messages(empty), elem_id="messages")
+        self.messages["photos"] = _messages(empty, "photos")
         self.photos = _html(views.render_photos(empty), js_on_load=CHOOSE, elem_id="photos")
         self.new = gr.Button("New case", size="md", elem_id="new")
         self.examples = None
@@ -74,6 +75,7 @@ class Page:
         first = self.app.questions[0] if self.app.questions else ""
         self.question = gr.Textbox(first, label="Your question", lines=1, max_lines=6, elem_id="question")
         self.suggestions = _html(views.render_questions(self.app.questions), js_on_load=CHOOSE, elem_id="suggestions")
+        self.messages["questions"] = _messages(empty, "questions")
         with gr.Row():
             self.ask = gr.Button("Ask", variant="primary", size="md", scale=3, min_width=120, elem_id="ask")
             self.stop = gr.Button("Stop", size="md", scale=1, min_width=80, elem_id="stop")
@@ -85,11 +87,13 @@ class Page:
                 self.photo = gr.Dropdown([], label="Photo", elem_id="map-photo")
                 self.label = gr.Dropdown([], label="Label", elem_id="map-label")
                 self.other = gr.Dropdown([], label="A wrong label beside it", elem_id="map-other")
+            self.messages["maps"] = _messages(empty, "maps")
             self.draw = gr.Button("Draw the maps", size="md", elem_id="draw")
             self.maps = _html(views.render_maps(empty), elem_id="maps")
 
     def _connect(self) -> None:
-        photos = [self.photos, self.messages]
+        messages = list(self.messages.values())
+        photos = [self.photos, *messages]
         choices = [self.photo, self.label, self.other]
         everything = [*photos, self.conversation, self.question, *choices, self.maps]
         on = {"api_visibility": "private", "show_progress": "hidden"}
@@ -105,7 +109,7 @@ class Page:
             trigger_mode="multiple", **shared,
         )  # fmt: skip
         self.stop.click(self._stop, None, None, queue=False, **on)
-        self.draw.click(self._draw, choices, [self.messages, self.maps], trigger_mode="multiple", **shared)
+        self.draw.click(self._draw, choices, [self.maps, *messages], trigger_mode="multiple", **shared)
 
     def _add_photos(self, paths: list[str] | None, request: gr.Request) -> dict:
         session = self._session(request)
@@ -132,15 +136,15 @@ class Page:
 
     def _ask(self, question: str, request: gr.Request) -> Iterator[dict]:
         app, session = self.app, self._session(request)
-        turns = len(session.conversation.turns)
+        before = turns = len(session.conversation.turns)
         for _ in actions.ask(session, question, app.engine, app.reader, base=app.base):
             shown = {self.conversation: views.render_conversation(session)}
             if len(session.conversation.turns) > turns:  # it was accepted
                 turns = len(session.conversation.turns)
                 shown |= {**self._photos(session), self.question: ""}
             yield shown
-        asked = session.messages and {self.question: question}  # it was refused
-        yield {**self._everything(session), **(asked or {})}
+        refused = session.messages and len(session.conversation.turns) == before
+        yield {**self._everything(session), **({self.question: question} if refused else {})}
 
     def _stop(self, request: gr.Request) -> None:
         self._session(request).stop.set()
@@ -155,10 +159,13 @@ class Page:
         return self.app.sessions.get(request.session_hash)
 
     def _photos(self, session: Session) -> dict:
-        return {self.photos: views.render_photos(session), self.messages: views.render_messages(session)}
+        return {self.photos: views.render_photos(session), **self._messages(session)}
 
     def _maps(self, session: Session) -> dict:
-        return {self.maps: views.render_maps(session), self.messages: views.render_messages(session)}
+        return {self.maps: views.render_maps(session), **self._messages(session)}
+
+    def _messages(self, session: Session) -> dict:
+        return {part: views.render_messages(session, place) for place, part in self.messages.items()}
 
     def _everything(self, session: Session) -> dict:
         photos, labels = views.map_choices(session)
@@ -184,6 +191,10 @@ def build_page(app: App) -> gr.Blocks:
         _html(NOTICE, elem_id="notice")
         blocks.unload(close)
     return blocks.queue(max_size=QUEUE_SIZE)
+
+
+def _messages(session: Session, place: str) -> gr.HTML:
+    return _html(views.render_messages(session, place), elem_id=f"messages-{place}", elem_classes="told")
 
 
 def _html(value: str, **options) -> gr.HTML:

@@ -9,6 +9,9 @@ from PIL import Image
 
 from webapp.conversation import Conversation
 
+PLACES = ("photos", "questions", "maps")  # parts of the page; each shows the messages of its own actions
+BUSY = "the last question or map is not finished yet; stop it or wait"
+
 
 @dataclass(frozen=True)
 class LabelMapping:
@@ -27,6 +30,7 @@ class Session:
         conversation: its photos and turns.
         stop: set to end what is computed for it.
         messages: lines to show about the last action, as why a file was refused.
+        place: where on the page that action is, of `PLACES`.
         maps: the last maps.
         progress: what of a map is done, `(patches, of patches, seconds left)`.
     """
@@ -34,20 +38,30 @@ class Session:
     conversation: Conversation
     stop: threading.Event = field(default_factory=threading.Event)
     messages: list[str] = field(default_factory=list)
+    place: str = PLACES[0]
     maps: list[LabelMapping] = field(default_factory=list)
     progress: tuple[int, int, float] | None = None
     _work: threading.Lock = field(default_factory=threading.Lock)
 
+    def report(self, place: str, messages: list[str]) -> None:
+        """Replace the messages, and say to which of `PLACES` they belong."""
+        self.place, self.messages = place, messages
+
     @contextmanager
-    def working(self) -> Iterator[bool]:
-        """Yield whether nothing else is computed for this page; if so, nothing else can be until the block ends."""
+    def working(self, place: str) -> Iterator[bool]:
+        """Yield whether nothing else is computed for this page; if so, nothing else can be until the block ends.
+
+        What is refused meanwhile has the message `BUSY`, until the block ends.
+        """
         free = self._work.acquire(blocking=False)
+        self.report(place, [] if free else [BUSY])
         try:
             if free:
                 self.stop.clear()
             yield free
         finally:
             if free:
+                self.messages = [message for message in self.messages if message != BUSY]
                 self._work.release()
 
     @property

@@ -15,6 +15,8 @@ from webapp.labels import LabelReader, read_labels
 
 MAX_EXAMPLES = 12
 MAX_QUESTIONS = 4
+# Splits of an evaluation in which the training has seen photos
+SEEN_SPLITS = {"train": "the training photos themselves", "all": "all splits, the training photos among them"}
 OTHER_PIXELS = "--max-pixels may differ from the evaluation's"
 
 
@@ -68,9 +70,10 @@ def describe_adapter(args: argparse.Namespace) -> dict[str, str]:
 
 
 def describe_accuracy(metrics: dict) -> str:
-    """Return the accuracy of an evaluation in a sentence; empty for data without labels."""
+    """Return the accuracy of an evaluation in a sentence, with the split; empty for data without labels."""
     accuracy = metrics["runs"]["adapter"].get("diagnosis", {}).get("accuracy")
     if not accuracy:
         return ""
     spread = f" ({accuracy['low']:.3f} to {accuracy['high']:.3f})" if accuracy["low"] is not None else ""
-    return f"Evaluated: accuracy {accuracy['value']:.3f}{spread} on {metrics['diagnosed']:,} questions."
+    place = SEEN_SPLITS.get(metrics["split"], f"split {metrics['split']}")
+    return f"Evaluated on {place}: accuracy {accuracy['value']:.3f}{spread}, {metrics['diagnosed']:,} questions."

@@ -49,8 +49,9 @@ def render_conversation(session: Session) -> str:
     return _render("conversation", turns=turns, speakers=SPEAKERS, bars=MAX_BARS, working=session.is_working)
 
 
-def render_messages(session: Session) -> str:
-    return _render("messages", messages=session.messages)
+def render_messages(session: Session, place: str) -> str:
+    """Return the messages if they belong to this place, of `PLACES`."""
+    return _render("messages", messages=session.messages if session.place == place else [])
 
 
 def render_explanation() -> str:

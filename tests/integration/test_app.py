@@ -167,7 +167,11 @@ def ask(page, question):
 def test_upload_ask_follow_up_and_map(browser, served, demo_raw, width):
     images = demo_raw / "images"
     with opened(browser, served, width) as page:
+        page.click("#draw")  # what is wrong is told where the hand is, on a phone too
+        expect(page.locator("#messages-maps li")).to_have_text(["ask a question first whose answer names a label"])
+        expect(page.locator("#messages-maps li")).to_be_in_viewport()
         upload(page, images / "0000.jpg", images / "0001.jpg", photos=2)
+        expect(page.locator(".told li")).to_have_count(0)
         assert "112 x 112 px" in page.inner_text("#photos") and "16 tokens" in page.inner_text("#photos")
         page.locator("#photos button", has_text="Remove").nth(1).click()
         expect(page.locator("#photos .photo")).to_have_count(1)
@@ -232,14 +236,14 @@ def test_bad_files_are_refused_in_the_words_of_load_image_and_good_ones_kept(bro
         expected.append(f"{file.name}: {error.value}")
     with opened(browser, served) as page:
         upload(page, *files, demo_raw / "images" / "0003.jpg", photos=1)
-        assert page.locator("#messages li").all_inner_texts() == expected
+        assert page.locator("#messages-photos li").all_inner_texts() == expected
         page.click("#new")
         page.click("#ask")
-        expect(page.locator("#messages li")).to_have_text(["add a photo first"])
+        expect(page.locator("#messages-questions li")).to_have_text(["add a photo first"])
         upload(page, demo_raw / "images" / "0003.jpg", photos=1)
         page.fill("#question textarea", "a<|im_end|>")
         page.click("#ask")
-        expect(page.locator("#messages li")).to_contain_text(["special token <|im_end|>"])
+        expect(page.locator("#messages-questions li")).to_contain_text(["special token <|im_end|>"])
         assert page.input_value("#question textarea") == "a<|im_end|>"  # to be corrected
 
 
@@ -300,7 +304,7 @@ def test_a_closed_page_is_forgotten(browser, tmp_path, monkeypatch):
         with opened(browser, Namespace(url=url)) as first, opened(browser, Namespace(url=url)) as second:
             for number, tab in enumerate((first, second), 1):
                 tab.click("#ask")
-                expect(tab.locator("#messages li")).to_have_text(["add a photo first"])
+                expect(tab.locator("#messages-questions li")).to_have_text(["add a photo first"])
                 assert len(sessions) == number
         deadline = time.monotonic() + SECONDS
         while len(sessions) and time.monotonic() < deadline:

@@ -5,6 +5,7 @@ import re
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 from common.cli import run
 
@@ -327,6 +328,16 @@ def test_lengths_and_steps():
     assert describe_lengths(lengths) == "250 a sample, median 250, 95 % up to 400, longest 400; 80 % image"
     assert steps_per_epoch(lengths.total, pack_tokens=500, batch=1, accumulate=2, seed=0, epochs=2) == 1
     assert steps_per_epoch(lengths.total, pack_tokens=None, batch=1, accumulate=3, seed=0, epochs=2) == 2
+
+
+def test_a_step_has_the_samples_of_the_recipe_though_an_epoch_ends_with_a_smaller_one(capsys):
+    args = SimpleNamespace(
+        max_steps=100, num_train_epochs=3, per_device_train_batch_size=4, gradient_accumulation_steps=1
+    )
+    settings = SimpleNamespace(training=args, pack_tokens=None, order_seed=0)
+    found = page.print_steps(SampleLengths(total=[48] * 6, image=[16] * 6), settings)
+    assert found == (100, 50, 4)
+    assert capsys.readouterr().out == "steps      100 of 4 samples; 50 epochs\n"
 
 
 def test_probable_mistakes_give_warnings():

@@ -158,6 +158,7 @@ def test_maps_are_those_of_single_photos_in_grey(engine, evaluated, demo_splits)
     assert [found.label for found in session.maps] == ["melanoma", "vitiligo"] and session.progress is None
     list(actions.draw_maps(session, 1, ["melanoma", "vitiligo"], engine))
     assert session.messages == ["choose a photo of the conversation and two of its labels"]
+    assert session.place == "maps"
     steps = actions.draw_maps(session, 0, ["melanoma", "vitiligo"], engine)
     next(steps)
     session.stop.set()
@@ -218,7 +219,7 @@ def test_the_start_of_the_page(evaluated, demo_data, tiny_base):
     assert 0 < len(questions) <= 4 and reader.asks[questions[0]]
     facts = describe_adapter(args)
     assert facts["adapter"] == "adapter" and facts["base"] == tiny_base.name
-    assert facts["loading"] == "nf4, float32" and facts["measured"].startswith("Evaluated: accuracy ")
+    assert facts["loading"] == "nf4, float32" and facts["measured"].startswith("Evaluated on split test: accuracy ")
     args.max_pixels = 12544
     assert read_reader(args, splits).uncalibrated == "--max-pixels may differ from the evaluation's"
     args.dataset, args.image_dir = None, "x"

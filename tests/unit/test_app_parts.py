@@ -21,7 +21,7 @@ from webapp.labels import (
     read_labels,
 )
 from webapp.photos import Photo, load_photo, load_photos
-from webapp.sessions import LabelMapping, Session, Sessions
+from webapp.sessions import BUSY, PLACES, LabelMapping, Session, Sessions
 
 LEVEL = {"target": 0.9, "samples": 60, "confidence": 0.62, "accuracy": 0.95, "coverage": 0.8}
 QUESTION = "What condition is shown?"
@@ -143,7 +143,7 @@ def test_bars_are_the_softmax_over_the_temperature():
 def test_a_confidence_is_judged_by_the_level_of_the_evaluation():
     assert judge_confidence(0.7, LEVEL) == (
         "Confidence 70.0%: 95% of the evaluation's answers from 62.0% on were right (60 samples of the validation "
-        "split).",
+        "split). That holds for photos like those: any other picture, even noise, can have such a confidence too.",
         False,
     )
     text, abstain = judge_confidence(0.43, LEVEL)
@@ -261,10 +261,13 @@ def test_a_closed_page_is_forgotten_and_its_work_ends():
 
 def test_a_page_computes_one_thing_at_a_time():
     session = Session(Conversation())
-    with session.working() as first, session.working() as second:
-        assert (first, second) == (True, False)
+    with session.working("questions") as first:
+        with session.working("maps") as second:
+            assert (first, second) == (True, False)
+        assert (session.messages, session.place) == ([BUSY], "maps")
         session.stop.set()
-    with session.working() as again:
+    assert session.messages == []
+    with session.working("maps") as again:
         assert again and not session.stop.is_set()
     assert not session.is_working
 
@@ -277,7 +280,8 @@ def test_all_texts_are_escaped():
     turn.labels = LabelRanking([(bad, 0.5)], {bad: bad}, bad, bad, True)
     turn.reference = bad
     session = Session(conversation, messages=[bad], maps=[LabelMapping(bad, photo().image, bad)])
-    pages = [views.render_photos(session), views.render_conversation(session), views.render_messages(session)]
+    pages = [views.render_photos(session), views.render_conversation(session)]
+    pages.append(views.render_messages(session, "photos"))
     pages += [views.render_maps(session), views.render_questions([bad])]
     pages.append(views.render_header({"adapter": bad, "base": bad, "loading": bad, "measured": bad}))
     for page in pages:
@@ -301,3 +305,9 @@ def test_a_map_can_be_drawn_of_photos_up_to_the_last_ranked_turn():
     session.conversation.add_photos([photo("c")])
     session.conversation.ask("And?")
     assert views.map_choices(session) == ([("1: a", 0), ("2: b", 1)], ["x", "y"])
+
+
+def test_a_message_is_shown_where_its_action_is_and_nowhere_else():
+    session = Session(Conversation())
+    session.report("maps", ["stopped"])
+    assert [place for place in PLACES if "stopped" in views.render_messages(session, place)] == ["maps"]

@@ -36,6 +36,15 @@ def test_class_folders_are_a_source(tmp_path):
     assert {m[1]["content"] for m in train["messages"]} == {"This is nevus.", "This is basal cell carcinoma."}
 
 
+def test_the_question_does_not_tell_the_label(tmp_path):
+    for number in range(12):
+        path = tmp_path / ("nevus" if number % 2 else "melanoma") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((60, 40), 90).save(path)
+    train = prepare([Source(tmp_path)], split=(1, 0, 0), show_progress=False).splits["train"]
+    assert {m[0]["content"] for m in train["messages"]} == {"<image>What skin condition is shown?"}
+
+
 def test_a_class_name_loses_the_blanks_that_stand_for_its_underscores(tmp_path):
     for folder, colour in (("nevus_", "brown"), ("_", "red")):
         draw(tmp_path / folder / "1.jpg", colour)

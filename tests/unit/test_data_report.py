@@ -44,6 +44,18 @@ def test_the_numbers_are_those_of_the_data(report):
     assert facts["max_pixels"] == 256 * 784
 
 
+def test_images_under_min_pixels_cost_what_the_recipe_makes_of_them(report):
+    limits = ["--min-pixels", str(400 * 784), "--max-pixels", str(400 * 784)]
+    data_prep(["inspect", str(report), *limits])
+    page, facts = (report / "report.html").read_text(), json.loads((report / "report.json").read_text())
+    assert facts["min_pixels"] == facts["max_pixels"] == 400 * 784
+    assert [row["most"] for row in facts["budget"]] == [512, 768, 1024, 1280]  # lower limits than min_pixels are none
+    assert all(row["mean"] >= 380 for row in facts["budget"])
+    assert "Tokens an image, max_pixels 313,600" in page
+    with pytest.raises(ValueError, match="min_pixels 50176 is above max_pixels 784"):
+        data_prep(["inspect", str(report), "--max-pixels", "784"])
+
+
 def test_the_page_is_whole_and_runs_nothing(report):
     page = (report / "report.html").read_text()
     assert page.count("<script") == 1 and '<script>"use strict"' in page and "&lt;script&gt;alert(1)" in page

@@ -1,9 +1,13 @@
 """Commands that answer import nothing that takes long and that they do not use."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parents[2]
 UNUSED = ("torch._inductor.compile_fx", "sklearn", "nltk", "trl", "gradio")
 
 
@@ -14,6 +18,18 @@ print([name for name in {UNUSED} if name in sys.modules], os.environ.get("TORCHD
 import torch
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())  # the compiler is still there
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[] None", "2.0"]
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "found"),
+    [("eval_sft", {}, "PASSIVE"), ("predict", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")],
+)
+def test_threads_of_a_command_do_not_spin_while_they_wait_unless_asked_to(command, asked, found):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE", **asked}  # OpenMP prints what it has read when it is loaded
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {command}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr

@@ -20,6 +20,14 @@ def test_smooth_starts_at_the_first_value_and_keeps_a_constant():
     assert smooth([0.0] * 99 + [1.0])[-1] == pytest.approx(0.2, rel=1e-6)
 
 
+def test_on_a_logarithmic_axis_the_smoothed_curve_keeps_near_a_loss_that_falls():
+    # weight 1/2, of logarithms 0 and 2: 1/2 * 2 over 3/4
+    assert smooth([1.0, 100.0], logarithmic=True) == pytest.approx([1.0, 10 ** (4 / 3)])
+    falling = [10.0**-n for n in range(12)]
+    assert all(mean < 10.001 * loss for mean, loss in zip(smooth(falling, logarithmic=True), falling, strict=True))
+    assert smooth(falling)[-1] > 100 * falling[-1]
+
+
 def test_plot_training_draws_each_curve(tmp_path):
     rows = [{"step": s, "loss": 1 / s, "learning_rate": s * 1e-5} for s in range(1, 20)]
     path = tmp_path / "training_metrics.png"
