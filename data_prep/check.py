@@ -28,6 +28,7 @@ WARNINGS = {
     "giveaway": "questions that contain the answer's label (not counted in an evaluation)",
     "ungrouped": "sets of samples without a patient or lesion, beside others that have one",
     "other label": "samples whose answers name another label and not their own",
+    "rounded group": "groups that are numbers without their last digits, as 1.23E+05",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "damaged": "JPEG files with errors inside, of which parts may be grey or shifted",

@@ -12,6 +12,7 @@ SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "$recycle.bin"),
     *("system volume information", "lost+found", "__pycache__"),
 }
+ZONE = ":Zone.Identifier"  # of a file that says where Windows has another one from; copies to Linux leave it
 # Endings of files that stand beside images and are none
 OTHER_ENDINGS = {
     *(".txt", ".md", ".rst", ".csv", ".tsv", ".tab", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml"),
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def is_system_name(name: str) -> bool:
     """Whether a file or folder is hidden, or an operating system's or an archive's own."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES or name.endswith(ZONE)
 
 
 def read_folders(root: Path) -> list[dict[str, str]]:

@@ -183,6 +183,8 @@ def prepare(sources: list[Source], **options) -> Prepared:
     samples = collected.samples
     groups = group_samples(samples, picture_of)
     strata = [sample[options.stratify_by] for sample in samples]
+    if options.stratify_by != "label" and not any(strata):
+        raise ValueError(f"stratify_by: no sample has {options.stratify_by!r}, so that its shares cannot be kept")
     splits = assign_all(samples, groups, strata, fractions=options.split, seed=options.seed, folds=options.folds)
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)

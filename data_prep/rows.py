@@ -34,7 +34,21 @@ def rows_of(rows: Rows, mapping: Mapping, path: Path) -> Rows:
         return rows
     names = _match_columns(columns, mapping, path)
     added = {column: "" for column in mapping.optional if column not in names.values()}
-    return [row if isinstance(row, Flaw) else {**added, **_rename(row, names, mapping)} for row in rows]
+    rows = [row if isinstance(row, Flaw) else {**added, **_rename(row, names, mapping)} for row in rows]
+    _link_groups([row for row in rows if not isinstance(row, Flaw)], mapping.group)
+    return rows
+
+
+def _link_groups(rows: list[dict], columns: list[str]) -> None:
+    """Give a row without a patient, in the first column, that of another row with the same lesion, in a later one."""
+    for position, column in enumerate(columns[1:], start=1):
+        known = {}
+        for row in rows:
+            if row[column] and (group := _first(row, columns[:position])):
+                known.setdefault(row[column], group)
+        for row in rows:
+            if row[column] in known and not _first(row, columns[:position]):
+                row[columns[0]] = known[row[column]]
 
 
 def _rename(row: dict, names: dict[str, str], mapping: Mapping) -> dict[str, str]:

@@ -70,6 +70,11 @@ LABELS = {
     "a column alone": ("dx", "line 2, label: expected {columns: [...]}, found a text 'dx'"),
     "a list": ("[dx]", "line 2, label: expected {columns: [...]}, found a list"),
     "a misspelt key": ("{colums: [dx]}", "line 2, unknown key 'colums'; did you mean 'columns'?"),
+    "a name that shows nothing": (
+        "{columns: [dx], names: {a: ' '}}",
+        "expected a name, found ' ', which shows nothing",
+    ),
+    "an invisible name": ("{one_hot: true, names: {a: \u2800}}", "label.names.a: expected a name, found"),
     "names alone": ("{names: {a: b}}", "line 2, label: expected `columns`"),
     "one_hot with columns": (
         "{one_hot: true, columns: [a]}",
@@ -264,3 +269,20 @@ def test_weights_that_are_no_dictionary_are_told(tmp_path, cell):
     assert records_of(mapping, {"file": "a.jpg", "dx": cell}) == [
         f"expected a dictionary of weights, found {cell[:60]!r}"
     ]
+
+
+def test_a_lesion_whose_patient_another_row_names_is_that_patients(tmp_path):
+    mapping = load(tmp_path, GOOD + "group: [patient, lesion, visit]\n")
+    rows = [
+        ("P1", "L1", ""),
+        ("", "L1", "V1"),
+        ("", "", "V1"),
+        ("P2", "L2", ""),
+        ("", "L9", ""),
+        ("", "", ""),
+        ("P3", "L1", ""),
+    ]
+    made = [
+        {"file": "a.jpg", "dx": "nevus", **dict(zip(("patient", "lesion", "visit"), row, strict=True))} for row in rows
+    ]
+    assert [record["group"] for record in records_of(mapping, *made)] == ["P1", "P1", "P1", "P2", "L9", None, "P3"]
