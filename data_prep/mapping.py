@@ -131,7 +131,7 @@ class Mapping(Section):
     Attributes:
         source: name of the data set.
         images: file names made from columns; one whose column is in `optional` may be empty.
-        group, age, sex, site, split: columns, the first that is filled.
+        group, age, sex, site, split: columns, the first that is filled; see also `rows._link_groups`.
         texts: more placeholders, each the first filled of several columns.
         missing: cells that mean an empty one.
         skip: rows to leave out.

@@ -64,9 +64,12 @@ def claim(out: Path, *, overwrite: bool, links_dir: Path | None) -> Iterator[Pat
         try:
             yield work
         except OSError as error:
+            place = Path(error.filename) if error.filename else out
+            if error.errno == errno.EFBIG:
+                rule = "a file cannot become larger there; `ulimit -f` or the file system limits it"
+                raise ValueError(f"--out: {place}: {rule}") from error
             if error.errno not in DISK_FULL:
                 raise
-            place = Path(error.filename) if error.filename else out
             written, free = sum(map(_size, (work, unfinished))), shutil.disk_usage(out.parent).free
             sizes = f"{written:,} bytes are written, {free:,} are free"
             raise ValueError(f"--out: the disk is full, or its quota used up, at {place}: {sizes}") from error

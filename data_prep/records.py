@@ -124,7 +124,7 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
 
 def _given_id(raw: dict) -> str | None:
     """Return a record's id, shortened and encodable, for messages; `_check_record` checks it."""
-    if not isinstance(raw.get("id"), str | int):
+    if not isinstance(raw.get("id"), str | int) or is_blank(str(raw["id"])):
         return None
     return str(raw["id"])[:MAX_ID].encode("utf-8", "backslashreplace").decode()
 

@@ -199,6 +199,15 @@ ACCEPTED = [
     ("a link to a picture beside it", inner_link, (30, 20), RED),
 ]
 
+
+def frame(marker: int, bits: int) -> bytes:
+    """A JPEG whose header says that its pixels are coded in another way."""
+    data = bytearray(coded(kind="JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 1], data[start + 4] = marker, bits
+    return bytes(data)
+
+
 NO_IMAGE, CUT = "not an image", "broken image: image file is truncated"
 UNREAD = "not an image that can be read: {}; save it as PNG or JPEG"
 FRAMES = "several frames or pages, expected one picture"
@@ -226,6 +235,9 @@ REFUSED = [
     ("JPEG XL", file(b"\xff\x0a" + bytes(90), "x.jxl"), UNREAD.format("JPEG XL")),
     ("JPEG XL in a container", file(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(90)), UNREAD.format("JPEG XL")),
     ("DICOM", file(bytes(128) + b"DICM" + bytes(90)), UNREAD.format("DICOM")),
+    ("12-bit JPEG", file(frame(0xC1, 12)), UNREAD.format("JPEG of 12 bits a colour")),
+    ("lossless JPEG of 16 bits", file(frame(0xC3, 16)), UNREAD.format("lossless JPEG")),
+    ("JPEG-LS", file(frame(0xF7, 8)), UNREAD.format("JPEG-LS")),
     ("film", file(b"\0\0\0\x18ftypmp42" + bytes(90)), UNREAD.format("a film or a sequence of images, or damaged")),
     ("half a HEIC", file(coded(kind="HEIF")[:2000]), "Invalid input: Unexpected end of file"),
     ("HEIC of two pictures", file(frames("HEIF")), FRAMES),

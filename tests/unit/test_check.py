@@ -264,3 +264,14 @@ def test_given_splits_are_the_reason_when_another_is_empty(tmp_path, caplog):
     assert (
         "no sample is in train and validation: every record names its split, and such splits are kept" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "NaN", "<NA>", "NULL", "undefined", "[object Object]", "\\N", "#NAME?", "nan."]
+)
+def test_a_programs_word_for_a_missing_value_is_reported(write_records, text):
+    sound = {"question": "What?", "answer": "No nanometre, None.", "label": "None"}
+    path, _ = write_records([{**sound, "answer": text}, {**sound, "label": text}, sound, {**sound, "answer": "None."}])
+    findings = prepare([Source(path)], split=(1, 0, 0), show_progress=False).findings
+    found = [(finding.record, finding.detail) for finding in findings if finding.kind == "placeholder"]
+    assert found == [(0, repr(text)), (1, repr(text))]

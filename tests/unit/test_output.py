@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep import output
 from data_prep.__main__ import main as data_prep
@@ -85,3 +87,17 @@ def test_ctrl_c_during_imports_is_one_line(command):
     script = f"{command}; import os, signal, time; {handler}; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_a_limit_on_the_size_of_files_is_reported_with_its_place(write_records, tmp_path):
+    path, images = write_records([{"image": "red.jpg", "question": "a", "answer": "b c", "group": "p"}])
+    Image.effect_noise((300, 300), 90).save(images / "red.jpg")
+    command = (
+        f"ulimit -f 8; exec {sys.executable} -m data_prep convert --workers 1 --annotations {path} --images {images}"
+    )
+    run = subprocess.run(
+        ["bash", "-c", f"{command} --out {tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert re.search(r"^error: --out: .*out.*: a file cannot become larger there; `ulimit -f` or", run.stderr, re.M)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "images"]
