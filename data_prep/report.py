@@ -242,7 +242,7 @@ def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dic
 
 
 def _picture(sample_id: str, image: dict, fit: Fit, size: int) -> str:
-    """Return a sample's image for the page, at most `size` px a side; ValueError, with the sample, if it is damaged."""
+    """Return a sample's image for the page, at most `size` px a side; ValueError, with the sample, if damaged."""
     try:
         return encode_image(load_image(image, fit=fit), size)
     except (ValueError, OSError) as error:
