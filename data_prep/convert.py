@@ -128,6 +128,7 @@ class Prepared:
         errors: the records that were skipped, as unusable or by their mapping.
         effective: how many samples of each label an epoch draws from the training split on average.
         groups: group of each sample by its id; samples of one group are in one split.
+        stamps: see `inspection.ImageInfo`, of each image file by its path, as it was checked.
     """
 
     splits: DatasetDict
@@ -135,6 +136,7 @@ class Prepared:
     errors: list[DataError]
     effective: dict[str | None, float]
     groups: dict[str, int]
+    stamps: dict[str, tuple[int, int]]
 
 
 def prepare_dataset(
@@ -192,11 +194,13 @@ def prepare(sources: list[Source], **options) -> Prepared:
     log_empty_splits(splits, wanted, samples, len(set(groups)))
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
+    used = {path for sample in samples for path in sample["images"]}
     if options.clean_dir is not None:
         _clean_images(samples, infos, options.clean_dir)
     group_of = {sample["id"]: group for sample, group in zip(samples, groups, strict=True)}
     errors = [*collected.errors, *collected.skipped]
-    return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of)
+    stamps = {path: infos[path].stamp for path in used}
+    return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of, stamps)
 
 
 def _check_samples(
