@@ -1,5 +1,6 @@
 """Checks of a data set: findings name record, id and file."""
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from .tables import SPREADSHEET_ERROR
 LONG_ANSWER = 2000  # characters
 # What Python, pandas, JavaScript and SQL print for a missing value; "None" and "N/A" may be meant
 PLACEHOLDERS = {"nan", "NaN", "-nan", "<NA>", "NaT", "null", "NULL", "undefined", "[object Object]", "\\N"}
+MAX_AGE, DATE = 120, re.compile(r"\d{1,4}[-/.:]\d{1,2}[-/.:]\d{1,4}")
 BLACK = 16  # of 255; an image without a brighter value is nearly black
 
 # Kinds of findings, the worst first. Errors would harm training; warnings should be reviewed; notes are counted.
@@ -33,6 +35,7 @@ WARNINGS = {
     "other label": "samples whose answers name another label and not their own",
     "rounded group": "groups that are numbers without their last digits, as 1.23E+05",
     "placeholder": "labels or answers that are a program's word for a missing value, as 'nan'",
+    "odd age": "ages that are no years of a life: under 0, over 120, or dates",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "damaged": "JPEG files with errors inside, of which parts may be grey or shifted",
@@ -134,6 +137,19 @@ def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
 def _is_placeholder(text: str) -> bool:
     text = text.strip().rstrip(".")
     return text in PLACEHOLDERS or SPREADSHEET_ERROR.fullmatch(text) is not None
+
+
+def check_ages(samples: list[dict]) -> list[Finding]:
+    ages = [(sample, sample["age"]) for sample in samples if sample["age"]]
+    return [about(sample, "odd age", f"age {age!r:.80}") for sample, age in ages if _is_odd_age(age)]
+
+
+def _is_odd_age(age: str) -> bool:
+    """Whether an age is no number of years; bands and words are none."""
+    try:
+        return not 0 <= float(age.replace(",", ".")) <= MAX_AGE
+    except ValueError:
+        return DATE.match(age) is not None
 
 
 def _gives_away(question: str, answer: str, label: str, label_map: LabelMap) -> bool:

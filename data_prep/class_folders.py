@@ -17,6 +17,7 @@ ZONE = ":Zone.Identifier"  # of a file that says where Windows has another one f
 OTHER_ENDINGS = {
     *(".txt", ".md", ".rst", ".csv", ".tsv", ".tab", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml"),
     *(".html", ".htm", ".pdf", ".doc", ".docx", ".ini", ".db", ".log", ".py", ".ipynb", ".npy", ".mat", ".zip"),
+    *(".parquet", ".arrow", ".aae", ".xmp", ".lnk", ".url"),
 }
 LAYOUT = "CLASS/FILE, or SPLIT/CLASS/FILE where every SPLIT is called train, validation or test"
 MAX_NAMED = 5  # files in a warning

@@ -211,6 +211,7 @@ def _check_samples(
     label_map, references = _label_map(samples, names)
     return [
         *check.check_texts(samples, label_map),
+        *check.check_ages(samples),
         *check.check_answers([sample for sample in samples if sample["label"] is not None], references, label_map),
         *check.check_grouped(samples),
         *check.check_spellings(spellings),

@@ -204,6 +204,8 @@ def load_mapping(name: str | Path) -> Mapping:
     """
     path = Path(name) if Path(name).suffix.lower() in (".yaml", ".yml") else MAPPINGS / f"{name}.yaml"
     if not path.is_file():
+        if Path(name).is_file():
+            raise ValueError(f"mapping: {name}: expected a YAML file, with a name in .yaml or .yml")
         raise ValueError(f"mapping: no file {name}{suggest(str(name), shipped())}; shipped are {', '.join(shipped())}")
     try:
         settings = read_yaml(path, "mapping")

@@ -196,5 +196,8 @@ def _choose(questions: list[str], sample_id: str, values: dict) -> str:
 
     Wordings with a placeholder that the row has nothing for are passed over.
     """
-    questions = [question for question in questions if _fill(question, values)] or questions
-    return questions[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(questions)]
+    filled = [question for question in questions if _fill(question, values)]
+    if not filled:
+        name = next(name for name in PLACEHOLDER.findall(questions[0]) if not values.get(name))
+        raise ValueError(f"column {name!r}: empty, and no question can be asked without it")
+    return filled[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(filled)]

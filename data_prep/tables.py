@@ -18,7 +18,11 @@ from common.files import suggest_file
 from .reading import Flaw, check_not_packed, describe, iter_json, suggest
 
 EXCEL_ENDINGS = (".xlsx", ".xlsm")
-OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
+# Of spreadsheets, of programs for statistics, and of pandas; refused
+OTHER_ENDINGS = (
+    *(".xls", ".xlsb", ".xltx", ".xltm", ".ods", ".fods", ".numbers"),
+    *(".sav", ".dta", ".sas7bdat", ".rds", ".rdata", ".feather", ".pkl", ".pickle"),
+)
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", *EXCEL_ENDINGS, *OTHER_ENDINGS)  # JSON may also be a table
 MAX_CELL = 1_000_000  # characters; a quotation mark without its partner would swallow the rest of a file
 # Cells that pandas reads as missing, and writes for missing values

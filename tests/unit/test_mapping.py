@@ -286,3 +286,17 @@ def test_a_lesion_whose_patient_another_row_names_is_that_patients(tmp_path):
         {"file": "a.jpg", "dx": "nevus", **dict(zip(("patient", "lesion", "visit"), row, strict=True))} for row in rows
     ]
     assert [record["group"] for record in records_of(mapping, *made)] == ["P1", "P1", "P1", "P2", "L9", None, "P3"]
+
+
+def test_a_question_that_lacks_its_column_in_a_row_is_told_with_the_column(tmp_path):
+    text = "images: ['{file}']\nquestions: ['Age {age}?', 'Where, {site}?']\nanswer: A mole.\n"
+    mapping = load(tmp_path, text)
+    found = records_of(mapping, {"file": "a.jpg", "age": "", "site": ""}, {"file": "a.jpg", "age": "", "site": "arm"})
+    assert found[0] == "column 'age': empty, and no question can be asked without it"
+    assert found[1]["question"] == "Where, arm?"
+
+
+def test_a_mapping_under_another_ending_is_not_called_missing(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mapping: .*m\.json: expected a YAML file, with a name in \.yaml or \.yml"):
+        load_mapping(tmp_path / "m.json")

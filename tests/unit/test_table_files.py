@@ -148,6 +148,8 @@ UNREADABLE = {
     "gzip": ("t.csv.gz", gzip.compress(b"a,b\n1,2\n"), "t.csv.gz: is compressed, or an archive; unpack it first"),
     "CSV under .xlsx": ("t.xlsx", "a,b\n1,2\n", ": not an Excel file"),
     "old Excel": ("t.XLS", b"\xd0\xcf\x11\xe0", ": .xls is not read; save the table as .xlsx, or as .csv in UTF-8"),
+    "SPSS": ("t.sav", b"$FL2@(#) SPSS", ": .sav is not read; save the table as .xlsx, or as .csv in UTF-8"),
+    "a template of Excel": ("t.xltx", b"PK\x03\x04", ": .xltx is not read; save the table as .xlsx"),
     "not Parquet": ("t.parquet", "a,b\n", ": not a table"),
     "a quote that does not close": ("t.csv", 'a,b\n1,"2\n3,4\n', ", line 3: not a table: unexpected end of data"),
     "a quote inside": ("t.csv", 'a,b\n1,"x "y" z"\n', ", line 2: not a table: ',' expected after"),
