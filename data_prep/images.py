@@ -117,7 +117,8 @@ def decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
         raise ValueError("several frames or pages, expected one picture")
     if fit is None:
         return to_srgb(image)
-    turned = image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
+    # Pillow gives the size of a TIFF as it is upright, and turns it while it reads the pixels
+    turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
     size = fit(*(image.size[::-1] if turned else image.size))
     return to_srgb(_draft(image, size[::-1] if turned else size)).resize(size)
 

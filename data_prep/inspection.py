@@ -67,8 +67,9 @@ def inspect_image(path: str) -> ImageInfo | str:
         stamp = file_stamp(path)
         data = Path(path).read_bytes()
         with open_image(io.BytesIO(data)) as stored:
+            tiff_orientation = getattr(stored, "tag_v2", {}).get(ORIENTATION)  # which is lost when it is decoded
             mode, upright = stored.mode, decode(stored)  # first, so that a broken file has the error of `load_image`
-            turned = stored.getexif().get(ORIENTATION) in TURNED
+            turned = (tiff_orientation or stored.getexif().get(ORIENTATION)) in TURNED
             private, profile = private_metadata(stored, data), profile_name(stored)
             bits = used_bits(stored) if mode in SIXTEEN_BIT_MODES else None
     except (ValueError, OSError) as error:

@@ -422,6 +422,15 @@ def test_no_image_name_leads_out_of_the_folder(tmp_path, no_requests, name, reas
     assert len(str(error.value)) < 5200 and no_requests == []
 
 
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (3, True), (6, True)])
+def test_a_turned_tiff_is_reported_with_its_upright_size(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    small(size=(40, 20)).save(tmp_path / "x.tif", exif=exif)
+    found = inspect_image(str(tmp_path / "x.tif"))
+    assert (found.turned, found.size) == (turned, (20, 40) if orientation == 6 else (40, 20))
+
+
 @pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (2, True), (8, True), (9, False)])
 def test_only_valid_orientations_turn_an_image(tmp_path, orientation, turned):
     assert inspect_image(str(marked(orientation)(tmp_path))).turned == turned
