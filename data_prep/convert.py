@@ -191,7 +191,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)
     wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
-    log_empty_splits(splits, wanted, samples, len(set(groups)))
+    log_empty_splits(splits, wanted, samples, groups)
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
     used = {path for sample in samples for path in sample["images"]}

@@ -284,7 +284,7 @@ def _check_trained(turn: dict, name: str) -> None:
         return
     for key in LOSS_KEYS:
         if isinstance(value := turn.get(key), bool | int | float) and value != 1:
-            rule = "every answer is trained on, and alike; leave out the turns from here on, or the key"
+            rule = "every answer is trained on alike; remove the key, or this part of the conversation"
             raise FieldError(name, f"{key} is {value}, and {rule}")
 
 

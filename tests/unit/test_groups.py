@@ -114,3 +114,12 @@ def test_a_number_that_lost_its_digits_is_reported(tmp_path, name):
     found = [(finding.detail, finding.others) for finding in prepared.findings if finding.kind == "rounded group"]
     detail = f"group {name!r} is a number that has lost its last digits, and may be of several patients"
     assert [text for text, _ in found] == [detail] and len(found[0][1]) == 1
+
+
+def test_the_groups_that_are_too_few_are_those_without_a_given_split(tmp_path, caplog):
+    given, free = write(tmp_path, "a", list("abcdef"), split="train"), write(tmp_path, "b", list("uvw"))
+    prepare([given, free], show_progress=False)
+    reason = (
+        "the samples without a given split are of 3 independent group(s), never divided, and too few for such shares"
+    )
+    assert f"no sample is in validation and test: {reason}" in caplog.text
