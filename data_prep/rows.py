@@ -89,6 +89,7 @@ def make_record(row: dict, mapping: Mapping) -> tuple[dict, str | None]:
     values |= {"label": label} if mapping.label else {}
     images = [name for name in (_fill(template, row) for template in mapping.images) if name]
     sample_id = row[mapping.id] if mapping.id else ", ".join(images)
+    reason = _reason_to_skip(row, mapping, values)
     record = {
         "id": sample_id,
         "images": images,
@@ -96,10 +97,9 @@ def make_record(row: dict, mapping: Mapping) -> tuple[dict, str | None]:
         "group": _group(row, mapping) or None,
         "skin_type": _skin_type(row, mapping.skin_type) or None,
         **{name: _first(row, getattr(mapping, name)) or None for name in ("age", "sex", "site", "split")},
-        "question": _fill(_choose(mapping.questions, sample_id, values), values),
+        "question": "" if reason else _fill(_choose(mapping.questions, sample_id, values), values),
         "answer": _fill(mapping.answer, values),
     }
-    reason = _reason_to_skip(row, mapping, values)
     if reason is None and len(images) < len(mapping.images):
         _check_images(row, mapping, images)
     return record, reason

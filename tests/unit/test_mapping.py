@@ -294,6 +294,8 @@ def test_a_question_that_lacks_its_column_in_a_row_is_told_with_the_column(tmp_p
     found = records_of(mapping, {"file": "a.jpg", "age": "", "site": ""}, {"file": "a.jpg", "age": "", "site": "arm"})
     assert found[0] == "column 'age': empty, and no question can be asked without it"
     assert found[1]["question"] == "Where, arm?"
+    mapping = load(tmp_path, text.replace("A mole.", "'{site}.'"))
+    assert records_of(mapping, {"file": "a.jpg", "age": "", "site": ""}) == ["no site to answer with"]
 
 
 def test_a_mapping_under_another_ending_is_not_called_missing(tmp_path):
