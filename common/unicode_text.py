@@ -14,9 +14,11 @@ _WORD_CLASSES = (r"[\p{Katakana}ー]", r"\p{Hangul}", rf"[\w--[{_UNSPACED}\p{{Ka
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|" + "|".join(f"{kind}+" for kind in _WORD_CLASSES), regex.V1)
 _PATTERNS = [regex.compile(kind, regex.V1) for kind in _WORD_CLASSES]
 _SPACING = regex.compile(rf"([{_UNSPACED}]\p{{M}}*|[\u3000-\u303f\uff00-\uffef])", regex.V1)
-# Invisible characters, Arabic's tatweel and vowel signs, Hebrew's points, the dot that is left of a small "İ".
+# Invisible characters, Arabic's tatweel and vowel signs, Hebrew's points, Greek's accent, which capitals lack, the dot
+# that is left of a small "İ".
 _SIGNS = r"\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed"
-_REMOVED = regex.compile(rf"[\p{{Cf}}\p{{Variation_Selector}}ـ[\p{{M}}&&[{_SIGNS}]]]|(?<=i)\u0307", regex.V1)
+_SIGN = rf"[\p{{Cf}}\p{{Variation_Selector}}ـ[\p{{M}}&&[{_SIGNS}]]]"
+_REMOVED = regex.compile(_SIGN + r"|(?<=i)\u0307|(?<=\p{Greek}\u0308?)\u0301", regex.V1)
 # Letters that one word is written with by some and not by others, and apostrophes.
 _SAME = str.maketrans("ıёىیکة’‘ʼʹ′´`＇", "iеييكه''''''''")
 _CLUSTER = regex.compile(r"\X")

@@ -143,8 +143,11 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     """Return the one source that the options name, or those of the `--sources` file, relative to its folder."""
     if (args.annotations is None) == (args.sources is None):
         raise ValueError("name either one source (--annotations) or a list of them (--sources)")
+    given = {name: getattr(args, name) for name in ("images", "mapping", "format")}
     if args.sources is None:
-        return [Source(args.annotations, args.images, args.mapping, args.format)]
+        return [Source(args.annotations, **given)]
+    if unused := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"--{unused[0]}: has no effect beside --sources; write `{unused[0]}` into {args.sources}")
     if not args.sources.is_file():
         raise FileNotFoundError(f"--sources: no file {args.sources}{suggest_file(args.sources)}")
     try:

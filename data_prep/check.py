@@ -1,5 +1,6 @@
 """Checks of a data set: findings name record, id and file."""
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,8 +14,12 @@ from .labels import LabelMap, Reference, describe_unread, named_labels
 from .records import IMAGE_MARKER, DataError
 from .sizes import PATCH_CELL
 from .split import SPLITS
+from .tables import SPREADSHEET_ERROR
 
 LONG_ANSWER = 2000  # characters
+# What Python, pandas, JavaScript and SQL print for a missing value; "None" and "N/A" may be meant
+PLACEHOLDERS = {"nan", "NaN", "-nan", "<NA>", "NaT", "null", "NULL", "undefined", "[object Object]", "\\N"}
+MAX_AGE, DATE = 120, re.compile(r"\d{1,4}[-/.:]\d{1,2}[-/.:]\d{1,4}")
 BLACK = 16  # of 255; an image without a brighter value is nearly black
 
 # Kinds of findings, the worst first. Errors would harm training; warnings should be reviewed; notes are counted.
@@ -28,6 +33,9 @@ WARNINGS = {
     "giveaway": "questions that contain the answer's label (not counted in an evaluation)",
     "ungrouped": "sets of samples without a patient or lesion, beside others that have one",
     "other label": "samples whose answers name another label and not their own",
+    "rounded group": "groups that are numbers without their last digits, as 1.23E+05",
+    "placeholder": "labels or answers that are a program's word for a missing value, as 'nan'",
+    "odd age": "ages that are no years of a life: under 0, over 120, or dates",
     "exact copy": "image files that are byte for byte the same",
     "near copy": "images that look the same: re-encoded, resized or mirrored",
     "damaged": "JPEG files with errors inside, of which parts may be grey or shifted",
@@ -113,6 +121,9 @@ def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
     """Check questions and answers. A question may list labels to choose from, but not contain only the right one."""
     findings = []
     for sample in samples:
+        answers = [turn["content"] for turn in sample["messages"] if turn["role"] == "assistant"]
+        if found := next((text for text in (sample["label"], *answers) if text and _is_placeholder(text)), None):
+            findings.append(about(sample, "placeholder", repr(found[:80])))
         for question, answer in _pairs(sample["messages"]):
             if sample["label"] and _gives_away(question, answer, sample["label"], label_map):
                 findings.append(about(sample, "giveaway", f"{sample['label']!r} is in {question[:80]!r}"))
@@ -121,6 +132,24 @@ def check_texts(samples: list[dict], label_map: LabelMap) -> list[Finding]:
             if len(answer) > LONG_ANSWER:
                 findings.append(about(sample, "long answer", f"{len(answer):,} characters"))
     return findings
+
+
+def _is_placeholder(text: str) -> bool:
+    text = text.strip().rstrip(".")
+    return text in PLACEHOLDERS or SPREADSHEET_ERROR.fullmatch(text) is not None
+
+
+def check_ages(samples: list[dict]) -> list[Finding]:
+    ages = [(sample, sample["age"]) for sample in samples if sample["age"]]
+    return [about(sample, "odd age", f"age {age!r:.80}") for sample, age in ages if _is_odd_age(age)]
+
+
+def _is_odd_age(age: str) -> bool:
+    """Whether an age is no number of years; bands and words are none."""
+    try:
+        return not 0 <= float(age.replace(",", ".")) <= MAX_AGE
+    except ValueError:
+        return DATE.match(age) is not None
 
 
 def _gives_away(question: str, answer: str, label: str, label_map: LabelMap) -> bool:

@@ -12,10 +12,12 @@ SYSTEM_NAMES = {
     *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle", "$recycle.bin"),
     *("system volume information", "lost+found", "__pycache__"),
 }
+ZONE = ":Zone.Identifier"  # of a file that says where Windows has another one from; copies to Linux leave it
 # Endings of files that stand beside images and are none
 OTHER_ENDINGS = {
     *(".txt", ".md", ".rst", ".csv", ".tsv", ".tab", ".xls", ".xlsx", ".json", ".jsonl", ".xml", ".yaml", ".yml"),
     *(".html", ".htm", ".pdf", ".doc", ".docx", ".ini", ".db", ".log", ".py", ".ipynb", ".npy", ".mat", ".zip"),
+    *(".parquet", ".arrow", ".aae", ".xmp", ".lnk", ".url"),
 }
 LAYOUT = "CLASS/FILE, or SPLIT/CLASS/FILE where every SPLIT is called train, validation or test"
 MAX_NAMED = 5  # files in a warning
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def is_system_name(name: str) -> bool:
     """Whether a file or folder is hidden, or an operating system's or an archive's own."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES or name.endswith(ZONE)
 
 
 def read_folders(root: Path) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 ORIENTATION = 0x0112  # EXIF tag
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # tag of a TIFF, and its value for X-ray film and DICOM's MONOCHROME1
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners, in a file of 16 bits
 GREY_MODES = ("L", "LA", "La")
@@ -27,10 +28,12 @@ def to_srgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     profile = image.info.get("icc_profile")
+    white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)  # phone photos are stored rotated
     if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
-        image = Image.fromarray((np.asarray(image) >> (used_bits(image) - 8)).astype(np.uint8))
+        levels = (np.asarray(image) >> (used_bits(image) - 8)).astype(np.uint8)
+        image = Image.fromarray(255 - levels if white_is_zero else levels)  # Pillow turns 8 bits round by itself
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} have no defined white; save the image with 8 or 16 bits")
     if image.mode in ALPHA_MODES or "transparency" in image.info:

@@ -128,6 +128,7 @@ class Prepared:
         errors: the records that were skipped, as unusable or by their mapping.
         effective: how many samples of each label an epoch draws from the training split on average.
         groups: group of each sample by its id; samples of one group are in one split.
+        stamps: see `inspection.ImageInfo`, of each image file by its path, as it was checked.
     """
 
     splits: DatasetDict
@@ -135,6 +136,7 @@ class Prepared:
     errors: list[DataError]
     effective: dict[str | None, float]
     groups: dict[str, int]
+    stamps: dict[str, tuple[int, int]]
 
 
 def prepare_dataset(
@@ -183,18 +185,22 @@ def prepare(sources: list[Source], **options) -> Prepared:
     samples = collected.samples
     groups = group_samples(samples, picture_of)
     strata = [sample[options.stratify_by] for sample in samples]
+    if options.stratify_by != "label" and not any(strata):
+        raise ValueError(f"stratify_by: no sample has {options.stratify_by!r}, so that its shares cannot be kept")
     splits = assign_all(samples, groups, strata, fractions=options.split, seed=options.seed, folds=options.folds)
     if options.scale_boxes is None:
         findings += check.check_coordinates(samples, **limits)
     wanted = [name for name, share in zip(SPLITS, options.split, strict=True) if share > 0 and not options.folds]
-    log_empty_splits(splits, wanted, samples, len(set(groups)))
+    log_empty_splits(splits, wanted, samples, groups)
     findings += check.check_rare_labels(samples, groups, splits)
     effective = _set_weights(samples, splits, options.balance, shares)
+    used = {path for sample in samples for path in sample["images"]}
     if options.clean_dir is not None:
         _clean_images(samples, infos, options.clean_dir)
     group_of = {sample["id"]: group for sample, group in zip(samples, groups, strict=True)}
     errors = [*collected.errors, *collected.skipped]
-    return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of)
+    stamps = {path: infos[path].stamp for path in used}
+    return Prepared(_build_splits(samples, splits), findings, errors, effective, group_of, stamps)
 
 
 def _check_samples(
@@ -205,6 +211,7 @@ def _check_samples(
     label_map, references = _label_map(samples, names)
     return [
         *check.check_texts(samples, label_map),
+        *check.check_ages(samples),
         *check.check_answers([sample for sample in samples if sample["label"] is not None], references, label_map),
         *check.check_grouped(samples),
         *check.check_spellings(spellings),

@@ -1,6 +1,7 @@
 """Excel sheets become rows of cells: merged blocks filled, formulas without a value refused."""
 
 import logging
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from openpyxl.worksheet.worksheet import Worksheet
 
 from .reading import MAX_BYTES_IN_MEMORY
 
+# Excel writes a tab or an end of line inside a text as _x000D_, and an underscore before such a sign as _x005F_
+ESCAPED = re.compile(r"_x(0009|000[AaDd]|005[Ff])_")
 MAX_CELLS = 10_000_000  # between a sheet's first and last one, with the empty ones
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,11 @@ def read_excel(path: Path) -> Iterator[tuple[str, list[str]]]:
         if hidden := [number for number, row in sheet.row_dimensions.items() if row.hidden]:
             logger.warning("%s: %d rows are hidden, and are read too", path.name, len(hidden))
         for number, row in enumerate(sheet.rows, 1):
-            yield f"row {number}", ["" if _is_empty(cell) else str(cell.value) for cell in row]
+            yield f"row {number}", ["" if _is_empty(cell) else _text(cell) for cell in row]
+
+
+def _text(cell) -> str:
+    return ESCAPED.sub(lambda match: chr(int(match[1], 16)), str(cell.value))
 
 
 def _is_empty(cell) -> bool:

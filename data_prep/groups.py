@@ -4,12 +4,21 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 
+import regex
+
 from .check import Finding, about
 from .records import IMAGE_MARKER
 from .split import join_groups
 
 # Texts that stand for a patient or lesion that is not known, and would make one group of all of these
-NO_GROUP = {"unknown", "n/a", "na", "nan", "none", "null", "missing", "not available", "not known", "?", "-", "--"}
+NO_GROUP = {
+    *("unknown", "n/a", "na", "n.a.", "nan", "none", "null", "<na>", "nat", "missing", "undefined", "?", "-", "--"),
+    *("not available", "not applicable", "not known", "anonymous", "anonymized", "anonymised", "unidentified"),
+    *("unbekannt", "inconnu", "desconocido", "desconhecido", "sconosciuto", "onbekend", "неизвестно", "未知", "不明"),
+}
+INVISIBLE, DASH = regex.compile(r"[\p{Cf}\p{Default_Ignorable_Code_Point}]"), regex.compile(r"[\p{Pd}\u2212]")
+# A number that a spreadsheet or a program has written with the first of its digits alone
+ROUNDED = re.compile(r"-?\d[.,]\d+e\+?\d+", re.IGNORECASE)
 
 
 def is_no_group(name: str | None) -> bool:
@@ -19,7 +28,8 @@ def is_no_group(name: str | None) -> bool:
 def group_key(name: str) -> str:
     """Return what the spellings of one group's name share.
 
-    `5`, `5.0`, `005` and the same in another script's digits are one, so are `P 1` and `p 1`.
+    `5`, `5.0`, `005` and the same in another script's digits are one, so are `P 1` and `p 1`, and names that differ by
+    the kind of their dashes or by characters that nobody sees.
     """
     key = "".join(str(unicodedata.decimal(sign, sign)) for sign in _fold(name))
     if number := re.fullmatch(r"(-?)0*(\d+)(?:\.0+)?", key):
@@ -39,6 +49,9 @@ def unify_groups(samples: list[dict]) -> list[Finding]:
         name = max(sorted(spellings), key=spellings.get)
         sources = sorted({sample["origin"] for sample in group})
         others = [sample["id"] for sample in group[1:]]
+        if ROUNDED.fullmatch(name):
+            detail = f"group {name!r} is a number that has lost its last digits, and may be of several patients"
+            findings.append(about(group[0], "rounded group", detail, others=others))
         if len(spellings) > 1:
             detail = f"written {', '.join(map(repr, sorted(spellings)))}, taken as {name!r}"
             findings.append(about(group[0], "group spelling", detail, others=others))
@@ -76,5 +89,7 @@ def question_key(messages: list[dict]) -> str:
 
 
 def _fold(text: str) -> str:
-    """Return a text in one Unicode form, without its case and with single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Return a text in one Unicode form, without its case and invisible characters, with single spaces and "-"."""
+    if not text.isascii():
+        text = DASH.sub("-", INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
+    return " ".join(text.casefold().split())

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pillow_heif import register_heif_opener
 
 from .colours import ORIENTATION, to_srgb
-from .containers import PNG, drop_png_text
+from .containers import PNG, drop_png_text, rare_jpeg
 from .sizes import PILLOWS_LIMIT, check_size, max_image_pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "AVIF", "HEIF", "PPM")  # not EPS: runs programs
@@ -30,6 +30,7 @@ UNREAD_KINDS = (
     (0, b"II\xbc\x01", "JPEG XR"),
     (4, b"ftyp", "a film or a sequence of images, or damaged"),
 )
+MAX_HEAD = 4096  # first bytes of a file that tell its kind
 UNREAD_ENDINGS = (".jxl", ".dcm")
 NO_IMAGE = "not an image"
 Fit = Callable[[int, int], tuple[int, int]]
@@ -69,7 +70,7 @@ def load_image(source: str | os.PathLike | dict | Image.Image, *, fit: Fit | Non
 @contextmanager
 def open_image(file: io.BufferedIOBase):
     """Yield an image file, opened but not decoded; errors of Pillow's decoders within the block become ValueError."""
-    head = file.read(len(PNG) + 128)
+    head = file.read(MAX_HEAD)
     file.seek(0)
     try:
         yield Image.open(io.BytesIO(drop_png_text(file.read())) if head.startswith(PNG) else file, formats=FORMATS)
@@ -87,8 +88,8 @@ def open_image(file: io.BufferedIOBase):
 
 
 def _describe_unread(head: bytes) -> str:
-    """Return why a file cannot be read, by its first 136 bytes."""
-    kind = next((name for at, start, name in UNREAD_KINDS if head.startswith(start, at)), None)
+    """Return why a file cannot be read, by its first bytes."""
+    kind = next((name for at, start, name in UNREAD_KINDS if head.startswith(start, at)), None) or rare_jpeg(head)
     return f"not an image that can be read: {kind}; save it as PNG or JPEG" if kind else NO_IMAGE
 
 
@@ -116,7 +117,8 @@ def decode(image: Image.Image, fit: Fit | None = None) -> Image.Image:
         raise ValueError("several frames or pages, expected one picture")
     if fit is None:
         return to_srgb(image)
-    turned = image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
+    # Pillow gives the size of a TIFF as it is upright, and turns it while it reads the pixels
+    turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in SWAPPED_SIDES
     size = fit(*(image.size[::-1] if turned else image.size))
     return to_srgb(_draft(image, size[::-1] if turned else size)).resize(size)
 

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from .images import check_file, decode, open_image
 from .metadata import private_metadata
 
 CHUNK = 16  # images that a process gets at a time
+PARENT_SECONDS = 0.5  # between two looks whether the main process is still there
 TURNED = range(2, 9)  # orientations; all others than these and 1 are invalid, and viewers ignore them
 
 
@@ -31,6 +34,7 @@ class ImageInfo:
     Attributes:
         size: upright width and height, px.
         mode: colour mode as stored.
+        stamp: bytes of the file and time of its last change, ns, before it was read.
         digest: 128-bit hash of the file, the same for exact copies.
         hashes: perceptual hash of the upright image and of its mirror image, 64 bit each.
         thumbnail: 8 x 8 RGB, to distinguish equal hashes by chance from copies.
@@ -44,6 +48,7 @@ class ImageInfo:
 
     size: tuple[int, int]
     mode: str
+    stamp: tuple[int, int]
     digest: str
     hashes: tuple[int, int]
     thumbnail: bytes
@@ -59,10 +64,12 @@ def inspect_image(path: str) -> ImageInfo | str:
     """Decode an image completely and return its properties, or the reason why it cannot be used."""
     try:
         check_file(Path(path))
+        stamp = file_stamp(path)
         data = Path(path).read_bytes()
         with open_image(io.BytesIO(data)) as stored:
+            tiff_orientation = getattr(stored, "tag_v2", {}).get(ORIENTATION)  # which is lost when it is decoded
             mode, upright = stored.mode, decode(stored)  # first, so that a broken file has the error of `load_image`
-            turned = stored.getexif().get(ORIENTATION) in TURNED
+            turned = (tiff_orientation or stored.getexif().get(ORIENTATION)) in TURNED
             private, profile = private_metadata(stored, data), profile_name(stored)
             bits = used_bits(stored) if mode in SIXTEEN_BIT_MODES else None
     except (ValueError, OSError) as error:
@@ -72,6 +79,7 @@ def inspect_image(path: str) -> ImageInfo | str:
     return ImageInfo(
         size=upright.size,
         mode=mode,
+        stamp=stamp,
         digest=xxhash.xxh3_128_hexdigest(data),
         hashes=(perceptual_hash(grey), perceptual_hash(ImageOps.mirror(grey))),
         thumbnail=small.resize((8, 8), Image.Resampling.BOX).tobytes(),
@@ -82,6 +90,12 @@ def inspect_image(path: str) -> ImageInfo | str:
         damage=find_damage(data),
         brightest=max(high for _, high in small.getextrema()),
     )
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """Return the bytes of a file and the time of its last change, ns. Raises OSError."""
+    info = os.stat(path)  # noqa: PTH116  a Path for each image takes time
+    return info.st_size, info.st_mtime_ns
 
 
 def perceptual_hash(grey: Image.Image) -> int:
@@ -97,7 +111,7 @@ def inspect_all(paths: list[str], num_workers: int | None, show_progress: bool) 
     try:
         # the pool starts all of its processes at once, needed or not
         workers = min(num_workers or usable_cores(), -(-len(paths) // CHUNK))
-        with ProcessPoolExecutor(workers, initializer=_ignore_interrupts) as pool:
+        with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
             try:
                 results = pool.map(inspect_image, paths, chunksize=CHUNK)
                 return list(progress(results, "decoding", len(paths), "images", shown=show_progress))
@@ -108,10 +122,20 @@ def inspect_all(paths: list[str], num_workers: int | None, show_progress: bool) 
         raise ValueError(f"images: {reason}") from error
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the main process, which then ends its workers; SIGTERM ends each at once."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, which then ends its workers; SIGTERM ends each at once, and so does its end.
+
+    Workers of a main process that was killed would wait for images for ever, and keep the lock of the output folder.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 def usable_cores() -> int:

@@ -141,8 +141,8 @@ def _compile_name(name: str, label: str, changes: Changes, exact: LabelMap) -> r
 
 
 def split_name(name: str) -> list[str]:
-    """Return the normalised words of a name, between white space, hyphens and underscores."""
-    return [word for word in regex.split(SEPARATOR, normalise(name).strip(), flags=regex.V1) if word]
+    """Return the normalised words of a name, between white space, hyphens and underscores; no final full stop."""
+    return [word for word in regex.split(SEPARATOR, normalise(name).strip().rstrip(".,;:"), flags=regex.V1) if word]
 
 
 def _borders(first: str, last: str) -> tuple[str, str]:

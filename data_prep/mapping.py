@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from common.yaml_files import line_of, read_nodes, read_yaml
 
 from .reading import describe, suggest
+from .records import is_blank
 from .tables import cell_text
 
 MAPPINGS = Path(__file__).parent / "mappings"
@@ -51,7 +52,14 @@ def _check_braces(template: str) -> str:
     return template
 
 
+def _check_shown(name: str) -> str:
+    if is_blank(name):
+        raise ValueError(f"expected a name, found {name!r:.80}, which shows nothing")
+    return name
+
+
 Text = Annotated[str, BeforeValidator(_number_to_text), Field(min_length=1)]
+Name = Annotated[Text, AfterValidator(_check_shown)]
 Texts = Annotated[list[Text], BeforeValidator(_one_to_list)]  # one text stands for a list of one
 Templates = Annotated[list[Annotated[Text, AfterValidator(_check_braces)]], BeforeValidator(_one_to_list)]
 Pattern = Annotated[Text, AfterValidator(_compile)]
@@ -91,7 +99,7 @@ class Label(Section):
     """Columns with the label, the first that is filled, or one column for each label."""
 
     columns: Texts = []
-    names: dict[Text, Text] = {}  # a cell's code -> the label; the cell itself when empty
+    names: dict[Text, Name] = {}  # a cell's code -> the label; the cell itself when empty
     replace: dict[Text, Annotated[str, BeforeValidator(_number_to_text)]] = {}
     one_hot: bool = False  # `names` are columns of 0 and 1
     pick: Literal["heaviest"] | None = None  # the cell is a dictionary of names and weights
@@ -113,8 +121,8 @@ class SkinType(Section):
     """Columns with the Fitzpatrick type; `scales` are columns of other scales, used where there is none."""
 
     columns: Texts = []
-    names: dict[Text, Text] = {}
-    scales: dict[Text, Text] = {}
+    names: dict[Text, Name] = {}
+    scales: dict[Text, Name] = {}
 
 
 class Mapping(Section):
@@ -123,7 +131,7 @@ class Mapping(Section):
     Attributes:
         source: name of the data set.
         images: file names made from columns; one whose column is in `optional` may be empty.
-        group, age, sex, site, split: columns, the first that is filled.
+        group, age, sex, site, split: columns, the first that is filled; see also `rows._link_groups`.
         texts: more placeholders, each the first filled of several columns.
         missing: cells that mean an empty one.
         skip: rows to leave out.
@@ -196,6 +204,8 @@ def load_mapping(name: str | Path) -> Mapping:
     """
     path = Path(name) if Path(name).suffix.lower() in (".yaml", ".yml") else MAPPINGS / f"{name}.yaml"
     if not path.is_file():
+        if Path(name).is_file():
+            raise ValueError(f"mapping: {name}: expected a YAML file, with a name in .yaml or .yml")
         raise ValueError(f"mapping: no file {name}{suggest(str(name), shipped())}; shipped are {', '.join(shipped())}")
     try:
         settings = read_yaml(path, "mapping")

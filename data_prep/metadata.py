@@ -7,7 +7,7 @@ from PIL import Image
 from PIL.ExifTags import IFD
 
 from .colours import ORIENTATION
-from .containers import JPEG, PNG, end_of_image, jpeg_segments, png_chunks
+from .containers import JPEG, PNG, PPM_COMMENT, end_of_image, jpeg_segments, png_chunks
 from .images import load_image
 
 PRIVATE_TAGS = {
@@ -59,7 +59,9 @@ def _has_unread_tags(block: bytes | None, exif: Image.Exif) -> bool:
 
 
 def _has_text(data: bytes) -> bool:
-    """Whether a PNG has texts or unknown chunks, or a JPEG comments or unknown segments."""
+    """Whether a PNG has texts or unknown chunks, a JPEG comments or unknown segments, or a PPM comments."""
+    if PPM_COMMENT.match(data):
+        return True
     if data.startswith(PNG):
         return not {kind for kind, _, _ in png_chunks(data)} <= PLAIN_CHUNKS
     if not data.startswith(JPEG):

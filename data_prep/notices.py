@@ -27,10 +27,12 @@ def log_skipped(collected: Collected) -> None:
         logger.warning("the key %.80r of %d records is not read%s", key, count, near)
 
 
-def log_empty_splits(splits: list[str], wanted: list[str], samples: list[dict], num_groups: int) -> None:
+def log_empty_splits(splits: list[str], wanted: list[str], samples: list[dict], groups: list[int]) -> None:
     """Warn about requested splits that no sample is in, with the reason: given splits, or too few or large groups."""
     if empty := [name for name in wanted if name not in splits]:
-        reason = f"the samples are of {num_groups} independent group(s), which are never divided"
+        free = {group for sample, group in zip(samples, groups, strict=True) if not sample["split"]}
+        whose = "samples without a given split" if any(sample["split"] for sample in samples) else "samples"
+        reason = f"the {whose} are of {len(free)} independent group(s), never divided, and too few for such shares"
         if all(sample["split"] for sample in samples):
             reason = "every record names its split, and such splits are kept"
         logger.warning("no sample is in %s: %s", " and ".join(empty), reason)

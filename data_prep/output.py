@@ -15,6 +15,7 @@ from common.files import locked, unfinished_path
 
 from .convert import Prepared
 from .folders import FINDINGS, REJECTED, is_data_set, replace_data_set
+from .inspection import file_stamp
 from .storage import bytes_needed, save_splits
 
 # As `Path` has it: s3://bucket is s3:/bucket. One letter is a drive of Windows.
@@ -64,9 +65,12 @@ def claim(out: Path, *, overwrite: bool, links_dir: Path | None) -> Iterator[Pat
         try:
             yield work
         except OSError as error:
+            place = Path(error.filename) if error.filename else out
+            if error.errno == errno.EFBIG:
+                rule = "a file cannot become larger there; `ulimit -f` or the file system limits it"
+                raise ValueError(f"--out: {place}: {rule}") from error
             if error.errno not in DISK_FULL:
                 raise
-            place = Path(error.filename) if error.filename else out
             written, free = sum(map(_size, (work, unfinished))), shutil.disk_usage(out.parent).free
             sizes = f"{written:,} bytes are written, {free:,} are free"
             raise ValueError(f"--out: the disk is full, or its quota used up, at {place}: {sizes}") from error
@@ -100,6 +104,7 @@ def save(prepared: Prepared, out: Path) -> None:
     _check_space(prepared.splits, out.parent)
     unfinished = unfinished_path(out)
     save_splits(prepared.splits, unfinished, final=out)
+    _check_unchanged(prepared.stamps)
     _write_json_lines(unfinished / FINDINGS, [finding.to_dict() for finding in prepared.findings])
     if prepared.errors:
         rejected = [
@@ -108,6 +113,19 @@ def save(prepared: Prepared, out: Path) -> None:
         ]
         _write_json_lines(unfinished / REJECTED, rejected)
     replace_data_set(unfinished, out)
+
+
+def _check_unchanged(stamps: dict[str, tuple[int, int]]) -> None:
+    """Raise ValueError if an image file is no longer as it was checked; what was written may be of the new one."""
+    for path, stamp in stamps.items():
+        try:
+            found = file_stamp(path)
+        except OSError:
+            found = None
+        if found != stamp:
+            raise ValueError(
+                f"image {path}: the file was changed or removed while the data set was written; start again"
+            )
 
 
 def _write_json_lines(path: Path, rows: list[dict]) -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+
+import regex
 
 from common.files import suggest_file
 
@@ -27,10 +28,20 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?tool_(?:call|response)>")
 BOX_TOKEN = re.compile(r"<\|(?:box|quad|object_ref)_(?:start|end)\|>")
 BOX_REMEDY = '; write coordinates as "bbox_2d": [x1, y1, x2, y2], or as <box>(x1,y1),(x2,y2)</box> in thousandths'
-# Other ways to name an image, or its place, in a text: <img>x.jpg</img>, <image_1>, <Image>, ![](x.jpg)
+# Other ways to name an image, or its place, in a text: <img>x.jpg</img>, <image_1>, <Image>, ![](x.jpg), those of
+# Gemma and Pixtral, full-width or escaped brackets, a template's name that was not replaced
 OTHER_MARKER = re.compile(
-    r"<(?!(?-i:image>))/?(?:image|img)[^<>\n]{0,300}>|!\[[^\]\n]{0,300}\]\([^)\n]{1,300}\)", re.IGNORECASE
+    r"<(?!(?-i:image>))/?(?:image|img)[^<>\n]{0,300}>|!\[[^\]\n]{0,300}\]\([^)\n]{1,300}\)"
+    r"|<(?:start|end)_of_image>|\[(?:img|image)\]|(?:＜|&lt;)image(?:＞|&gt;)|\{+image\}+",
+    re.IGNORECASE,
 )
+MARKER_SIGN = re.compile(r"[<!\[＜&{]")  # one of them starts each of the above; most texts have none, which saves time
+MEDIA_MARKER = re.compile(r"<(?:video|audio)>", re.IGNORECASE)
+# Keys of a turn by which other trainers leave it out of the loss: OpenAI's `weight: 0`, ms-swift's `loss: false`
+LOSS_KEYS = ("weight", "loss", "train", "trainable", "loss_weight")
+# White space, format characters such as zero-width spaces, fillers of Hangul, marks such as variation selectors, and
+# the empty Braille cell
+INVISIBLE = regex.compile(r"[\s\p{Cf}\p{Default_Ignorable_Code_Point}\p{M}\u2800]*")
 TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
 MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
@@ -113,7 +124,7 @@ def parse_record(raw, record: int, *, format: str | None = None) -> dict:
 
 def _given_id(raw: dict) -> str | None:
     """Return a record's id, shortened and encodable, for messages; `_check_record` checks it."""
-    if not isinstance(raw.get("id"), str | int):
+    if not isinstance(raw.get("id"), str | int) or is_blank(str(raw["id"])):
         return None
     return str(raw["id"])[:MAX_ID].encode("utf-8", "backslashreplace").decode()
 
@@ -202,8 +213,8 @@ def _text(raw: dict, field: str) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: white space and format characters alone, such as zero-width spaces."""
-    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
+    """Whether a text shows nothing: white space, marks without a letter, and characters that fonts leave blank."""
+    return bool(INVISIBLE.fullmatch(text))
 
 
 def _check_text(field: str, text: str, whose: str = "the text") -> None:
@@ -257,6 +268,7 @@ def _turn(turn, images: list, name: str) -> dict:
         raise FieldError(name, f"role {role!r:.60} is not one of {', '.join(ROLES)}")
     if key := find_image_key(turn, TURN_KEYS, []):
         raise FieldError(name, f"an image under {key!r:.80} is not read; name it under the record's key 'images'")
+    _check_trained(turn, name)
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_block(block, images, name) for block in content)
@@ -264,6 +276,16 @@ def _turn(turn, images: list, name: str) -> dict:
         raise FieldError(name, f"expected some text, found {describe(content)}")
     # An answer that starts with a newline would merge with the newline before it into another token.
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
+
+
+def _check_trained(turn: dict, name: str) -> None:
+    """Raise FieldError for an answer that the file says not to train on; all answers are trained on alike."""
+    if ROLES[turn.get("role", turn.get("from"))] != "assistant":
+        return
+    for key in LOSS_KEYS:
+        if isinstance(value := turn.get(key), bool | int | float) and value != 1:
+            rule = "every answer is trained on alike; remove the key, or this part of the conversation"
+            raise FieldError(name, f"{key} is {value}, and {rule}")
 
 
 def _block(block, images: list, field: str) -> str:
@@ -296,9 +318,15 @@ def _check_texts(messages: list[dict], names: list[str]) -> None:
         _check_text(field, message["content"], f"the {message['role']}'s text")
         if message["role"] != "user" and IMAGE_MARKER in message["content"]:
             raise FieldError(field, f"an {IMAGE_MARKER} marker in the {message['role']}'s text")
+        if not MARKER_SIGN.search(message["content"]):
+            continue
         if other := OTHER_MARKER.search(message["content"]):
             rule = f"name the image under the key 'image', and write {IMAGE_MARKER} for its place"
             raise FieldError(field, f"the {message['role']}'s text contains {other.group()!r:.80}; {rule}")
+        if other := MEDIA_MARKER.search(message["content"]):
+            raise FieldError(
+                field, f"the {message['role']}'s text contains {other.group()!r}; only images are supported"
+            )
 
 
 def _place_markers(messages: list[dict], num_images: int, field: str) -> None:

@@ -228,7 +228,7 @@ def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dic
     def thumbnail(sample_id: str | None, image: int) -> str | None:
         split, row = positions.get(sample_id, (None, None))
         images = splits[split][row]["images"] if split else []
-        return encode_image(load_image(images[image], fit=fit), 144) if images else None
+        return _picture(sample_id, images[image], fit, 144) if images else None
 
     groups = []
     for kind, title in KINDS.items():
@@ -245,6 +245,15 @@ def _finding_groups(findings: list[Finding], splits: DatasetDict, positions: dic
     return groups
 
 
+def _picture(sample_id: str, image: dict, fit: Fit, size: int) -> str:
+    """Return a sample's image for the page, at most `size` px a side; ValueError, with the sample, if damaged."""
+    try:
+        return encode_image(load_image(image, fit=fit), size)
+    except (ValueError, OSError) as error:
+        where = f", {image['path']}" if image.get("path") else ""
+        raise ValueError(f"sample {sample_id!r}{where}: {error}; prepare the data set again") from error
+
+
 def _places(finding: Finding) -> list[tuple[str | None, int]]:
     """Return the samples that a finding names, each with the position of the image concerned."""
     return list(zip_longest((finding.sample_id, *finding.others), finding.images, fillvalue=0))
@@ -257,6 +266,6 @@ def _samples(splits: DatasetDict, positions: dict, fit: Fit) -> list[dict]:
     for sample_id in chosen:
         split, row = positions[sample_id]
         sample = splits[split][row]
-        images = [encode_image(load_image(image, fit=fit), 520) for image in sample["images"]]
+        images = [_picture(sample_id, image, fit, 520) for image in sample["images"]]
         samples.append({"id": f"{sample_id}, {split}", "images": images, "turns": sample["messages"]})
     return samples

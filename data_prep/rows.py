@@ -34,7 +34,21 @@ def rows_of(rows: Rows, mapping: Mapping, path: Path) -> Rows:
         return rows
     names = _match_columns(columns, mapping, path)
     added = {column: "" for column in mapping.optional if column not in names.values()}
-    return [row if isinstance(row, Flaw) else {**added, **_rename(row, names, mapping)} for row in rows]
+    rows = [row if isinstance(row, Flaw) else {**added, **_rename(row, names, mapping)} for row in rows]
+    _link_groups([row for row in rows if not isinstance(row, Flaw)], mapping.group)
+    return rows
+
+
+def _link_groups(rows: list[dict], columns: list[str]) -> None:
+    """Give a row without a patient, in the first column, that of another row with the same lesion, in a later one."""
+    for position, column in enumerate(columns[1:], start=1):
+        known = {}
+        for row in rows:
+            if row[column] and (group := _first(row, columns[:position])):
+                known.setdefault(row[column], group)
+        for row in rows:
+            if row[column] in known and not _first(row, columns[:position]):
+                row[columns[0]] = known[row[column]]
 
 
 def _rename(row: dict, names: dict[str, str], mapping: Mapping) -> dict[str, str]:
@@ -75,6 +89,7 @@ def make_record(row: dict, mapping: Mapping) -> tuple[dict, str | None]:
     values |= {"label": label} if mapping.label else {}
     images = [name for name in (_fill(template, row) for template in mapping.images) if name]
     sample_id = row[mapping.id] if mapping.id else ", ".join(images)
+    reason = _reason_to_skip(row, mapping, values)
     record = {
         "id": sample_id,
         "images": images,
@@ -82,10 +97,9 @@ def make_record(row: dict, mapping: Mapping) -> tuple[dict, str | None]:
         "group": _group(row, mapping) or None,
         "skin_type": _skin_type(row, mapping.skin_type) or None,
         **{name: _first(row, getattr(mapping, name)) or None for name in ("age", "sex", "site", "split")},
-        "question": _fill(_choose(mapping.questions, sample_id, values), values),
+        "question": "" if reason else _fill(_choose(mapping.questions, sample_id, values), values),
         "answer": _fill(mapping.answer, values),
     }
-    reason = _reason_to_skip(row, mapping, values)
     if reason is None and len(images) < len(mapping.images):
         _check_images(row, mapping, images)
     return record, reason
@@ -182,5 +196,8 @@ def _choose(questions: list[str], sample_id: str, values: dict) -> str:
 
     Wordings with a placeholder that the row has nothing for are passed over.
     """
-    questions = [question for question in questions if _fill(question, values)] or questions
-    return questions[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(questions)]
+    filled = [question for question in questions if _fill(question, values)]
+    if not filled:
+        name = next(name for name in PLACEHOLDER.findall(questions[0]) if not values.get(name))
+        raise ValueError(f"column {name!r}: empty, and no question can be asked without it")
+    return filled[int(hashlib.sha256(str(sample_id).encode()).hexdigest(), 16) % len(filled)]

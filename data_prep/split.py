@@ -136,6 +136,9 @@ def assign_all(
         fractions: shares of train, validation and test; they add up to 1.
         seed: another seed gives another split.
         folds: number of parts in place of train and validation, 0 for none.
+
+    Raises:
+        ValueError: the samples outside of test are of fewer groups than `folds`, or a split would be empty.
     """
     assign = partial(_assign, samples, groups, strata, seed)
     splits = [sample["split"] for sample in samples]
@@ -148,7 +151,13 @@ def assign_all(
         share = validation / (train + validation)
         splits = assign(splits, {"train"}, {"train": 1 - share, "validation": share})
     parts = {f"fold_{number}": 1 / folds for number in range(folds)}
-    return assign(splits, {"train", "validation"}, parts) if parts else splits
+    if not parts:
+        return splits
+    splits = assign(splits, {"train", "validation"}, parts)
+    if len(parts) > (filled := len(set(splits) - {"test"})):
+        rule = "groups are never divided, and those outside of test are too few"
+        raise ValueError(f"folds: {folds} parts, of which only {filled} would have samples: {rule}")
+    return splits
 
 
 def _assign(

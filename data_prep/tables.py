@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from common.files import suggest_file
 
 from .reading import Flaw, check_not_packed, describe, iter_json, suggest
 
 EXCEL_ENDINGS = (".xlsx", ".xlsm")
-OTHER_ENDINGS = (".xls", ".xlsb", ".ods", ".numbers")  # of spreadsheets; refused
+# Of spreadsheets, of programs for statistics, and of pandas; refused
+OTHER_ENDINGS = (
+    *(".xls", ".xlsb", ".xltx", ".xltm", ".ods", ".fods", ".numbers"),
+    *(".sav", ".dta", ".sas7bdat", ".rds", ".rdata", ".feather", ".pkl", ".pickle"),
+)
 TABLE_ENDINGS = (".csv", ".tsv", ".tab", ".parquet", *EXCEL_ENDINGS, *OTHER_ENDINGS)  # JSON may also be a table
 MAX_CELL = 1_000_000  # characters; a quotation mark without its partner would swallow the rest of a file
 # Cells that pandas reads as missing, and writes for missing values
@@ -24,6 +30,9 @@ NOT_A_VALUE = {
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null", "NaT"),
 }
+# What a spreadsheet writes into a CSV file for a formula without a result, in its language, or for a narrow column:
+# #NAME?, #WERT!, #DIV/0!, #NV, ######
+SPREADSHEET_ERROR = re.compile(r"#(?:[^\W\d_]{2,}(?:/0)?[!?]|N/?[AVD]|#{2,})")
 WHOLE_NUMBER, MIDNIGHT = re.compile(r"(-?\d+)\.0+"), re.compile(r"(\d{4}-\d\d-\d\d) 00:00:00")
 
 csv.field_size_limit(MAX_CELL)
@@ -57,9 +66,12 @@ def read_table(path: Path) -> Rows:
 
 
 def cell_text(value) -> str:
-    """Return a cell as text: 5.0 and "5.0" as "5", a date without its midnight, "" for what pandas calls missing."""
+    """Return a cell as text: 5.0 and "5.0" as "5", a date without its midnight.
+
+    What pandas calls missing, and errors of a spreadsheet's formulas, become "".
+    """
     text = str(value).strip()
-    if text in NOT_A_VALUE:
+    if text in NOT_A_VALUE or (text.startswith("#") and SPREADSHEET_ERROR.fullmatch(text)):
         return ""
     if text.endswith("0") and (match := WHOLE_NUMBER.fullmatch(text) or MIDNIGHT.fullmatch(text)):
         return match[1]
@@ -108,7 +120,7 @@ def _text_row(row, columns: list[str]) -> dict[str, str] | Flaw:
 
 def _read_parquet(path: Path) -> list[dict]:
     try:
-        table = pd.read_parquet(path)
+        table, names = pd.read_parquet(path), _class_names(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
     table.columns = [str(column).strip() for column in table.columns]
@@ -116,7 +128,30 @@ def _read_parquet(path: Path) -> list[dict]:
         if any(_has_bytes(value) for value in table[column]):
             rule = "has bytes, as of images; write them into files, and the files' names into the column"
             raise ValueError(f"{path}: the column {column!r} {rule}")
+        if found := next((value for value in table[column] if isinstance(value, dict)), None):
+            raise ValueError(f"{path}: the column {column!r} has {describe(found)}, expected a text or a number")
+    for column in table.columns.intersection(list(names)):
+        table[column] = [_class_name(code, names[column], column, path) for code in table[column]]
     return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def _class_names(path: Path) -> dict[str, list[str]]:
+    """Return, by column, the names that `datasets` keeps in a Parquet file for numbers of classes."""
+    try:
+        features = json.loads((pq.read_schema(path).metadata or {})[b"huggingface"])["info"]["features"]
+        kinds = {column: kind for column, kind in features.items() if isinstance(kind, dict)}
+    except (KeyError, TypeError, AttributeError, ValueError):  # another program's file, or another version's
+        return {}
+    return {str(column).strip(): kind["names"] for column, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+
+
+def _class_name(code, names: list[str], column: str, path: Path) -> str | None:
+    """Return the name of a class; None for -1 and for a missing one, which `datasets` writes where there is none."""
+    if pd.isna(code) or code == -1:
+        return None
+    if not 0 <= code < len(names):
+        raise ValueError(f"{path}: the column {column!r} has {code}, and the file names {len(names)} classes")
+    return names[int(code)]
 
 
 def _has_bytes(value) -> bool:

@@ -1,5 +1,6 @@
 """Accuracy of the diagnoses with bootstrap intervals: overall, by label and by subgroup."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -219,7 +220,9 @@ def subgroup_metrics(rows: list[dict], diagnoses: Diagnoses, column: str, *, min
 def age_band(age: str | None) -> str:
     """Return the band of an age in years; other texts, such as bands that the data give, are returned unchanged."""
     try:
-        years = float(age)
-    except (TypeError, ValueError):
+        years = float((age or "").replace(",", "."))
+    except ValueError:
         return age or "unknown"
+    if not math.isfinite(years):
+        return "unknown"
     return next(name for limit, name in AGE_BANDS if years < limit)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from collator import VisionSFTCollator, collate_prompts, load_pixels
 from data_prep.check import check_images
+from data_prep.containers import find_damage
 from data_prep.convert import prepare
 from data_prep.images import load_image
 from data_prep.inspection import ImageInfo, inspect_image
@@ -198,6 +199,15 @@ ACCEPTED = [
     ("a link to a picture beside it", inner_link, (30, 20), RED),
 ]
 
+
+def frame(marker: int, bits: int) -> bytes:
+    """A JPEG whose header says that its pixels are coded in another way."""
+    data = bytearray(coded(kind="JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 1], data[start + 4] = marker, bits
+    return bytes(data)
+
+
 NO_IMAGE, CUT = "not an image", "broken image: image file is truncated"
 UNREAD = "not an image that can be read: {}; save it as PNG or JPEG"
 FRAMES = "several frames or pages, expected one picture"
@@ -225,6 +235,9 @@ REFUSED = [
     ("JPEG XL", file(b"\xff\x0a" + bytes(90), "x.jxl"), UNREAD.format("JPEG XL")),
     ("JPEG XL in a container", file(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(90)), UNREAD.format("JPEG XL")),
     ("DICOM", file(bytes(128) + b"DICM" + bytes(90)), UNREAD.format("DICOM")),
+    ("12-bit JPEG", file(frame(0xC1, 12)), UNREAD.format("JPEG of 12 bits a colour")),
+    ("lossless JPEG of 16 bits", file(frame(0xC3, 16)), UNREAD.format("lossless JPEG")),
+    ("JPEG-LS", file(frame(0xF7, 8)), UNREAD.format("JPEG-LS")),
     ("film", file(b"\0\0\0\x18ftypmp42" + bytes(90)), UNREAD.format("a film or a sequence of images, or damaged")),
     ("half a HEIC", file(coded(kind="HEIF")[:2000]), "Invalid input: Unexpected end of file"),
     ("HEIC of two pictures", file(frames("HEIF")), FRAMES),
@@ -409,6 +422,15 @@ def test_no_image_name_leads_out_of_the_folder(tmp_path, no_requests, name, reas
     assert len(str(error.value)) < 5200 and no_requests == []
 
 
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (3, True), (6, True)])
+def test_a_turned_tiff_is_reported_with_its_upright_size(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    small(size=(40, 20)).save(tmp_path / "x.tif", exif=exif)
+    found = inspect_image(str(tmp_path / "x.tif"))
+    assert (found.turned, found.size) == (turned, (20, 40) if orientation == 6 else (40, 20))
+
+
 @pytest.mark.parametrize(("orientation", "turned"), [(0, False), (1, False), (2, True), (8, True), (9, False)])
 def test_only_valid_orientations_turn_an_image(tmp_path, orientation, turned):
     assert inspect_image(str(marked(orientation)(tmp_path))).turned == turned
@@ -430,3 +452,60 @@ def test_a_jpeg_that_decoders_show_in_spite_of_damage_is_reported(tmp_path, dama
     sample = {"record": 0, "id": "x", "origin": "a.json", "images": ["x.jpg"], "files": ["x.jpg"]}
     kinds = [finding.kind for finding in check_images([sample], {"x.jpg": found})]
     assert ("damaged" in kinds) == (reason is not None)
+
+
+def photo():
+    """Smooth colours with noise, as of a camera."""
+    colours = np.random.default_rng(0).integers(40, 230, (9, 12, 3), dtype=np.uint8)
+    smooth = Image.fromarray(colours).resize((320, 240), Image.Resampling.BICUBIC)
+    return Image.blend(smooth, Image.effect_noise((320, 240), 90).convert("RGB"), 0.2)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"quality": 95}, {"subsampling": 0}, {"restart_marker_rows": 4}, {"quality": 30}]
+)
+@pytest.mark.parametrize(("place", "count"), [(0.3, 512), (0.9, 70)])
+def test_zero_bytes_among_coded_pixels_are_reported_with_their_place(options, place, count):
+    data = coded(photo(), "JPEG", **options)
+    at = int(len(data) * place)
+    damaged = data[:at] + bytes(count) + data[at + count :]
+    start = at - (len(data[:at]) - len(data[:at].rstrip(b"\0")))
+    assert find_damage(damaged) == f"zero bytes in place of coded pixels, from byte {start:,} on"
+    assert (
+        find_damage(data)
+        is find_damage(data + bytes(5000))
+        is find_damage(data[:at] + bytes(8) + data[at + 8 :])
+        is None
+    )
+
+
+def test_a_picture_that_lost_its_second_half_is_reported():
+    data = coded(photo(), "JPEG")
+    half = len(data) // 2
+    assert "zero bytes in place of coded pixels" in find_damage(data[:half] + bytes(len(data) - half - 2) + data[-2:])
+
+
+def plain_pictures():
+    """Pictures whose coded pixels have long runs of zero bits, and are right."""
+    border, wide = Image.new("RGB", (640, 480)), Image.linear_gradient("L").resize((640, 480))
+    border.paste(photo(), (160, 120))
+    grid = Image.fromarray((np.indices((480, 640)).sum(0) // 8 % 2 * 255).astype(np.uint8))
+    return [Image.new("RGB", (640, 480), colour) for colour in ("black", "white", "tan")] + [border, wide, grid]
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}])
+@pytest.mark.parametrize("quality", [1, 30, 75, 90, 97, 100])
+def test_plain_areas_are_no_damage(options, quality):
+    for picture in plain_pictures():
+        assert find_damage(coded(picture, "JPEG", quality=quality, **options)) is None
+        assert (
+            find_damage(coded(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=quality, **options))
+            is None
+        )
+
+
+def test_a_jpeg_with_headers_that_are_too_short_is_damaged():
+    data = coded(photo(), "JPEG")
+    scan, tables = data.index(b"\xff\xda"), data.index(b"\xff\xc4")
+    assert find_damage(data[: scan + 2] + b"\0\3\xf0" + bytes(99) + b"\xff\xd9") == "a segment is too short"
+    assert find_damage(data[: tables + 2] + b"\0\4\0\0" + data[tables:]) == "a segment is too short"

@@ -264,3 +264,28 @@ def test_given_splits_are_the_reason_when_another_is_empty(tmp_path, caplog):
     assert (
         "no sample is in train and validation: every record names its split, and such splits are kept" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "NaN", "<NA>", "NULL", "undefined", "[object Object]", "\\N", "#NAME?", "nan."]
+)
+def test_a_programs_word_for_a_missing_value_is_reported(write_records, text):
+    sound = {"question": "What?", "answer": "No nanometre, None.", "label": "None"}
+    path, _ = write_records([{**sound, "answer": text}, {**sound, "label": text}, sound, {**sound, "answer": "None."}])
+    findings = prepare([Source(path)], split=(1, 0, 0), show_progress=False).findings
+    found = [(finding.record, finding.detail) for finding in findings if finding.kind == "placeholder"]
+    assert found == [(0, repr(text)), (1, repr(text))]
+
+
+@pytest.mark.parametrize(
+    ("age", "odd"),
+    [
+        *((0, False), (120, False), ("54,5", False), ("40-50", False), ("85+", False), ("60s", False)),
+        *((-3, True), (121, True), ("500", True), ("nan", True), ("1956-03-12", True), ("12.3.1956", True)),
+        ("04:00:00", True),
+    ],
+)
+def test_an_age_that_is_none_is_reported(write_records, age, odd):
+    path, _ = write_records([{"question": "What?", "answer": "A mole.", "age": age}])
+    findings = prepare([Source(path)], split=(1, 0, 0), show_progress=False).findings
+    assert [finding.detail for finding in findings if finding.kind == "odd age"] == [f"age '{age}'"] * odd

@@ -59,7 +59,12 @@ def test_hidden_and_system_files_are_no_classes_and_no_images(tmp_path):
         tmp_path, ".ipynb_checkpoints/1-checkpoint.jpg", "nevus/.ipynb_checkpoints/1-checkpoint.jpg", "nevus/._1.jpg"
     )
     touch(
-        tmp_path, "__MACOSX/nevus/._1.jpg", "nevus/@eaDir/1.jpg/SYNOFILE_THUMB_M.jpg", "nevus/Thumbs.db", "Desktop.ini"
+        tmp_path,
+        "__MACOSX/nevus/._1.jpg",
+        "nevus/@eaDir/1.jpg/SYNOFILE_THUMB_M.jpg",
+        "nevus/Thumbs.db",
+        "Desktop.ini",
+        "nevus/1.jpg:Zone.Identifier",
     )
     touch(tmp_path, "$RECYCLE.BIN/x.jpg", "lost+found/y.png", ".git/objects/z.png")
     assert rows(tmp_path) == [

@@ -78,6 +78,20 @@ def test_a_profile_whose_name_is_damaged_is_used_all_the_same(tmp_path):
     assert load_image(tmp_path / "a.png").getpixel((0, 0)) != SKIN
 
 
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_a_tiff_in_which_zero_is_white_is_turned_round(tmp_path, top):
+    """As exports of DICOM's MONOCHROME1 are, whatever their depth."""
+    levels = np.linspace(0, top, 256).round().astype(np.uint8 if top == 255 else np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "black.tif")
+    data = bytearray((tmp_path / "black.tif").read_bytes())
+    entry = data.index(b"\x06\x01\x03\0\x01\0\0\0\x01\0")  # tag 262, one short, 1: zero is black
+    data[entry + 8] = 0
+    (tmp_path / "white.tif").write_bytes(data)
+    black, white = (np.asarray(load_image(tmp_path / name), int) for name in ("black.tif", "white.tif"))
+    assert black[0, 0].tolist() == [0, 0, 0] and black[-1, -1].tolist() == [255, 255, 255]
+    assert (black + white == 255).all()
+
+
 def test_the_inspection_names_the_profile_and_the_bits(tmp_path):
     (tmp_path / "a.png").write_bytes(coded(make_profile(DISPLAY_P3)))
     Image.fromarray(np.full((30, 30), 3000, np.uint16)).save(tmp_path / "b.png")

@@ -285,6 +285,27 @@ def test_any_fact_can_keep_its_share(write_records):
     assert [split["skin_type"].count("VI") for split in splits.values()] == [16, 2, 2]
     with pytest.raises(ValueError, match=r"stratify_by: expected one of label, skin_type, .*, found 'color'"):
         prepare([Source(path)], stratify_by="color", show_progress=False)
+    with pytest.raises(ValueError, match="stratify_by: no sample has 'site', so that its shares cannot be kept"):
+        prepare([Source(path)], stratify_by="site", show_progress=False)
+
+
+@pytest.mark.parametrize(("folds", "filled"), [(7, 6), (100, 6)])
+def test_more_folds_than_groups_are_refused(write_records, folds, filled):
+    path, _ = write_records([{"question": f"q{n}", "answer": "a b", "group": f"g{n % 6}"} for n in range(60)])
+    with pytest.raises(ValueError, match=f"folds: {folds} parts, of which only {filled} would have samples"):
+        prepare([Source(path)], folds=folds, split=(0.9, 0.1, 0), show_progress=False)
+    assert len(prepare([Source(path)], folds=6, split=(0.9, 0.1, 0), show_progress=False).splits) == 6
+
+
+def test_an_option_for_one_source_is_refused_beside_a_list_of_them(write_records, tmp_path):
+    path, images = write_records([flat("red.jpg")])
+    sources = tmp_path / "s.yaml"
+    sources.write_text(f"- {{data: {path}, images: {images}}}\n")
+    for option, value in (("images", str(images)), ("mapping", "ham10000"), ("format", "flat")):
+        with pytest.raises(
+            ValueError, match=f"--{option}: has no effect beside --sources; write `{option}` into .*s.yaml"
+        ):
+            data_prep(["check", "--sources", str(sources), f"--{option}", value])
 
 
 def test_convert_finds_out_before_it_writes_that_the_disk_is_too_small(write_records, tmp_path, monkeypatch):

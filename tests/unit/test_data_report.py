@@ -132,3 +132,17 @@ def test_a_damaged_file_of_a_data_set_is_named(write_records, tmp_path, monkeypa
     with pytest.raises(ValueError) as error:
         data_prep([command, str(tmp_path / "set"), *(["you/skin"] if command == "push" else [])])
     assert str(error.value).startswith(str(tmp_path / "set" / file)) and "\n" not in str(error.value)
+
+
+def test_a_damaged_image_of_the_data_set_is_named(write_records, tmp_path):
+    records = [
+        {"id": f"r{n}", "image": "red.jpg", "question": f"q{n}", "answer": "a b", "group": "p"} for n in range(3)
+    ]
+    path, images = write_records(records)
+    data_prep(["convert", "--annotations", str(path), "--images", str(images), "--out", str(tmp_path / "set")])
+    [image] = (tmp_path / "set" / "image_files").iterdir()
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(
+        ValueError, match=rf"sample 'r\d', .*{image.name}: broken image: .*; prepare the data set again"
+    ):
+        data_prep(["inspect", str(tmp_path / "set")])

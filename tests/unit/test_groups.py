@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.convert import prepare
-from data_prep.groups import group_key, group_samples
+from data_prep.groups import group_key, group_samples, is_no_group
 from data_prep.sources import Source
 
 
@@ -27,6 +27,12 @@ from data_prep.sources import Source
         ("0", "00", True),
         ("1.0.0", "1", False),
         ("P1", "P10", False),
+        ("P\u200b1", "P1", True),
+        ("P\u00ad1\ufeff", "p1", True),
+        ("P\u20131", "P-1", True),
+        ("P\u20111", "P-1", True),
+        ("\u22125", "-5", True),
+        ("P-1", "P1", False),
     ],
 )
 def test_spellings_of_one_group(one, other, same):
@@ -91,3 +97,29 @@ def test_a_split_that_stays_empty_is_said(tmp_path, caplog):
 def test_a_share_must_be_a_number(tmp_path):
     with pytest.raises(ValueError, match="expected shares of train, validation and test that add up to 1"):
         prepare([write(tmp_path, "a", range(9))], split=(float("nan"), 0.5, 0.5), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["n.a.", "Not applicable", "ANONYMOUS", "Unbekannt", "<NA>", "unknown\u200b", "\u2013"]
+)
+def test_a_word_for_an_unknown_patient_is_no_group(name):
+    assert is_no_group(name)
+
+
+@pytest.mark.parametrize("name", ["1.23457E+11", "1,23E+05", "1.2345678901234567e+19"])
+def test_a_number_that_lost_its_digits_is_reported(tmp_path, name):
+    prepared = prepare(
+        [write(tmp_path, "a", [name, name, "P2", "1e3", "5.5", "1E5"])], split=(1, 0, 0), show_progress=False
+    )
+    found = [(finding.detail, finding.others) for finding in prepared.findings if finding.kind == "rounded group"]
+    detail = f"group {name!r} is a number that has lost its last digits, and may be of several patients"
+    assert [text for text, _ in found] == [detail] and len(found[0][1]) == 1
+
+
+def test_the_groups_that_are_too_few_are_those_without_a_given_split(tmp_path, caplog):
+    given, free = write(tmp_path, "a", list("abcdef"), split="train"), write(tmp_path, "b", list("uvw"))
+    prepare([given, free], show_progress=False)
+    reason = (
+        "the samples without a given split are of 3 independent group(s), never divided, and too few for such shares"
+    )
+    assert f"no sample is in validation and test: {reason}" in caplog.text

@@ -56,6 +56,19 @@ def test_a_jpeg_decoded_at_a_fraction_comes_out_upright(tmp_path, orientation, k
     assert np.abs(np.asarray(drafted, dtype=int) - np.asarray(whole.resize(drafted.size), dtype=int)).mean() < 3
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["p.tif", "p.png", "p.webp", "p.avif"])
+def test_a_turned_picture_of_any_format_is_fitted_upright(tmp_path, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.open(PHOTOS[0]).resize((90, 60)), name, exif=exif)
+    sizes = []
+    fitted = load_image(path, fit=lambda *size: sizes.append(size) or tuple(side // 2 for side in size))
+    upright = (60, 90) if orientation > 4 else (90, 60)
+    assert sizes == [upright] and load_image(path).size == upright
+    assert fitted.tobytes() == load_image(path).resize(fitted.size).tobytes()
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_what_is_no_much_larger_jpeg_is_decoded_whole(tmp_path, orientation):
     exif = Image.Exif()

@@ -100,6 +100,8 @@ def test_templates_are_the_most_frequent_wording_of_each_question():
         ("ميلانوما", "هذه هي المِيلانوما."),
         ("ميلانوما", "مصاب بالميـــلانوما"),
         ("Kızıl", "KIZIL"),
+        ("σπίλος", "ΕΙΝΑΙ ΣΠΙΛΟΣ."),
+        ("melanoma.", "Melanoma is likely."),
         ("basal cell carcinoma", "basal\u2028cell—carcinoma"),
     ],
 )
@@ -190,10 +192,20 @@ def test_thoughts_are_no_diagnosis(text, label):
 
 
 def test_labels_that_are_spelled_in_several_ways_are_one():
-    labels = ["melanoma"] * 3 + ["Melanoma", "basal  cell", "basal cell", "basal cell", "ecze\u0301ma", "eczéma", None]
+    labels = ["melanoma"] * 3 + [
+        "Melanoma",
+        "basal  cell",
+        "basal cell",
+        "basal cell",
+        "ecze\u0301ma",
+        "eczéma",
+        None,
+        "melanoma.",
+    ]
     assert merge_spellings(labels) == {
         "melanoma": "melanoma",
         "Melanoma": "melanoma",
+        "melanoma.": "melanoma",
         "basal  cell": "basal cell",
         "basal cell": "basal cell",
         "ecze\u0301ma": "ecze\u0301ma",

@@ -70,6 +70,11 @@ LABELS = {
     "a column alone": ("dx", "line 2, label: expected {columns: [...]}, found a text 'dx'"),
     "a list": ("[dx]", "line 2, label: expected {columns: [...]}, found a list"),
     "a misspelt key": ("{colums: [dx]}", "line 2, unknown key 'colums'; did you mean 'columns'?"),
+    "a name that shows nothing": (
+        "{columns: [dx], names: {a: ' '}}",
+        "expected a name, found ' ', which shows nothing",
+    ),
+    "an invisible name": ("{one_hot: true, names: {a: \u2800}}", "label.names.a: expected a name, found"),
     "names alone": ("{names: {a: b}}", "line 2, label: expected `columns`"),
     "one_hot with columns": (
         "{one_hot: true, columns: [a]}",
@@ -264,3 +269,36 @@ def test_weights_that_are_no_dictionary_are_told(tmp_path, cell):
     assert records_of(mapping, {"file": "a.jpg", "dx": cell}) == [
         f"expected a dictionary of weights, found {cell[:60]!r}"
     ]
+
+
+def test_a_lesion_whose_patient_another_row_names_is_that_patients(tmp_path):
+    mapping = load(tmp_path, GOOD + "group: [patient, lesion, visit]\n")
+    rows = [
+        ("P1", "L1", ""),
+        ("", "L1", "V1"),
+        ("", "", "V1"),
+        ("P2", "L2", ""),
+        ("", "L9", ""),
+        ("", "", ""),
+        ("P3", "L1", ""),
+    ]
+    made = [
+        {"file": "a.jpg", "dx": "nevus", **dict(zip(("patient", "lesion", "visit"), row, strict=True))} for row in rows
+    ]
+    assert [record["group"] for record in records_of(mapping, *made)] == ["P1", "P1", "P1", "P2", "L9", None, "P3"]
+
+
+def test_a_question_that_lacks_its_column_in_a_row_is_told_with_the_column(tmp_path):
+    text = "images: ['{file}']\nquestions: ['Age {age}?', 'Where, {site}?']\nanswer: A mole.\n"
+    mapping = load(tmp_path, text)
+    found = records_of(mapping, {"file": "a.jpg", "age": "", "site": ""}, {"file": "a.jpg", "age": "", "site": "arm"})
+    assert found[0] == "column 'age': empty, and no question can be asked without it"
+    assert found[1]["question"] == "Where, arm?"
+    mapping = load(tmp_path, text.replace("A mole.", "'{site}.'"))
+    assert records_of(mapping, {"file": "a.jpg", "age": "", "site": ""}) == ["no site to answer with"]
+
+
+def test_a_mapping_under_another_ending_is_not_called_missing(tmp_path):
+    (tmp_path / "m.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"mapping: .*m\.json: expected a YAML file, with a name in \.yaml or \.yml"):
+        load_mapping(tmp_path / "m.json")

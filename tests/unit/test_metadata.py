@@ -58,6 +58,11 @@ def tiff(tags) -> bytes:
     return buffer.getvalue()
 
 
+def digits(comment: bytes) -> bytes:
+    values = b" ".join(b"%d" % value for value in NOISE.convert("RGB").tobytes())
+    return b"P3\n%d %d\n255\n" % NOISE.size + values + comment + b"\n"
+
+
 def phone_photo() -> bytes:
     buffer = io.BytesIO()
     NOISE.save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (90, 60), "blue")])
@@ -82,6 +87,10 @@ PRIVATE = {
     "behind a PNG's end": (coded("PNG") + SECRET, "data behind the image"),
     "behind a WebP's end": (coded("WEBP") + SECRET, "data behind the image"),
     "a phone's second picture": (phone_photo(), "data behind the image"),
+    "behind a BMP's end": (coded("BMP") + SECRET, "data behind the image"),
+    "comment of a PPM": (coded("PPM").replace(b"P6\n", b"P6\n# " + SECRET + b"\n", 1), "text"),
+    "comment behind a PPM's size": (coded("PPM").replace(b"\n255\n", b" # " + SECRET + b"\n255\n", 1), "text"),
+    "comment of a PPM in digits": (digits(b"\n# " + SECRET), "text"),
     "EXIF without a place": (in_header(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff" + SECRET)), "text"),
     "EXIF cut off": (in_header(segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0\x02\0" + ORIENTED + SECRET)), "text"),
     "comment": (in_header(segment(0xFE, SECRET)), "text"),
@@ -126,6 +135,9 @@ HARMLESS = {
     "progressive with restarts": coded(progressive=True, restart_marker_rows=1),
     "padding behind the end": coded() + bytes(100),
     "TIFF": tiff({}),
+    "BMP": coded("BMP"),
+    "PPM": coded("PPM"),
+    "PPM in digits": digits(b""),
 }
 
 
@@ -152,7 +164,7 @@ def test_text_goes_and_what_turns_a_png_stays():
 
 
 def test_the_end_of_an_image_is_found():
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in ("JPEG", "PNG", "WEBP", "BMP"):
         data = coded(kind)
         assert end_of_image(data + b"more") == len(data)
     assert [kind for kind, _, _ in png_chunks(coded("PNG"))][-1] == b"IEND"

@@ -174,7 +174,16 @@ def test_subgroups_name_the_worst_and_suppress_small_groups():
 
 @pytest.mark.parametrize(
     ("age", "name"),
-    [("19", "under 20"), ("20.0", "20 to 39"), ("80", "80 and over"), (None, "unknown"), ("40_TO_49", "40_TO_49")],
+    [
+        *(
+            ("19", "under 20"),
+            ("20.0", "20 to 39"),
+            ("80", "80 and over"),
+            (None, "unknown"),
+            ("40_TO_49", "40_TO_49"),
+        ),
+        *(("19,5", "under 20"), ("nan", "unknown"), ("inf", "unknown"), ("", "unknown"), ("1,000,0", "1,000,0")),
+    ],
 )
 def test_ages_fall_into_bands(age, name):
     assert age_band(age) == name

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_prep import output
 from data_prep.__main__ import main as data_prep
@@ -85,3 +87,57 @@ def test_ctrl_c_during_imports_is_one_line(command):
     script = f"{command}; import os, signal, time; {handler}; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_a_limit_on_the_size_of_files_is_reported_with_its_place(write_records, tmp_path):
+    path, images = write_records([{"image": "red.jpg", "question": "a", "answer": "b c", "group": "p"}])
+    Image.effect_noise((300, 300), 90).save(images / "red.jpg")
+    command = (
+        f"ulimit -f 8; exec {sys.executable} -m data_prep convert --workers 1 --annotations {path} --images {images}"
+    )
+    run = subprocess.run(
+        ["bash", "-c", f"{command} --out {tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert re.search(r"^error: --out: .*out.*: a file cannot become larger there; `ulimit -f` or", run.stderr, re.M)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "images"]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"cut off"), Path.touch])
+def test_an_image_that_changes_after_its_check_is_not_written(write_records, tmp_path, monkeypatch, change):
+    image, save = tmp_path / "images" / "red.jpg", output.save_splits
+
+    def save_and_change(*args, **options):
+        save(*args, **options)
+        change(image)
+
+    words = arguments(write_records, tmp_path / "out")
+    monkeypatch.setattr(output, "save_splits", save_and_change)
+    with pytest.raises(
+        ValueError, match=rf"image {image}: the file was changed or removed while the data set was wri"
+    ):
+        data_prep(words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "images"]
+
+
+SLOW = """
+import multiprocessing, runpy, time
+import data_prep.inspection as inspection
+def slow(image):
+    print("decoding", flush=True)
+    time.sleep(60)
+inspection.decode = slow
+multiprocessing.set_start_method("fork")
+runpy.run_module("data_prep", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_workers_end_with_a_killed_convert_and_the_folder_is_free(write_records, tmp_path):
+    words = arguments(write_records, tmp_path / "out")
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "decoding\n"
+        process.kill()
+        assert process.stdout.read() == ""  # it ends when the worker, which has it open too, has ended
+    assert data_prep(words) is None

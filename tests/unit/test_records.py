@@ -278,6 +278,7 @@ MARKERS = [
         "<ImageHere>",
         "<IMG_CONTEXT>",
     ),
+    *("<start_of_image>", "[IMG]", "[image]", "＜image＞", "&lt;image&gt;", "{image}", "{{image}}"),
 ]
 
 
@@ -289,6 +290,12 @@ def test_another_marker_of_an_image_is_refused(marker, image):
     assert "the user's text contains '" in str(error.value) and "write <image> for its place" in str(error.value)
     with pytest.raises(DataError, match=r"assistant's text"):
         parse_record({**image, "question": "What?", "answer": f"b {marker}"}, 0)
+
+
+@pytest.mark.parametrize("marker", ["<video>", "<AUDIO>"])
+def test_a_place_of_a_film_or_a_sound_is_refused(marker):
+    with pytest.raises(DataError, match=f"field 'question': the user's text contains '{marker}'; only images are"):
+        parse_record({"image": "x.jpg", "question": f"{marker}What?", "answer": "b"}, 0)
 
 
 @pytest.mark.parametrize(
@@ -309,3 +316,29 @@ def test_to_chat_splits_at_the_markers():
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
     ]
+
+
+@pytest.mark.parametrize(
+    "text", ["\u2800", "\u3164", "\u115f\u1160", "\u034f\ufe0f", "\u0301", " \u2800\u200b\n", "\U000e0100"]
+)
+def test_an_answer_that_shows_nothing_is_none(text):
+    with pytest.raises(DataError, match="field 'answer': expected some text"):
+        parse_record({"question": "a", "answer": text}, 0)
+    assert parse_record({"question": "a", "answer": "b", "label": text}, 0)["label"] is None
+
+
+@pytest.mark.parametrize("text", ["\u2801", "-", "\u00e9", "e\u0301", "\u4e0d", "\U0001f534\ufe0f"])
+def test_an_answer_of_one_sign_is_kept(text):
+    assert parse_record({"question": "a", "answer": text}, 0)["messages"][1]["content"] == text
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("weight", 0.5), ("loss", False), ("train", False)])
+def test_an_answer_that_is_not_to_be_trained_on_is_not_trained_on_in_silence(key, value):
+    chat = [*turns(), {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes.", key: value}]
+    with pytest.raises(DataError, match=rf"field 'messages\[3\]': {key} is {value}, and every answer is trained on"):
+        parse_record({"image": "a.jpg", "messages": chat}, 0)
+
+
+def test_an_answer_that_is_to_be_trained_on_may_say_so():
+    chat = [{"role": "user", "content": "a", "loss": False}, {"role": "assistant", "content": "b", "weight": 1}]
+    assert len(parse_record({"messages": [*chat[:1], {**chat[1], "loss": True, "train": None}]}, 0)["messages"]) == 2

@@ -1,10 +1,14 @@
 """Every kind of table file, as Excel, pandas and people write them, reads alike; a broken one is refused in words."""
 
 import gzip
+import json
 import zipfile
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from openpyxl import Workbook, load_workbook
 
 from data_prep import excel
@@ -144,6 +148,8 @@ UNREADABLE = {
     "gzip": ("t.csv.gz", gzip.compress(b"a,b\n1,2\n"), "t.csv.gz: is compressed, or an archive; unpack it first"),
     "CSV under .xlsx": ("t.xlsx", "a,b\n1,2\n", ": not an Excel file"),
     "old Excel": ("t.XLS", b"\xd0\xcf\x11\xe0", ": .xls is not read; save the table as .xlsx, or as .csv in UTF-8"),
+    "SPSS": ("t.sav", b"$FL2@(#) SPSS", ": .sav is not read; save the table as .xlsx, or as .csv in UTF-8"),
+    "a template of Excel": ("t.xltx", b"PK\x03\x04", ": .xltx is not read; save the table as .xlsx"),
     "not Parquet": ("t.parquet", "a,b\n", ": not a table"),
     "a quote that does not close": ("t.csv", 'a,b\n1,"2\n3,4\n', ", line 3: not a table: unexpected end of data"),
     "a quote inside": ("t.csv", 'a,b\n1,"x "y" z"\n', ", line 2: not a table: ',' expected after"),
@@ -299,3 +305,60 @@ def test_hidden_rows_of_a_sheet_are_read_and_counted(tmp_path, caplog):
     book.save(path)
     assert len(read_table(path)) == 2
     assert "t.xlsx: 1 rows are hidden, and are read too" in caplog.text
+
+
+def test_classes_of_a_parquet_file_have_the_names_that_it_keeps(tmp_path):
+    kinds = {"dx": ClassLabel(names=["nevus", "melanoma"]), "n": Value("int64")}
+    path = tmp_path / "t.parquet"
+    Dataset.from_dict({"dx": [1, 0, None, -1], "n": [1, 0, 1, 0]}, features=Features(kinds)).to_parquet(path)
+    assert [(row["dx"], row["n"]) for row in read_table(path)] == [
+        ("melanoma", "1"),
+        ("nevus", "0"),
+        ("", "1"),
+        ("", "0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "cells"),
+    [
+        ({"info": {"features": {"dx": {"names": ["nevus"], "_type": "ClassLabel"}}}}, None),
+        ({"info": {"features": [{"dtype": "int64"}]}}, ["0", "1"]),
+        ([], ["0", "1"]),
+        ({"info": {"features": {"dx": {"_type": "Value"}, "x": {"_type": "ClassLabel", "names": []}}}}, ["0", "1"]),
+    ],
+)  # fmt: skip
+def test_a_class_without_a_name_is_refused_and_foreign_metadata_are_passed_over(tmp_path, metadata, cells):
+    table = pa.table({"dx": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    pq.write_table(table, tmp_path / "t.parquet")
+    if cells is None:
+        with pytest.raises(ValueError, match=r"t\.parquet: the column 'dx' has 1, and the file names 1 classes"):
+            read_table(tmp_path / "t.parquet")
+    else:
+        assert [row["dx"] for row in read_table(tmp_path / "t.parquet")] == cells
+
+
+def test_objects_in_a_parquet_file_are_no_cells(tmp_path):
+    pd.DataFrame({"dx": ["nv"], "image": [{"bytes": None, "path": "a.jpg"}]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(
+        ValueError, match=r"column 'image' has an object with the keys .*'path'.*, expected a text or a nu"
+    ):
+        read_table(tmp_path / "t.parquet")
+
+
+ERRORS = ["#NAME?", "#WERT!", "#DIV/0!", "#REF!", "#NV", "#N/A", "#VALEUR!", "#ССЫЛКА!", "########"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_error_of_a_spreadsheet_is_an_empty_cell(tmp_path, error):
+    path = written(tmp_path, "t.csv", f"id,dx\n1,{error}\n2,#2\n3,#nevus\n4,#\n5,{error} x\n")
+    assert [row["dx"] for row in read_table(path)] == ["", "#2", "#nevus", "#", f"{error} x"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "read"),
+    [("a_x000D_\nb", "a\r\nb"), ("mole_x000d_", "mole"), ("a_x0009_b", "a\tb"), ("_x005F_x000D_", "_x000D_")],
+)
+def test_ends_of_lines_that_excel_writes_as_signs_are_ends_of_lines(tmp_path, stored, read):
+    path = write_sheet(tmp_path / "t.xlsx", [["dx", "file"], [stored, "scan_x0041_1.jpg"]])
+    assert read_table(path) == [{"dx": read, "file": "scan_x0041_1.jpg"}]

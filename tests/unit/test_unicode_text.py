@@ -21,6 +21,9 @@ from common.unicode_text import normalise, original_span, space_characters, spli
         ("שַׁחֶמֶת", "שחמת"),
         ("ﾒﾗﾉｰﾏ", "メラノーマ"),
         ("чёрный", "ЧЕРНЫЙ"),
+        ("μελάνωμα", "ΜΕΛΑΝΩΜΑ"),
+        ("σπίλος", "ΣΠΙΛΟΣ"),
+        ("\u0390", "\u03aa"),
         ("Ⅱ", "ii"),
     ],
 )
@@ -28,7 +31,9 @@ def test_what_looks_alike_has_one_form(left, right):
     assert normalise(left) == normalise(right)
 
 
-@pytest.mark.parametrize(("left", "right"), [("nevus", "nevüs"), ("痣", "痔"), ("점", "종"), ("mole", "moles")])
+@pytest.mark.parametrize(
+    ("left", "right"), [("nevus", "nevüs"), ("痣", "痔"), ("eczéma", "eczema"), ("점", "종"), ("mole", "moles")]
+)
 def test_other_words_stay_apart(left, right):
     assert normalise(left) != normalise(right)
 
