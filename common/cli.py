@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 # Imports make a million objects that stay. Searched for garbage as often as usual, they take a fifth longer.
@@ -152,7 +151,7 @@ def run(main: Callable[[], int | None]) -> int:
         code = main() or 0
         _flush_stdout()
         return code
-    except (ValueError, OSError, PackageNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in sys.argv:
             raise
         with suppress(OSError):
