@@ -23,14 +23,15 @@ from accelerate import PartialState
 from datasets import disable_progress_bars
 
 from common.console import print_rank0
-from common.files import TRAINING_FACTS, check_parent
+from common.files import TRAINING_FACTS
 from common.hub_client import open_repository
+from common.output_folder import own_folder
 from common.yaml_files import yaml_to_args
 from evaluation.batching import AUTO, batch_size
 from evaluation.clusters import cluster_samples, image_keys
 from evaluation.engines import add_engine_options, check_engine_options
 from evaluation.label_matching import describe_unread_rows
-from evaluation.questions import load_runs
+from evaluation.questions import Questions, load_runs
 from evaluation.report import format_verdict, write_report
 from evaluation.runner import answer_questions, choose_runs, collect_rows, open_journal
 from evaluation.summary import SUBGROUP_COLUMNS, summarise
@@ -38,6 +39,8 @@ from models.adapters import is_adapter, read_adapter_config
 from models.loading import load_config
 from publishing.hub import push_adapter
 from publishing.model_card import write_card
+
+LOCK = "evaluation.lock"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; the command line overrides those of a `--config` file."""
     words = sys.argv[1:] if argv is None else argv
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = OneLineParser("eval_sft.py", add_help=False)
     config_parser.add_argument("--config", type=Path)
     config = config_parser.parse_known_args(words)[0].config
     return build_parser().parse_args([*(yaml_to_args(config) if config else []), *words])
@@ -89,9 +92,14 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bars()  # those of datasets
     check_model_options(args)
     out = args.out or (Path(args.adapter) / "eval" if args.adapter and Path(args.adapter).is_dir() else Path("eval"))
-    check_parent("--out", out / "metrics.json")
     state = PartialState(cpu=not torch.cuda.is_available())  # without it, processes on CPUs would not know each other
     check_engine_options(args, state.num_processes)
+    with own_folder(out, "--out", lock=LOCK):
+        evaluate(args, out, state)
+
+
+def evaluate(args: argparse.Namespace, out: Path, state: PartialState) -> None:
+    """Answer the questions, with the answers that `out` holds already, and write the results there."""
     runs, label_map, counts = load_runs(args)
     print_rank0(describe_counts(counts, args.split))
     check_labels(args.sensitivity_of, label_map)
@@ -103,21 +111,27 @@ def main(argv: list[str] | None = None) -> None:
     answer_questions(args, runs, journal, state)
     if state.is_main_process:
         rows = collect_rows(runs, journal)
-        questions = runs["adapter"]
-        keys = image_keys(questions.images)
-        clusters = cluster_samples(rows["adapter"], [keys[row] for row in questions.image_rows], questions.messages)
-        options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
-        summary = {
-            "split": args.split,
-            "evaluated": counts,
-            "max_new_tokens": args.max_new_tokens,
-            **({"model": Path(args.model).name} if args.model else {}),
-            **summarise(rows, label_map, columns=args.subgroups, **options),
-        }
+        summary = summarise_rows(args, rows, runs["adapter"], label_map, counts)
         write_report(out, summary, rows, label_map, runs["adapter"])
         print(format_verdict(summary, out))
         if args.adapter:
             update_card(args, repo_id)
+
+
+def summarise_rows(
+    args: argparse.Namespace, rows: dict[str, list[dict]], questions: Questions, label_map: dict, counts: dict
+) -> dict:
+    """Return the content of `metrics.json`."""
+    keys = image_keys(questions.images)
+    clusters = cluster_samples(rows["adapter"], [keys[row] for row in questions.image_rows], questions.messages)
+    options = {"clusters": clusters, "sensitivity_of": args.sensitivity_of, "min_group": args.min_group}
+    return {
+        "split": args.split,
+        "evaluated": counts,
+        "max_new_tokens": args.max_new_tokens,
+        **({"model": Path(args.model).name} if args.model else {}),
+        **summarise(rows, label_map, columns=args.subgroups, **options),
+    }
 
 
 def check_model_options(args: argparse.Namespace) -> None:

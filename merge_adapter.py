@@ -21,7 +21,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from common.files import atomic_path, check_parent
+from common.files import atomic_path, check_parent, share_weights
 from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import check_16_bit, choose_base, merge, read_target_weights
@@ -112,6 +112,7 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, car
         model.save_pretrained(folder, max_shard_size=shard_size)
     except SafetensorError as error:  # "No space left", in the words of another library
         raise ValueError(f"--out: the weights could not be written to {folder.parent}: {error}") from error
+    share_weights(folder, "config.json")
     processor.save_pretrained(folder)
     add_older_forms(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")

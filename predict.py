@@ -144,6 +144,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError("--system: a data set has its own; it goes with --image and --questions")
     if args.out is not None:
         check_out(args.out, [Path(path) for path in (args.questions, args.dataset) if path])
+    if not args.top_k and (args.labels or args.wording != LABEL_PLACEHOLDER):
+        raise ValueError(f"--{'labels' if args.labels else 'wording'}: would have no effect without --top-k")
     if args.top_k and not args.labels and not args.dataset:
         raise ValueError("--top-k: needs --labels or --dataset")
     if args.labels and (

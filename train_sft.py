@@ -14,6 +14,7 @@ from datasets import disable_progress_bars
 from transformers import set_seed
 
 from common.console import print_rank0
+from common.output_folder import own_folder
 from models.families import family_of
 from models.linear_attention import check_kernels
 from models.loading import load_config
@@ -25,7 +26,7 @@ from training.choices import keep_choices
 from training.config import parse_config
 from training.config_checks import check_base
 from training.data import load_data, open_processor
-from training.distributed import barrier_and_shutdown, check_distributed, own_output
+from training.distributed import barrier_and_shutdown, check_distributed
 from training.memory_probe import out_of_memory_advice
 from training.publish import claim_repository, push_checkpoints, push_final
 from training.resume import check_resumable, check_same_everywhere, choose_start, describe_identity, describe_resuming
@@ -35,6 +36,8 @@ from training.signals import StopCallback, end_early
 from training.trackers import TrackCallback, start_trackers, track_facts
 from training.trainer import SafeSFTTrainer
 
+LOCK = "training.lock"
+
 
 def main(argv: list[str] | None = None) -> int | None:
     settings = parse_config(sys.argv[1:] if argv is None else argv)
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     disable_progress_bars()  # of datasets' own bookkeeping; decoding images has a bar of its own
     if settings.training.dry_run:
         return dry_run(settings)
-    with own_output(settings.output_dir):
+    with own_folder(settings.output_dir, "output_dir", lock=LOCK):
         return train(settings)
 
 

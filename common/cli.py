@@ -18,6 +18,7 @@ gc.set_threshold(200_000, 50, 1000)
 # TRL sends telemetry at each start of a trainer; training on patients' images has to stay private.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also ask for Gradio's newest version
+os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's own, or a mistyped one, may not be there
 if not (sys.stderr and sys.stderr.isatty()):
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and those of transformers: in a file each is a wall
 # PyTorch's threads spin while they wait for each other, which where other programs use the cores makes a tiny model up
@@ -25,6 +26,8 @@ if not (sys.stderr and sys.stderr.isatty()):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # says where its cache is, when the home cannot be written
+CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE")  # environment variables with a folder
 
 
 _show_error = sys.excepthook
@@ -48,20 +51,36 @@ def announce(step: str, duration: str) -> None:
 
 
 def announce_loading() -> None:
-    """Announce the loading of libraries, before they are imported; not for `--help`."""
+    """Announce the loading of libraries, before they are imported; not for `--help`. End where they would fail."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # some libraries then end with a traceback, others the process
+        sys.exit("error: the current folder was deleted; change to one that exists (cd)")
+    if sys.flags.optimize > 1:
+        sys.exit("error: PYTHONOPTIMIZE or -O: expected 1 at most, found 2, which removes docstrings that are needed")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0")).removeprefix("-").isdecimal():
+            sys.exit(f"error: the environment variable {name}: expected a whole number, found {value!r}")
     if not {"-h", "--help", "--help-all"} & set(sys.argv):
         announce(f"{Path(sys.argv[0]).name}: loading libraries", "about 10 s, the first time up to a minute")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser with errors of one line, and options in full, with dashes or underscores."""
+    """An argument parser with errors of one line, options in full, with dashes or underscores, and `~` as a shell."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def parse_args(self, args=None, namespace=None):
+        words = [_with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
+        for option, value in zip(words, [*words, None][1:], strict=True):
+            if option[:2] == "--" != option and (value == "" or option.endswith("=")):  # as of a variable without one
+                self.error(f"argument {option.rstrip('=')}: expected a value, found ''")
+        return super().parse_args(words, namespace)
+
+    def parse_known_args(self, args=None, namespace=None):  # `parse_args` calls it, as TRL's parser does
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([_with_dashes(word) for word in words], namespace)
+        return super().parse_known_args([_expand_value(word) for word in words], namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
@@ -70,6 +89,27 @@ class OneLineParser(argparse.ArgumentParser):
 def _with_dashes(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _expand_value(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name + equals + expand_home(value) if word.startswith("--") else expand_home(word)
+
+
+def expand_home(text: str) -> str:
+    """Return a path with the home folder in place of `~`, as a shell does where the word has no quotes.
+
+    Left as it is, a folder called `~` would be made here. `./~/x` names one.
+
+    Raises:
+        ValueError: the system knows no home folder of this user.
+    """
+    if text != "~" and not text.startswith(("~/", f"~{os.sep}")):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise ValueError(f"{text}: this user has no home folder; write the path in full") from error
 
 
 def positive_int(text: str) -> int:
@@ -100,8 +140,8 @@ def positive_number(text: str) -> float:
 def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit code: 0 or that of `main`, 1 after a user error, 130 after Ctrl-C.
 
-    Such errors are `ValueError` and `OSError`; they print as one line. `--debug` shows the traceback, and any other
-    error is a bug and shows it anyway.
+    Such errors are `ValueError` and `OSError`, and packages that a setting needs; they print as one line. `--debug`
+    shows the traceback, and any other error is a bug and shows it anyway.
     """
     gc.freeze()  # what is imported stays
     gc.set_threshold(*_USUAL_THRESHOLDS)
@@ -114,12 +154,12 @@ def run(main: Callable[[], int | None]) -> int:
         code = main() or 0
         _flush_stdout()
         return code
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if "--debug" in sys.argv:
             raise
         with suppress(OSError):
             _flush_stdout()
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {_one_line(error)}{_cache_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -135,6 +175,18 @@ def _flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         error.filename = "standard output"
         raise
+
+
+def _cache_of(error: Exception) -> str:
+    """Return what to do about an error at a file of Hugging Face's caches, which no option names; "" for others."""
+    named = {name: os.environ[name] for name in CACHES if os.environ.get(name)}
+    folders = {"HF_HOME": "~/.cache/huggingface", **named}
+    file = getattr(error, "filename", None)
+    for name, folder in folders.items():
+        with suppress(RuntimeError):  # no home folder
+            if isinstance(file, str) and Path(file).is_relative_to(Path(folder).expanduser()):
+                return f"; it is in the cache of Hugging Face's libraries: let {name} name another folder"
+    return ""
 
 
 def _one_line(error: Exception) -> str:

@@ -92,23 +92,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A link stays, and what it leads to is written. After an error a folder is deleted; a file keeps what was written,
     under its temporary name.
+
+    Raises:
+        ValueError: another process is writing there.
     """
     path = Path(os.path.realpath(path))  # `resolve` has an error of its own for links in a circle
     unfinished = unfinished_path(path)
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
-    try:
-        with error_names(path):
-            yield unfinished
-            unfinished.replace(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), str(path)):
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+        try:
+            with error_names(path):
+                yield unfinished
+                unfinished.replace(path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_parent(option: str, path: Path) -> None:
-    """Raise ValueError if a file or folder cannot be made because one of the folders above it is a file."""
+    """Raise ValueError if a file or folder cannot be made: one of the folders above it is a file, or for its name.
+
+    Files inside hold paths, and JSON and safetensors write UTF-8 alone: that would fail after hours of work.
+    """
+    if str(path) != (printable := str(path).encode(errors="replace").decode()):
+        raise ValueError(f"{option}: '{printable}' is not UTF-8; choose another name, or set LANG=C.UTF-8")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise ValueError(f"{option}: {parent} is a file, and {path} cannot be in it")
+
+
+def share_weights(folder: Path, like: str) -> None:
+    """Let those read a folder's weights who may read its file `like`; since safetensors 0.8 their owner alone may."""
+    for path in folder.glob("*.safetensors"):
+        with suppress(OSError):  # a storage without permissions
+            path.chmod((folder / like).stat().st_mode)
 
 
 @contextmanager
@@ -193,6 +210,8 @@ def suggest_file(path: Path) -> str:
     """
     if not path.parent.is_dir():
         return ""
+    if path.is_symlink():
+        return "; it is a link to what is not there"
     if path.exists():
         return "; it is a folder, a pipe or a device"
     beside = [other.name for other in islice(path.parent.iterdir(), MAX_COMPARED) if not other.name.startswith(".")]

@@ -17,9 +17,12 @@ def yaml_to_args(path: Path) -> list[str]:
     """Return a YAML file's settings as the equivalent command-line arguments."""
     args = []
     for key, value in read_yaml(path, "--config").items():
-        values = value if isinstance(value, list) else [value]
-        if value is not False and value is not None:
-            args += [f"--{key}", *(str(item) for item in values if item is not True)]
+        if key == "config":
+            raise ValueError(f"{path}: config: a file of options may not name another")
+        if isinstance(value, list) or value is True:
+            args += [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else ()))]
+        elif value is not False and value is not None:
+            args.append(f"--{key}={value}")  # a switch then names itself in the error about its value
     return args
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.cli import OneLineParser, announce, positive_int, run
+from common.cli import OneLineParser, announce, expand_home, positive_int, run
 
 from datasets import DatasetDict, disable_progress_bars
 
@@ -192,6 +192,7 @@ def _check_source(row: dict, where: str) -> None:
 
 def _from(folder: Path, name: str) -> Path:
     """Return a path of a sources file, relative to its folder; a Hub data set id stays as it is."""
+    name = expand_home(name)
     hub = Source(Path(name))
     return hub.data if is_hub(hub) and not (folder / name).exists() else folder / name
 

@@ -48,12 +48,15 @@ def load_folder(folder: Path) -> DatasetDict:
 
 
 def _damaged_file(folder: Path) -> str:
-    """Return the first file of a data set that cannot be read, and that it is damaged."""
+    """Return the first file of a data set that cannot be read, and that it is damaged, or an empty split."""
     for path in sorted(folder.rglob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return f"{path} is damaged"
+    for path in sorted(folder.glob("*/state.json")):
+        if json.loads(path.read_text(encoding="utf-8")).get("_data_files") == []:
+            return f"{path.parent} has no sample"
     for path in sorted(folder.glob("*/*.arrow")):
         try:
             with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:

@@ -28,6 +28,8 @@ def load_examples(args: argparse.Namespace) -> tuple[Iterator[dict], int, list[s
         splits, split = load_split(args)
         return map(example_of_sample, split), len(split), args.labels or labels_of(splits)
     if args.questions:
+        if not args.questions.is_file():
+            raise FileNotFoundError(f"--questions: no file {args.questions}{suggest_file(args.questions)}")
         rows = read_annotations(args.questions)
         folder = Path(args.image_dir).resolve() if args.image_dir else args.questions.resolve().parent
         numbered = zip(rows, places_of_rows(args.questions), strict=True)
@@ -135,7 +137,10 @@ def find_images(names: list[str]) -> list[Path]:
         path, rule = Path(name), f"there{suggest_file(Path(name))}"
         if path.is_dir():
             rule = "that is an image"
-            matches = sorted(file for file in path.iterdir() if not file.name.startswith(".") and is_image(file))
+            files_in = [file for file in path.iterdir() if not file.name.startswith(".")]
+            matches = sorted(filter(is_image, files_in))
+            if matches and (folders := sum(file.is_dir() for file in files_in)):
+                print(f"--image: {folders} folders in {name} are not searched", file=sys.stderr)
         elif path.exists():
             matches = [path]
         else:

@@ -9,6 +9,8 @@ from common.files import atomic_write, error_names, read_json
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
+RESULTS = ("metrics.json", "report.html")
+DIGESTS = {"adapter": "of other weights", "questions": "to other questions"}  # settings whose values say nothing
 UNANSWERED = ("validation",)  # runs whose candidates are only scored
 REMEDY = "add --overwrite to answer all questions again"
 
@@ -40,6 +42,16 @@ class Journal:
         for path in (*folder.glob("predictions*.jsonl"), folder / SETTINGS_FILE):
             path.unlink(missing_ok=True)
 
+    @staticmethod
+    def check_foreign(folder: Path) -> None:
+        """Raise ValueError for a file that would be replaced, or its answers used, and that no evaluation claims."""
+        if (folder / SETTINGS_FILE).exists():
+            return
+        for name in (PREDICTIONS_FILE, *RESULTS):
+            if (folder / name).exists():
+                problem = f"--out: {folder} holds a {name} and no {SETTINGS_FILE} of an evaluation"
+                raise ValueError(f"{problem}; choose another folder, or add --overwrite to replace it")
+
     def _check_settings(self, settings: dict, *, write: bool) -> None:
         path = self.folder / SETTINGS_FILE
         if path.is_file():
@@ -52,9 +64,9 @@ class Journal:
                 atomic_write(path, json.dumps(settings, indent=1))
             elif changed := [key for key in settings if settings[key] != previous.get(key)]:
                 old, new = previous.get(changed[0]), settings[changed[0]]
-                problem = f"--out: {self.folder} holds answers made with other settings"
+                values = DIGESTS.get(changed[0], f"made with other settings, {changed[0]} was {old!r} and is {new!r}")
                 rule = "add --overwrite to delete them, or choose another folder"
-                raise ValueError(f"{problem}, {changed[0]} was {old!r} and is {new!r}; {rule}")
+                raise ValueError(f"--out: {self.folder} holds answers {values}; {rule}")
         elif write:
             atomic_write(path, json.dumps(settings, indent=1))
 

@@ -5,7 +5,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
-from models.adapters import attach_adapter, check_finite, read_adapter_config, read_run_facts
+from models.adapters import attach_adapter, base_of, check_finite, read_adapter_config
 from models.experts import WEIGHTS
 from models.loading import load_config
 from models.quantization import stored_quantization
@@ -18,7 +18,7 @@ def choose_base(adapter: str, base: str | None) -> tuple[str, str | None]:
         raise ValueError(f"--adapter: {adapter}: expected a LoRA adapter, found {config.peft_type.value}")
     if base:
         return base, None
-    return config.base_model_name_or_path, read_run_facts(adapter).get("revision")
+    return base_of(adapter)
 
 
 def check_16_bit(base: str, revision: str | None) -> None:

@@ -131,7 +131,6 @@ def _open_out(out: Path) -> Iterator[TextIO]:
         with error_names(out), out.open("w", encoding="utf-8") as file:
             yield file
         return
-    Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         yield file
 

@@ -20,7 +20,7 @@ from evaluation.dealing import batch_costs, deal
 from evaluation.engines import ENGINES, open_engine, score_given
 from evaluation.journal import Journal
 from evaluation.questions import Questions
-from models.adapters import loading_settings, read_adapter_config, read_run_facts
+from models.adapters import base_of, loading_settings
 from models.loading import load_config, load_processor
 from publishing.model_card import RUN_TITLES
 from publishing.run_facts import adapter_digest
@@ -32,9 +32,11 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
     """Open the journal in `out`, for the settings and questions of this evaluation.
 
     Raises:
-        ValueError: it holds answers to other questions, or made with other settings.
+        ValueError: it holds answers to other questions, or made with other settings, or files of something else.
     """
-    if args.overwrite and state.is_main_process:
+    if not args.overwrite:
+        Journal.check_foreign(out)
+    elif state.is_main_process:
         Journal.clear(out)
     state.wait_for_everyone()
     names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels")
@@ -104,8 +106,7 @@ def choose_budget(args: argparse.Namespace) -> int:
         return 0
     base, revision = args.base or args.model, None
     if base is None:
-        base = read_adapter_config(args.adapter).base_model_name_or_path
-        revision = read_run_facts(args.adapter).get("revision")
+        base, revision = base_of(args.adapter)
     return token_budget(load_config(base, revision=revision))
 
 
@@ -174,7 +175,7 @@ def check_image_sizes(runs: list[Questions], processor: ProcessorMixin) -> None:
 def warn_of_long_references(processor: ProcessorMixin, questions: Questions, max_new_tokens: int) -> None:
     """Print how many reference answers, with the token that ends them, are longer than answers may be."""
     references = [row["reference"] for row in questions.rows]
-    lengths = [len(ids) + 1 for ids in processor.tokenizer(references)["input_ids"]]
+    lengths = [len(ids) + 1 for ids in processor.tokenizer(references, verbose=False)["input_ids"]]
     if too_long := sum(length > max_new_tokens for length in lengths):
         count = f"{too_long:,} of {len(lengths):,} reference answers are longer than --max-new-tokens {max_new_tokens}"
         print_rank0(f"warning: {count}, the longest has {max(lengths):,} tokens: such answers would be cut")

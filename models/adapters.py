@@ -1,10 +1,12 @@
 """A trained adapter on its base model, which is loaded as in training."""
 
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,16 +15,17 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
-from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json
+from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json, suggest_file
 from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
-from models.loading import CONFIG_ERRORS, load_config, load_model, readable_out_of_memory
+from models.loading import CONFIG_ERRORS, is_path, load_config, load_model, readable_out_of_memory
 from models.quantization import STORED, check_same_stored, stored_quantization
 from models.thinking import CHOICES
 
 CONFIG_NAME = "adapter_config.json"
 # What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
 ADAPTER_CONFIG_ERRORS = (*CONFIG_ERRORS, re.error)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of an adapter's weights
 MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
 
@@ -46,7 +49,7 @@ def load_answering_model(
     advice = "load the base in 4 bit (--quantization nf4), or take a smaller one"
     with readable_out_of_memory(advice):
         trained_on = settings.pop("stored_layers", None)
-        model = load_model(base or read_adapter_config(adapter).base_model_name_or_path, **settings)
+        model = load_model(base or base_of(adapter)[0], **settings)
         check_same_stored(model, trained_on)
         decode_greedily(model)
         return (attach_adapter(model, adapter) if adapter else model).eval()
@@ -126,7 +129,11 @@ def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
 
 
 def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
-    """Raise ValueError for NaN or infinity in an adapter's tensors: one makes every answer meaningless."""
+    """Raise ValueError for NaN, infinity or whole numbers in an adapter's tensors: they make answers meaningless."""
+    if other := [name for name, tensor in weights.items() if tensor.dtype not in DTYPES]:
+        found = str(weights[other[0]].dtype).removeprefix("torch.")
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"--adapter: {adapter}: {len(other)} tensors are {found}, expected {expected}")
     if invalid := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
@@ -207,11 +214,11 @@ def loading_settings(adapter: str | None, *, base: str | None, quantization: str
     settings = read_run_facts(adapter) if adapter else {}
     settings.pop("thinking", None)  # in the processor's chat template
     if not settings and quantization == "auto":
-        name = base or (read_adapter_config(adapter).base_model_name_or_path if adapter else None)
+        name = base or (base_of(adapter)[0] if adapter else None)
         if name and stored_quantization(load_config(name)):
             settings["quantization"] = STORED
         elif adapter:
-            print(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)", file=sys.stderr)
+            _print_once(f"{adapter} does not say how its base was loaded; using 16 bit (--quantization)")
     settings = {"quantization": None, "dtype": "bfloat16", **settings}
     if quantization != "auto":
         settings["quantization"] = None if quantization == "none" else quantization
@@ -232,7 +239,9 @@ def read_adapter_config(adapter: str) -> PeftConfig:
     """
     check_config_file(adapter)
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            config = PeftConfig.from_pretrained(adapter)
     except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
     except (OSError, ValueError) as error:
@@ -241,9 +250,33 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         complete = Path(adapter, "config.json").is_file()
         hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
         raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub{hint}") from error
+    for warning in found:  # of entries that this PEFT does not know
+        _print_once(f"warning: the {CONFIG_NAME} of {adapter}: {str(warning.message).partition('. ')[0]}")
     if find_file(adapter, ADAPTER_WEIGHTS):
         return config
+    if os.path.lexists(weights := Path(adapter, ADAPTER_WEIGHTS)):
+        raise ValueError(f"--adapter: {weights} is no file{suggest_file(weights)}")
     raise ValueError(f"--adapter: {adapter} has no {ADAPTER_WEIGHTS}; weights of another format are not loaded")
+
+
+@cache
+def _print_once(line: str) -> None:
+    """Print a line about an adapter, whose configuration is read several times, to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def base_of(adapter: str) -> tuple[str, str | None]:
+    """Return the base model that an adapter was trained on, and its revision.
+
+    Raises:
+        ValueError: see `read_adapter_config`; or the base is a folder of the training that is not here.
+    """
+    name = read_adapter_config(adapter).base_model_name_or_path
+    if is_path(name) and not Path(name).is_dir():
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise ValueError(f"--adapter: {adapter} was trained on the base {name!r}, and there is no such folder{where}; "
+                         "name it by --base")  # fmt: skip
+    return name, read_run_facts(adapter).get("revision")
 
 
 def check_config_file(adapter: str) -> None:
@@ -254,6 +287,8 @@ def check_config_file(adapter: str) -> None:
     for key in ("peft_type", "base_model_name_or_path"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"{path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
+    if isinstance(alpha := config.get("lora_alpha"), int | float) and alpha <= 0:  # no effect, or a reversed one
+        raise ValueError(f"{path}: 'lora_alpha': expected a number above 0, found {alpha!r:.60}")
 
 
 def is_adapter(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Loading the processor and the base model, and checking that layers have the requested precision."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,17 @@ def load_processor(
     return processor
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a folder's: a Hub id is "name" or "owner/name"."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is None
+
+
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().split("\n")[0]
+    if Path(name).is_dir():
+        return f"no {what} in {name!r} that can be loaded: {first_line}"
+    if is_path(name):
+        return f"no {what} in {name!r}: no such folder"
     return f"no {what} in {name!r}, neither a folder nor on the Hub: {first_line}"
 
 
@@ -249,7 +259,19 @@ def _load_stored(name: str, config: PreTrainedConfig, options: dict) -> PreTrain
     return model
 
 
+def check_readable(folder: Path) -> None:
+    """Raise ValueError for a file of weights that cannot be opened; safetensors says that there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            if not path.is_file():
+                raise OSError(0, "it is no file")
+            path.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"model {str(folder)!r}: {path.name} cannot be read: {error.strerror}") from error
+
+
 def _load_weights(name: str, options: dict) -> PreTrainedModel:
+    check_readable(Path(name))
     options = {**options, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with _without_load_report():

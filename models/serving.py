@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import ProcessorMixin
 
 from common.files import ADAPTER_WEIGHTS
-from models.adapters import find_file, loading_settings, read_adapter_config
+from models.adapters import base_of, find_file, loading_settings, read_adapter_config
 from models.families import family_of
 from models.loading import load_config
 
@@ -109,7 +109,7 @@ def describe_serving(
     if quantization == "nf4":
         raise ValueError("--quantization: vLLM gets the base in 16 bit; nf4 goes with --engine transformers")
     settings = [loading_settings(a, base=base, quantization="none", dtype=dtype) for a in adapters or [None]]
-    bases = [base or read_adapter_config(adapter).base_model_name_or_path for adapter in adapters] or [base]
+    bases = [base or base_of(adapter)[0] for adapter in adapters] or [base]
     templates = [processor.chat_template for processor in processors]
     for key, values in {
         "base": list(zip(bases, settings, strict=True)),

@@ -114,6 +114,7 @@ def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingS
         "push_to_hub": False,  # would upload the whole output folder
         "report_to": [name for name in args.report_to if name not in TRACKERS],  # would send paths
         "save_total_limit": None,  # rotation comes after sealing
+        "dataloader_pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),  # else torch warns
         "remove_unused_columns": False,  # the collator names a sample by its id
         "gradient_checkpointing": recompute is True,  # selective recomputation is in the compiled layers
         "activation_checkpointing": recompute is True,  # transformers reads both names

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from common.files import ADAPTER_WEIGHTS, atomic_write, digest_of_file, fsync
+from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, atomic_write, digest_of_file, fsync
 
 MANIFEST = "COMPLETE.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+# Files of a run that may as well be a project's, a data set's or a model's.
+REPLACED = ("README.md", "tokenizer.json", "processor_config.json", "metrics.jsonl", "training_metrics.png")
 # torch raises RuntimeError for what it cannot write, and for everything else as well.
 TORCH_WRITE_ERRORS = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
 
@@ -119,6 +121,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         raise ValueError(f"output_dir: {output_dir} holds a run already ({checkpoints[0].name}); {rule}")
     if resume in (None, "auto") and not checkpoints and (output_dir / ADAPTER_WEIGHTS).exists():
         raise ValueError(f"output_dir: {output_dir} holds a finished adapter and no checkpoint; choose another one")
+    _check_foreign(output_dir)
     if resume is None:
         return None, []
     if resume != "auto":
@@ -134,6 +137,16 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
     return None, skipped
 
 
+def _check_foreign(output_dir: Path) -> None:
+    """Raise ValueError for a file that the run would replace and no run has written: one writes `run.json` first."""
+    if (output_dir / LOADING_SETTINGS).is_file() or list_checkpoints(output_dir):
+        return
+    for name in REPLACED:
+        if (output_dir / name).exists():
+            rule = "which the run would replace; choose another one"
+            raise ValueError(f"output_dir: {output_dir} holds a {name} that no run wrote, {rule}")
+
+
 def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
     """Delete all but the newest `limit` complete checkpoints, and older incomplete ones.
 
@@ -146,5 +159,13 @@ def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> Non
     kept = {*complete[: max(limit, 1)], *checkpoints[: checkpoints.index(complete[0])], best}
     for path in checkpoints:
         if path not in kept:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not count
-            shutil.rmtree(path)
+            delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint, if it is there; of a link to one of another run the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not count
+        shutil.rmtree(path)

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from common.cli import OneLineParser
+from common.cli import OneLineParser, expand_home
 
 from trl import ModelConfig, TrlParser
 
@@ -131,7 +131,9 @@ def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:
 
 
 def _as_text(value):
-    """Turn numbers and booleans into text, which argparse checks by the field's type as it does options."""
+    """Turn numbers and booleans into text, which argparse checks by the field's type; expand `~`, as in options."""
+    if isinstance(value, str):
+        return expand_home(value)
     return str(value) if isinstance(value, bool | int | float) else value
 
 

@@ -21,8 +21,10 @@ AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps"), 1),
     **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), 0),
 }
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
 EVALUATED = ("loss", "mean_token_accuracy", "entropy")  # what an evaluation reports, each with eval_ before it
 
 # Fields of TRL's dataclasses that this pipeline does not read. Setting one would do nothing, so it is an error.
@@ -95,6 +97,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     if training.gradient_checkpointing == "selective" and training.compile_layers is False:
         raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
     _check_targets(model.lora_target_modules)
+    if model.model_revision != "main" and Path(model.model_name_or_path or "").is_dir():
+        raise ValueError(f"model_revision: would have no effect, as {model.model_name_or_path} is a folder")
     _check_output(data, training, model)
     _check_experts(data, training, model)
     _check_packing(data, training, model)
@@ -113,10 +117,15 @@ def _check_output(data: DataArguments, training: TrainingSettings, model: ModelC
     """An adapter among the files of its data or base model would replace some of them."""
     if training.output_dir is None:
         return
+    if not training.output_dir:
+        raise ValueError("output_dir: expected a folder, found ''")
     inputs = {"dataset_path": data.dataset_path, "image_dir": data.image_dir}
     for name, path in {**inputs, "model_name_or_path": model.model_name_or_path}.items():
         if path and Path(path).is_dir() and Path(path).resolve() == Path(training.output_dir).resolve():
             raise ValueError(f"output_dir: {training.output_dir} is the folder of {name}; choose another one")
+    data_set = Path(data.dataset_path)
+    if data_set.is_dir() and Path(training.output_dir).resolve().is_relative_to(data_set.resolve()):
+        raise ValueError(f"output_dir: {training.output_dir} is inside the folder of dataset_path; choose another one")
 
 
 def _check_experts(data: DataArguments, training: TrainingSettings, model: ModelConfig) -> None:
@@ -197,5 +206,7 @@ def _check_setting(setting: dataclasses.Field, value) -> None:
         raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {value}")
     if name in ABOVE_ZERO and value is not None and value <= 0:
         raise ValueError(f"{name}: expected a number above 0, found {value}")
-    if name == "lora_dropout" and value >= 1:
-        raise ValueError(f"lora_dropout: expected a share below 1, found {value}")
+    if name in ("seed", "data_seed") and value is not None and not 0 <= value < 2**32:  # NumPy's range
+        raise ValueError(f"{name}: expected 0 to {2**32 - 1}, found {value}")
+    if name in BELOW_ONE and value >= 1:
+        raise ValueError(f"{name}: expected a share below 1, found {value}")

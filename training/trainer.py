@@ -14,13 +14,22 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from common.files import ADAPTER_WEIGHTS
+from common.files import ADAPTER_WEIGHTS, share_weights
+from models.adapters import CONFIG_NAME
 from models.attention import uses_varlen
 from models.flops import BatchShape, shape_of_batch, useful_flop
 from models.lora import detach_vision_inputs
 from models.sharding import is_sharded
 from training.answer_loss import add_answers_head
-from training.checkpoints import describe_restart, describe_write_error, is_write_error, list_checkpoints, rotate, seal
+from training.checkpoints import (
+    delete,
+    describe_restart,
+    describe_write_error,
+    is_write_error,
+    list_checkpoints,
+    rotate,
+    seal,
+)
 from training.compat import HookTrainer, log_batch, set_token_count
 from training.signals import shield_workers
 from training.speed import SpeedCallback
@@ -214,6 +223,8 @@ class SafeSFTTrainer(HookTrainer):
         was_there = (folder / ADAPTER_WEIGHTS).exists()
         try:
             self.save_model()
+            if self.args.should_save:
+                share_weights(folder, CONFIG_NAME)
         except Exception as error:  # see `save_checkpoint`
             if not is_write_error(error):
                 raise
@@ -229,7 +240,7 @@ class SafeSFTTrainer(HookTrainer):
         the last one's size would not fit."""
         message = None
         if self.args.should_save:
-            shutil.rmtree(path, ignore_errors=True)  # an incomplete or damaged one of an earlier run
+            delete(path)  # an incomplete or damaged one of an earlier run
             saved = list_checkpoints(path.parent)
             needed = sum(file.stat().st_size for file in saved[0].rglob("*")) if saved else 0
             if (free := shutil.disk_usage(path.parent).free) < needed:
@@ -243,6 +254,7 @@ class SafeSFTTrainer(HookTrainer):
             for name in NOT_IN_CHECKPOINTS:
                 (path / name).unlink(missing_ok=True)
             (path.parent / "README.md").unlink(missing_ok=True)  # TRL's card; ours comes with the finished adapter
+            share_weights(path, CONFIG_NAME)
             seal(path, self.identity)
             best = self.state.best_model_checkpoint
             rotate(path.parent, self.keep_checkpoints, Path(best) if best else None)

@@ -1,5 +1,6 @@
 """Serves the page to this machine alone."""
 
+import os
 import signal
 import sys
 import threading
@@ -46,6 +47,7 @@ def serve(page: gr.Blocks, *, port: int | None, share: bool, ready: Callable[[st
     Raises:
         ValueError: the port is not free.
     """
+    bypass_proxy()
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -67,6 +69,14 @@ def serve(page: gr.Blocks, *, port: int | None, share: bool, ready: Callable[[st
         print("closed", file=sys.stderr)
     finally:
         page.close(verbose=False)
+
+
+def bypass_proxy() -> None:
+    """Have this machine asked without the proxy of the environment: Gradio asks its own page whether it is up."""
+    excepted = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if "127.0.0.1" not in excepted.split(","):
+        excepted = ",".join(filter(None, (excepted, "127.0.0.1", "localhost")))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = excepted
 
 
 def make_theme() -> gr.themes.Base:

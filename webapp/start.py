@@ -9,7 +9,7 @@ from datasets import DatasetDict
 
 from data_prep.images import load_image
 from evaluation.questions import load_split, question_text
-from models.adapters import loading_settings, read_adapter_config
+from models.adapters import base_of, loading_settings
 from publishing.run_facts import read_metrics
 from webapp.labels import LabelReader, read_labels
 
@@ -58,7 +58,7 @@ def describe_adapter(args: argparse.Namespace) -> dict[str, str]:
     """Return `adapter` and `base` by name, how the base is loaded, and what an evaluation measured."""
     options = {"base": args.base, "quantization": args.quantization, "dtype": args.dtype}
     settings = loading_settings(args.adapter, **options)
-    base = args.base or read_adapter_config(args.adapter).base_model_name_or_path
+    base = args.base or base_of(args.adapter)[0]
     folder = Path(args.adapter)
     metrics = read_metrics(folder) if folder.is_dir() else None
     return {

@@ -27,9 +27,8 @@ import merge_adapter
 import push_adapter
 import train_sft
 from benchmarks.reliability import child
-from common import hub_client
+from common import hub_client, output_folder
 from evaluation import engines
-from training import distributed
 from training.trainer import SafeSFTTrainer
 
 COMMANDS = {module.__name__: module for module in (eval_sft, merge_adapter, push_adapter, train_sft)}
@@ -87,7 +86,7 @@ def start(request: dict, rank: int, port: int) -> int:
         os.environ.update(request["env"])
         importlib.reload(huggingface_hub.constants)  # of the Hub's address, its cache, and being offline
         hub_client.WAITS = (0.01,) * 4
-        distributed.FILE_TIMEOUT = 0.5
+        output_folder.FILE_TIMEOUT = 0.5
         if request["pretend"]:
             pretend(request["pretend"])
         if request["spoil"] is not None:

@@ -1,6 +1,8 @@
 """eval_sft.py: the metrics are those of the predictions, also after a kill and with two processes."""
 
 import json
+import os
+import re
 import shutil
 import signal
 
@@ -13,6 +15,7 @@ from PIL import Image
 import eval_sft
 import merge_adapter
 import train_sft
+from common.files import locked
 from evaluation.journal import Journal
 from helpers.runs import train_args
 
@@ -169,6 +172,31 @@ def test_a_sample_that_the_pixel_limits_leave_nothing_of_is_named_before_the_mod
     assert "--dataset: 2 samples have an unusable image, the first is 'narrow': too narrow: 28 x 5000 px" in error
 
 
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_second_evaluation_into_the_same_folder_is_refused_and_changes_nothing(
+    evaluated, adapter, demo_data, tmp_path, capsys, more
+):
+    out = tmp_path / "eval"
+    shutil.copytree(evaluated, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with locked(out / "evaluation.lock", "x"):
+        assert run(lambda: eval_sft.main(options(adapter, demo_data, out, *more))) == 1
+        after = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "evaluation.lock"}
+    [line] = capsys.readouterr().err.splitlines()
+    holder = rf"process {os.getpid()} on \S+, started 2\S+"
+    assert re.fullmatch(rf"error: --out: {out} is in use by {holder}; wait for it .*, or choose another --out", line)
+    assert after == before and not (out / "evaluation.lock").exists()
+
+
+@pytest.mark.parametrize("name", ["e\udcff", "e\udcff/f"])
+def test_an_output_folder_whose_name_is_not_text_is_refused_before_anything_is_written(
+    adapter, demo_data, tmp_path, capsys, name
+):
+    assert run(lambda: eval_sft.main(options(adapter, demo_data, tmp_path / name))) == 1
+    assert "error: --out: '" in (said := capsys.readouterr().err) and "is not UTF-8; choose another name" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_incomplete_batch_is_repeated(tmp_path):
     journal = Journal(tmp_path, {"a": 1}, 0)
     journal.add([{"run": "adapter", "index": n, "prediction": "x"} for n in range(4)])
@@ -224,6 +252,26 @@ def test_the_command_line_overrides_the_configuration_file(adapter, demo_data, t
     config.write_text("adaptor: x\n")
     with pytest.raises(SystemExit):
         eval_sft.parse_args(["--config", str(config)])
+    config.write_text("config: other.yaml\n")
+    with pytest.raises(ValueError, match=f"{config}: config: a file of options may not name another"):
+        eval_sft.parse_args(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("baseline: no", "argument --baseline: ignored explicit argument 'no'"),  # a text in YAML 1.2
+        ("max_new_tokens: 4.5", "argument --max-new-tokens: expected a whole number above 0, found '4.5'"),
+        ("out: true", "argument --out: expected one argument"),
+        ("out: ''", "argument --out: expected a value, found ''"),
+    ],
+)
+def test_a_wrong_value_in_the_configuration_file_is_told_with_its_key(tmp_path, capsys, line, message):
+    config = tmp_path / "eval.yaml"
+    config.write_text(f"dataset: x\n{line}\n")
+    with pytest.raises(SystemExit, match="2"):
+        eval_sft.parse_args(["--config", str(config)])
+    assert f"eval_sft.py: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -270,7 +318,7 @@ def test_a_merged_model_is_evaluated_on_all_samples_without_an_adapter(adapter, 
     assert "\nmodel                     accuracy" in capsys.readouterr().out
     assert sorted(path.name for path in merged.iterdir()) == before
     (merged / "model.safetensors").touch()  # merged again
-    with pytest.raises(ValueError, match="holds answers made with other settings, adapter was"):
+    with pytest.raises(ValueError, match="holds answers of other weights; add --overwrite"):
         eval_sft.main([*common, "--split", "all", "--max-new-tokens", "12", "--no-probabilities"])
 
 

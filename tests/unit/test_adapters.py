@@ -1,6 +1,8 @@
 """An adapter is loaded onto a base that it fits completely, or one line says how much of it does not fit."""
 
 import json
+import os
+import re
 import shutil
 
 from common.cli import run
@@ -15,8 +17,15 @@ import merge_adapter
 import predict
 import push_adapter
 from demo.tiny_model import save_tiny_model
+from evaluation.merging import choose_base
 from helpers.runs import TEXTS
-from models.adapters import attach_adapter, check_fits_base, load_adapters, load_answering_model
+from models.adapters import (
+    attach_adapter,
+    check_fits_base,
+    load_adapters,
+    load_answering_model,
+    loading_settings,
+)
 from models.loading import load_model, load_processor, readable_out_of_memory
 from models.lora import build_lora_config
 from training.resume import check_weights
@@ -273,6 +282,61 @@ def test_an_adapter_with_nan_or_damaged_weights_is_neither_loaded_nor_pushed(dam
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert run(lambda: push_adapter.main([str(folder), "you/skin"])) == 1
     assert "unreadable weights: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("base", ["/gone/base", "outputs/gone/base", "../base"])
+def test_a_base_that_is_not_where_the_training_had_it_is_told_with_the_option(damaged, base):
+    folder = str(damaged(base_model_name_or_path=base))
+    message = f"--adapter: {folder} was trained on the base {base!r}, and there is no such folder"
+    for load in (load_answering_model, lambda adapter: choose_base(adapter, None)):
+        with pytest.raises(ValueError, match=f"{re.escape(message)}.*; name it by --base"):
+            load(folder)
+    assert choose_base(folder, "elsewhere") == ("elsewhere", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_that_no_adapter_has_are_refused(damaged, dtype):
+    folder = damaged(lambda tensors: {name: x.to(dtype) for name, x in tensors.items()})
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"28 tensors are {name}, expected float32, bfloat16, float16, float64"):
+        load_answering_model(str(folder))
+
+
+@pytest.mark.parametrize("alpha", [0, -32])
+def test_a_scale_that_switches_the_adapter_off_or_round_is_refused(damaged, alpha):
+    folder = damaged(lora_alpha=alpha)
+    with pytest.raises(ValueError, match=f"'lora_alpha': expected a number above 0, found {alpha}"):
+        load_answering_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: path.mkdir(), "it is a folder, a pipe or a device"),
+        (os.mkfifo, "it is a folder, a pipe or a device"),
+        (lambda path: path.symlink_to("gone"), "it is a link to what is not there"),
+    ],
+)
+def test_something_else_in_place_of_the_weights_is_not_called_missing(damaged, make, what):
+    weights = damaged() / "adapter_model.safetensors"
+    weights.unlink()
+    make(weights)
+    with pytest.raises(ValueError, match=f"^--adapter: {weights} is no file; {what}$"):
+        load_answering_model(str(weights.parent))
+
+
+def test_what_is_to_be_known_of_an_adapter_is_printed_once(damaged, capsys):
+    folder = damaged(entry_of_tomorrow=1)
+    (folder / "run.json").unlink(missing_ok=True)
+    for _ in range(2):
+        loading_settings(str(folder), base=None, quantization="auto", dtype=None)
+        load_answering_model(str(folder))
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("loading ")]
+    assert lines == [
+        f"warning: the adapter_config.json of {folder}: Unexpected keyword arguments ['entry_of_tomorrow'] for class "
+        "LoraConfig, these are ignored",
+        f"{folder} does not say how its base was loaded; using 16 bit (--quantization)",
+    ]
 
 
 def test_a_base_that_is_gone_keeps_no_adapter_from_being_pushed(damaged, capsys):

@@ -1,5 +1,9 @@
 """The parts of the page that need no model: photos, prompts, label bars, occlusion maps, sessions, HTML."""
 
+import os
+import signal
+
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +25,7 @@ from webapp.labels import (
     read_labels,
 )
 from webapp.photos import Photo, load_photo, load_photos
+from webapp.server import serve
 from webapp.sessions import BUSY, PLACES, LabelMapping, Session, Sessions
 
 LEVEL = {"target": 0.9, "samples": 60, "confidence": 0.62, "accuracy": 0.95, "coverage": 0.8}
@@ -311,3 +316,26 @@ def test_a_message_is_shown_where_its_action_is_and_nowhere_else():
     session = Session(Conversation())
     session.report("maps", ["stopped"])
     assert [place for place in PLACES if "stopped" in views.render_messages(session, place)] == ["maps"]
+
+
+@pytest.mark.parametrize("others", ["", "intranet.clinic"])
+def test_a_proxy_of_the_environment_is_not_asked_for_the_page(monkeypatch, others):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("no_proxy", others)
+    monkeypatch.setenv("NO_PROXY", others)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    addresses = []
+
+    def end(address):
+        addresses.append(address)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with gr.Blocks() as page:
+        gr.Textbox()
+    try:
+        serve(page, port=None, share=False, ready=end)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(addresses) == 1 and addresses[0].startswith("http://127.0.0.1:")
+    assert os.environ["no_proxy"] == ",".join(filter(None, (others, "127.0.0.1", "localhost")))

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from training import checkpoints
 from training.checkpoints import MANIFEST, choose_checkpoint, list_checkpoints, read_manifest, rotate, seal
 from training.resume import check_resumable, differences
 
@@ -126,6 +127,16 @@ def test_a_finished_adapter_without_checkpoints_is_never_overwritten(tmp_path, r
         choose_checkpoint(tmp_path, resume)
 
 
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "metrics.jsonl"])
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_files_that_no_run_wrote_are_not_replaced(tmp_path, name, resume):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"output_dir: {tmp_path} holds a {name} that no run wrote"):
+        choose_checkpoint(tmp_path, resume)
+    (tmp_path / "run.json").touch()  # of a run that was killed before its first checkpoint
+    assert choose_checkpoint(tmp_path, resume) == (None, [])
+
+
 def test_a_named_checkpoint_must_exist(output_dir):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         choose_checkpoint(output_dir, str(output_dir / "nowhere"))
@@ -190,3 +201,19 @@ def test_rotation_keeps_the_newest_whole_ones_the_best_and_what_is_newer(tmp_pat
             continue
         newest = sorted(whole)[-max(limit, 1) :]
         assert left == {*newest, *(step for step in steps if step > max(whole)), *([] if best is None else [best])}
+
+
+@pytest.mark.parametrize("limit", [1, None])
+def test_of_a_link_to_a_checkpoint_of_another_run_only_the_link_is_deleted(output_dir, tmp_path, limit):
+    other = tmp_path / "other"
+    other.mkdir()
+    before = read_manifest(make(other, 7))
+    (output_dir / "checkpoint-7").symlink_to(other / "checkpoint-7")
+    if limit:
+        rotate(output_dir, limit)
+        assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-100"]
+    else:
+        checkpoints.delete(output_dir / "checkpoint-7")
+        checkpoints.delete(output_dir / "checkpoint-7")  # there is none
+    assert not (output_dir / "checkpoint-7").is_symlink()
+    assert read_manifest(other / "checkpoint-7") == before

@@ -1,16 +1,20 @@
 """Errors of a command are one line; which errors of the Hub are worth a second try."""
 
 import argparse
+import errno
 import io
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
-from common.cli import port_number, positive_number, run
+from common.cli import OneLineParser, announce_loading, expand_home, port_number, positive_number, run
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch.utils.data import DataLoader
+from transformers.utils.versions import require_version
 
 from common.hub_client import is_transient
 
@@ -50,6 +54,88 @@ def test_a_port_that_cannot_be_is_refused_with_the_rule(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"expected a port from 1 to 65535, found '{text}'"):
         port_number(text)
     assert port_number("65535") == 65535
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        (["--out", "~/x"], "/home/me/x"),
+        (["--out=~/x"], "/home/me/x"),
+        (["--out", "~"], "/home/me"),
+        (["--out", "./~/x"], "~/x"),
+        (["--out", "a~/x"], "a~/x"),
+    ],
+)
+def test_the_home_folder_is_found_in_quoted_words_as_a_shell_finds_it_in_others(monkeypatch, words, out):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = OneLineParser()
+    parser.add_argument("--out", type=Path)
+    assert parser.parse_args(words).out == Path(out)
+    commands = OneLineParser().add_subparsers()
+    commands.add_parser("convert").add_argument("--out", type=Path)
+    assert commands.choices["convert"].parse_args(words).out == Path(out)
+
+
+@pytest.mark.parametrize("words", [["--out", ""], ["--out="]])
+def test_an_option_without_a_value_as_of_an_unset_variable_is_refused_and_not_the_current_folder(capsys, words):
+    parser = OneLineParser("x.py")
+    parser.add_argument("--out", type=Path)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(words)
+    assert capsys.readouterr().err == "x.py: argument --out: expected a value, found '' (--help lists the options)\n"
+
+
+def test_no_folder_is_called_after_a_home_folder_that_there_is_not(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ValueError, match="~/x: this user has no home folder; write the path in full"):
+        expand_home("~/x")
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_DATASETS_CACHE"])
+def test_an_error_in_a_cache_names_the_variable_that_moves_it(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.setenv(name, str(tmp_path / "cache"))
+    hint = f"; it is in the cache of Hugging Face's libraries: let {name} name another folder"
+    for folder, expected in {"cache": hint, "data": ""}.items():
+        error = OSError(errno.EROFS, "Read-only file system", str(tmp_path / folder / "x"))
+        assert run(lambda error=error: raise_(error)) == 1
+        assert capsys.readouterr().err == f"error: {error}{expected}\n"
+
+
+def test_a_package_that_a_setting_needs_is_told_in_one_line(capsys):
+    assert run(lambda: require_version("no-such-package>=1")) == 1
+    assert re.fullmatch("error: .*'no-such-package>=1' distribution was not found.*\n", capsys.readouterr().err)
+
+
+def test_removed_docstrings_are_told_before_transformers_asks_for_them():
+    command = [sys.executable, "-OO", Path(__file__).parents[2] / "eval_sft.py", "--dataset", "x"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: PYTHONOPTIMIZE or -O: expected 1 at most, found 2")
+
+
+def test_a_plotting_backend_that_is_not_there_ends_nothing():
+    code = "import common.cli; from matplotlib.figure import Figure; Figure().savefig('/dev/null', format='png')"
+    environment = {**os.environ, "MPLBACKEND": "nonsense"}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_launchers_variable_that_is_no_number_is_named(monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(SystemExit, match=f"variable {name}: expected a whole number, found 'abc'"):
+        announce_loading()
+    monkeypatch.setenv(name, "-1")
+    announce_loading()
+
+
+@pytest.mark.parametrize("command", ["train_sft.py", "eval_sft.py"])
+def test_a_folder_that_was_deleted_is_told_before_the_libraries_end_the_process(tmp_path, command):
+    script = Path(__file__).parents[2] / command
+    code = f"import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, {str(script)!r}])"
+    (tmp_path / "gone").mkdir()
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: the current folder was deleted; change to one that exists (cd)\n"
 
 
 def test_a_name_that_the_terminal_has_no_characters_for_is_printed(monkeypatch):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields as fields_of
+from pathlib import Path
 
 import pytest
 import torch
@@ -396,4 +397,40 @@ def test_the_adapter_is_not_saved_among_the_files_of_an_input(parse, tmp_path, n
     options = [f"--{name}", str(folder), "--output_dir"]
     with pytest.raises(ValueError, match=f"output_dir: .*inputs/../inputs is the folder of {name}"):
         parse("", *options, f"{folder}/../inputs")
-    assert parse("", *options, str(folder / "adapter")).output_dir == folder / "adapter"
+    inside = str(folder / "adapter")
+    if name == "dataset_path":  # its plot would be a photo, its name a class
+        with pytest.raises(ValueError, match=r"output_dir: .*/adapter is inside the folder of dataset_path; choose"):
+            parse("", *options, inside)
+    else:
+        assert parse("", *options, inside).output_dir == folder / "adapter"
+
+
+def test_a_revision_of_a_folder_would_have_no_effect(parse, tmp_path):
+    with pytest.raises(ValueError, match=f"model_revision: would have no effect, as {tmp_path} is a folder"):
+        parse("", "--model_name_or_path", str(tmp_path), "--model_revision", "v2")
+    assert parse("", "--model_name_or_path", "Qwen/x", "--model_revision", "v2").model.model_revision == "v2"
+
+
+@pytest.mark.parametrize("key", ["lora_dropout", "adam_beta1", "adam_beta2"])
+def test_a_share_is_below_one(parse, key):
+    with pytest.raises(ValueError, match=f"{key}: expected a share below 1, found 2.0"):
+        parse("", f"--{key}", "2")
+
+
+def test_an_empty_output_dir_is_not_the_current_folder(parse):
+    with pytest.raises(ValueError, match="output_dir: expected a folder, found ''"):
+        parse("", "--output_dir", "")
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", -1), ("seed", 2**32), ("data_seed", -5)])
+def test_a_seed_that_cannot_be_is_named_with_its_range(parse, key, value):
+    with pytest.raises(ValueError, match=f"{key}: expected 0 to 4294967295, found {value}"):
+        parse("", f"--{key}={value}")
+    assert parse("", "--seed", str(2**32 - 1)).training.seed == 2**32 - 1
+
+
+def test_the_home_folder_is_found_in_a_recipe_and_in_quoted_options(parse, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = parse("image_dir: ~/images\nrun_name: a~/b", "--dataset_path", "~/data", "--output_dir=~/out")
+    assert (settings.data.dataset_path, settings.data.image_dir) == ("/home/me/data", "/home/me/images")
+    assert (settings.output_dir, settings.training.run_name) == (Path("/home/me/out"), "a~/b")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from common import files
-from common.files import atomic_path, atomic_write, locked
+from common.files import atomic_path, atomic_write, locked, share_weights, suggest_file
 
 
 @pytest.mark.parametrize("event", ["open", "os.rename"])
@@ -53,6 +53,28 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
             unfinished.write_text(text)
         assert link.is_symlink() and far.read_text() == text
     assert [path.name for path in far.parent.iterdir()] == ["answers"]
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    with atomic_path(tmp_path / "answers") as first:
+        first.write_text("first")
+        holder = f"{tmp_path / 'answers'} is in use by process {os.getpid()} on "
+        with pytest.raises(ValueError, match=holder), atomic_path(tmp_path / "answers") as second:
+            second.write_text("second")
+        with atomic_path(tmp_path / "others") as second:
+            second.write_text("second")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"answers": "first", "others": "second"}
+
+
+def test_weights_are_readable_to_those_who_may_read_the_files_beside_them(tmp_path):
+    modes = {"a.safetensors": 0o600, "b.safetensors": 0o644, "secret.txt": 0o600, "config.json": 0o640}
+    for name, mode in modes.items():
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    share_weights(tmp_path, "config.json")
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "a.safetensors": 0o640, "b.safetensors": 0o640, "secret.txt": 0o600, "config.json": 0o640,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
@@ -148,3 +170,9 @@ def test_a_storage_without_locks_is_named(tmp_path, monkeypatch, number):
     with locked(tmp_path / "training.lock", "x") as problem:
         assert problem == os.strerror(number)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_nothing_is_called_so_and_its_own_name_is_not_suggested(tmp_path):
+    (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert suggest_file(tmp_path / "a.jpg") == "; it is a link to what is not there"
+    assert suggest_file(tmp_path / "A.jpg") == "; did you mean 'a.jpg'?"

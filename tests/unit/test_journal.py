@@ -15,6 +15,24 @@ def write_lines(folder, *lines):
     (folder / "predictions.jsonl").write_text(text)
 
 
+@pytest.mark.parametrize("name", ["predictions.jsonl", "metrics.json", "report.html"])
+def test_a_file_that_no_evaluation_claims_is_neither_replaced_nor_read(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"--out: {tmp_path} holds a {name} and no settings.json of an evaluation"):
+        Journal.check_foreign(tmp_path)
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    Journal.check_foreign(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "words"), [("adapter", "of other weights"), ("questions", "to other questions")])
+def test_answers_by_another_adapter_or_to_other_questions_are_told_without_a_hash(tmp_path, name, words):
+    write_lines(tmp_path, GOOD)
+    (tmp_path / "settings.json").write_text(json.dumps({name: "0f"}))
+    with pytest.raises(ValueError, match=f"--out: {tmp_path} holds answers {words}; add --overwrite to delete them"):
+        Journal(tmp_path, {name: "1e"}, 0)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -1,5 +1,7 @@
 """Exactly the language model's linear layers are in NF4, exactly the LoRA weights train, and all else raises."""
 
+import os
+import shutil
 from collections import Counter
 
 import pytest
@@ -173,12 +175,40 @@ def test_pixel_limits_under_one_token_are_refused(tiny_base):
             load_processor(str(tiny_base), **{name: 783})
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "someone/model"])
-def test_a_missing_base_model_gives_one_line(name):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("/nowhere/model", ": no such folder"), ("someone/model", ", neither a folder nor")]
+)
+def test_a_missing_base_model_gives_one_line(name, reason):
     for load_part in (load_processor, load):
-        with pytest.raises(ValueError, match=f"no .* in '{name}', neither a folder nor") as error:
+        with pytest.raises(ValueError, match=f"no .* in '{name}'{reason}") as error:
             load_part(name)
         assert "\n" not in str(error.value)
+
+
+def test_what_keeps_a_folder_from_being_loaded_is_not_called_a_missing_model(tiny_base, tmp_path):
+    with pytest.raises(ValueError, match=f"^no model in '{tiny_base}' that can be loaded: .*nosuch"):
+        load(tiny_base, attn_implementation="nosuch")
+    with pytest.raises(ValueError, match=f"^no model in '{tmp_path}' that can be loaded: .*config.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["folder", "link in a circle"])
+def test_weights_that_cannot_be_read_are_not_called_missing(tiny_base, tmp_path, file):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    weights.mkdir() if file == "folder" else weights.symlink_to(weights)
+    with pytest.raises(ValueError, match=f"model '{folder}': model.safetensors cannot be read: it is no file"):
+        load(folder)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every file")
+def test_weights_of_others_are_named_with_the_reason(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(0)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: Permission denied"):
+        load(tmp_path / "base")
 
 
 def test_an_unknown_quantization_is_refused(tiny_base):

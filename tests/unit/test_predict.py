@@ -19,7 +19,7 @@ import predict
 from collator import VisionSFTCollator, collate_prompts
 from data_prep import load_splits
 from data_prep.sizes import fit_options, fit_size
-from evaluation.examples import decode, load_examples
+from evaluation.examples import decode, find_images, load_examples
 from evaluation.prediction import check_out
 from evaluation.questions import question_text
 from models.adapters import load_answering_model
@@ -347,10 +347,12 @@ def test_decoding_is_greedy_whatever_the_base_models_defaults(adapter, tiny_base
         ("--base x --image Makefile --question ? --out tests", "--out: tests is a folder"),
         ("--base x --image Makefile --question ? --top-k 2", "--top-k: needs --labels"),
         (
-            "--base x --image Makefile --question ? --wording x",
+            "--base x --image Makefile --question ? --top-k 1 --labels a --wording x",
             "--wording: expected {label} in place",
         ),
-        ("--base x --questions gone.jsonl", "annotations: no file gone.jsonl"),
+        ("--base x --image Makefile --question ? --labels a b", "--labels: would have no effect without --top-k"),
+        ("--base x --dataset x --wording {label}!", "--wording: would have no effect without --top-k"),
+        ("--base x --questions gone.jsonl", "--questions: no file gone.jsonl"),
     ],
 )
 def test_a_user_error_is_one_line(capsys, options, message):
@@ -500,3 +502,13 @@ def test_a_batch_that_does_not_fit_the_memory_names_the_options(adapter, demo_ra
 def test_the_error_names_a_missing_split(adapter, demo_data, capsys):
     assert run(lambda: predict.main(["--adapter", str(adapter), "--dataset", str(demo_data), "--split", "dev"])) == 1
     assert "has no split 'dev', only ['test', 'train', 'validation']" in capsys.readouterr().err
+
+
+def test_folders_in_a_folder_of_images_are_told(demo_raw, tmp_path, capsys):
+    shutil.copy(demo_raw / "images" / "0001.jpg", tmp_path)
+    (tmp_path / "sub").mkdir()
+    shutil.copy(demo_raw / "images" / "0002.jpg", tmp_path / "sub")
+    assert find_images([str(tmp_path)]) == [tmp_path / "0001.jpg"]
+    assert capsys.readouterr().err == f"--image: 1 folders in {tmp_path} are not searched\n"
+    assert find_images([str(tmp_path / "sub")]) == [tmp_path / "sub" / "0002.jpg"]
+    assert capsys.readouterr().err == ""
