@@ -43,8 +43,11 @@ def simplify(text: str, form: str) -> str:
 
 def original_span(text: str, start: int, end: int) -> tuple[int, int]:
     """Return where a span of `normalise(text)` stands in `text`."""
+    if text.isascii():
+        return start, end
     clusters = _CLUSTER.findall(text)
-    ends = list(accumulate(len(normalise(cluster)) for cluster in clusters))
+    lengths = {cluster: len(normalise(cluster)) for cluster in set(clusters)}
+    ends = list(accumulate(map(lengths.get, clusters)))
     places = [0, *accumulate(map(len, clusters))]
     return places[bisect_right(ends, start)], places[bisect_right(ends, end - 1) + 1]
 

@@ -2,7 +2,7 @@
 
 The rule: an inflected form of a name (`melanomdur`, `nevi`, `Melanomverdacht`, `меланомы`) is the name's word with
 
-- letters after or before the whole word, as in a compound, or
+- up to `MAX_PART` letters after or before the whole word, as in a compound, or
 - another ending: at most `MAX_CUT` of its last letters are replaced, by at most `MAX_ENDING`, and `MIN_STEM` stay.
 
 Such a change is learned when the reference answers have it at the sample's own label, in samples whose label is not
@@ -13,12 +13,13 @@ that `no` is never found in `nodule`.
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 import regex
 
 from common.unicode_text import word_class
 
-MIN_LETTERS, MIN_STEM, MAX_CUT, MAX_ENDING = 4, 3, 2, 4
+MIN_LETTERS, MIN_STEM, MAX_CUT, MAX_ENDING, MAX_PART = 4, 3, 2, 4, 40
 HANGUL = regex.compile(r"\p{Hangul}")
 SEPARATOR = r"[\s\p{Pd}_]+"
 
@@ -62,15 +63,39 @@ def find_changes(text: str, words: list[str]) -> Iterable[tuple[str, Change]]:
     """Yield the word and its change wherever the words of a name stand in a text in another form."""
     if any(_stem(word) not in text for word in words):
         return
-    loose = regex.compile(SEPARATOR.join(f"({_loose_pattern(word)})" for word in words), regex.V1)
-    for match in loose.finditer(text):
-        for word, form in zip(words, match.groups(), strict=True):
-            if form != word:
-                yield word, _change(word, form)
+    loose = _loose_name(tuple(words))
+    for start in _starts(text, words[0]):
+        if match := loose.match(text, start):
+            for word, form in zip(words, match.groups(), strict=True):
+                if form != word:
+                    yield word, _change(word, form)
+
+
+def _starts(text: str, word: str) -> Iterable[int]:
+    """Yield where the words of a text start that have a word's stem; a pattern tried everywhere would take long."""
+    stem, letters, before = _stem(word), _letters_before(word[0]), None
+    place = text.find(stem)
+    while place >= 0:
+        start = letters.match(text, before or 0, place).start()
+        if start != before:
+            yield start
+        before, place = place, text.find(stem, place + 1)
 
 
 def _stem(word: str) -> str:
     return word[: max(MIN_STEM, len(word) - MAX_CUT)] if is_long(word) else word
+
+
+@cache
+def _letters_before(character: str) -> regex.Pattern:
+    """Return the pattern that reads backwards, from `endpos`, to the start of the word that a character is in."""
+    kind = word_class(character)
+    return regex.compile(f"(?r){kind}*" if kind else "(?r)", regex.V1)
+
+
+@cache
+def _loose_name(words: tuple[str, ...]) -> regex.Pattern:
+    return regex.compile(SEPARATOR.join(f"({_loose_pattern(word)})" for word in words), regex.V1)
 
 
 def _loose_pattern(word: str) -> str:
@@ -78,9 +103,9 @@ def _loose_pattern(word: str) -> str:
     kind, whole = word_class(word[0]), regex.escape(word)
     if kind is None or word_class(word[-1]) != kind:
         return whole
-    before = f"{kind}*" if is_long(word) else ""
+    before = f"{kind}{{0,{MAX_PART}}}" if is_long(word) else ""
     ending = f"{kind}{{0,{MAX_CUT + MAX_ENDING}}}"
-    return f"(?<!{kind})(?:{before}{whole}{kind}*|{regex.escape(_stem(word))}{ending})(?!{kind})"
+    return f"(?<!{kind})(?:{before}{whole}{kind}{{0,{MAX_PART}}}|{regex.escape(_stem(word))}{ending})(?!{kind})"
 
 
 def _change(word: str, form: str) -> Change:

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 
 import regex
 
@@ -47,16 +49,17 @@ def build_label_map(
     """
     names = _names_of(sorted(set(labels)), synonyms)
     label_map = _compile(names, Changes())
+    split = {label: [split_name(n) for n in names[label] if not n.startswith(PATTERN_PREFIX)] for label in names}
     references = Counter(references)
     own, other = Counter(), Counter()
     for (label, texts), count in references.items():
         if label in label_map and not _is_named(label, texts, label_map):
-            _count_changes(own, [normalise(strip_thinking(text)) for text in texts], {label: names[label]}, count)
+            _count_changes(own, texts, split[label], count)
     if not own:
         return label_map
     for (label, texts), count in references.items():
-        others = {name: words for name, words in names.items() if name != label}
-        _count_changes(other, [normalise(strip_thinking(text)) for text in texts], others, count)
+        others = [words for name in split if name != label for words in split[name]]
+        _count_changes(other, texts, others, count)
     return _compile(names, Changes(own, other), label_map)
 
 
@@ -153,12 +156,11 @@ def _borders(first: str, last: str) -> tuple[str, str]:
     return before + proclitics, r"(?!\p{M})" + (f"(?!{kinds[1]})" if kinds[1] else "")
 
 
-def _count_changes(counts: Counter, texts: list[str], names: dict[str, list[str]], count: int) -> None:
-    for words in names.values():
-        for name in words:
-            if not name.startswith(PATTERN_PREFIX):
-                found = {change for text in texts for change in find_changes(text, split_name(name))}
-                counts.update(dict.fromkeys(found, count))
+def _count_changes(counts: Counter, texts: Iterable[str], names: list[list[str]], count: int) -> None:
+    texts = [normalise(strip_thinking(text)) for text in texts]
+    for words in names:
+        found = {change for text in texts for change in find_changes(text, words)}
+        counts.update(dict.fromkeys(found, count))
 
 
 def _is_named(label: str, texts: Iterable[str], label_map: LabelMap) -> bool:
@@ -174,18 +176,19 @@ def strip_thinking(text: str) -> str:
 
 def _find_spans(text: str, label_map: LabelMap) -> list[tuple[int, int, str]]:
     """Return start, end and label of each name in a normalised text that is not inside a longer one."""
-    spans = [
-        (match.start(), match.end(), label)
+    spans = sorted(
+        (match.start(), -match.end(), label)
         for label, patterns in label_map.items()
         for pattern in patterns
         for match in pattern.finditer(text)
         if match.end() > match.start()
-    ]
-    return [
-        (start, end, label)
-        for start, end, label in spans
-        if not any(s <= start and end <= e and e - s > end - start for s, e, _ in spans)
-    ]
+    )
+    found, reached = [], 0  # longer ones come first, so that a name inside another ends where an earlier one reached
+    for (start, end), same in groupby(spans, key=itemgetter(0, 1)):
+        if -end > reached:
+            found += [(start, -end, label) for *_, label in same]
+            reached = -end
+    return found
 
 
 def named_labels(text: str, label_map: LabelMap) -> list[str]:

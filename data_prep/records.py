@@ -145,10 +145,10 @@ def _check_record(raw: dict) -> None:
 
 
 def _unencodable_key(raw: dict) -> str:
-    """Return the first key that cannot be written in UTF-8, or whose value cannot, in a form that can."""
+    """Return the first key that cannot be written in UTF-8, or whose value cannot, as a line that can."""
     texts = {key: TO_JSON.encode({key: value}) for key, value in raw.items()}
     key = next(key for key, text in texts.items() if text.encode("utf-8", "replace").decode() != text)
-    return key[:80].encode("utf-8", "backslashreplace").decode()
+    return repr(key[:80])[1:-1]
 
 
 def _content_id(raw: dict) -> str:

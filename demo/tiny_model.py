@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 
 from common.cli import announce_loading
@@ -133,14 +134,25 @@ def save_tiny_model(
     return model
 
 
+def training_texts(record: dict) -> list[str]:
+    """Return what the tokenizer learns from a LLaVA record: its texts, its label apart and with more weight.
+
+    So each name is one token wherever it stands. Otherwise "Psoriasis", "Psoriasisverdacht" and "Psoriasisherd", or
+    whole Chinese sentences, would be a token each, and the model would learn each condition anew in each of them.
+    """
+    label = record["label"]
+    name = re.compile(f"({re.escape(label)})")
+    return [part for turn in record["conversations"] for part in name.split(turn["value"]) if part] + 9 * [label]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="the tokenizer learns from this file's texts")
+    parser.add_argument("--annotations", type=Path, required=True, help="the tokenizer learns from its texts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", choices=FAMILIES, default=DEFAULT)
     args = parser.parse_args()
     records = json.loads(args.annotations.read_text(encoding="utf-8"))
-    texts = [turn["value"] for record in records for turn in record["conversations"]]
+    texts = [part for record in records for part in training_texts(record)]
     model = save_tiny_model(args.out, texts, family=args.family)
     print(f"tiny {args.family}: {model.num_parameters() / 1e6:.1f} M random parameters in {args.out}")
 

@@ -10,7 +10,8 @@ import pytest
 from common.files import read_json_lines
 from demo.languages import LANGUAGES
 
-TOLERANCE = 3.001 / 60  # three of the sixty images
+COUNT = 1200  # with the demo's 600, the accuracy of one language varies by 0.05 from seed to seed
+TOLERANCE = 6.001 / 120  # six of the 120 images
 pytestmark = pytest.mark.slow  # a run of the demo for each language, minutes
 
 
@@ -24,7 +25,7 @@ def call(*command):
 def run_demo(folder: Path, language: str) -> dict:
     """Make the demo's data and run its three commands; return the evaluation's `metrics.json`."""
     raw, base, data, out = (folder / name for name in ("raw", "base", "data", "adapter"))
-    call("-m", "demo.draw", "--out", raw, "--language", language)
+    call("-m", "demo.draw", "--out", raw, "--language", language, "--count", COUNT)
     call("-m", "demo.tiny_model", "--annotations", raw / "annotations.json", "--out", base)
     sources = ["--annotations", raw / "annotations.json", "--images", raw / "images"]
     assert "WARNING" not in call("-m", "data_prep", "convert", *sources, "--out", data)

@@ -227,6 +227,7 @@ BAD_CHATS = [
     ("half a character", [user("\udc00"), PAIR[1]], "field 'messages': half of a character pair, '\\udc00'"),
     ("half in a label", {"messages": PAIR, "label": "x\ud800"}, "field 'label': half of a character pair, '\\ud800'"),
     ("half in a key", {"messages": PAIR, "a\ud800": 1}, "field 'a\\ud800': half of a character pair, '\\ud800'"),
+    ("half in a key of two lines", {"messages": PAIR, "\n\ud800": 1}, "field '\\n\\ud800': half of a character pair"),
     ("an invisible answer", [PAIR[0], assistant("\u200b \ufeff")], "field 'messages[1]': expected some text, found"),
     ("token in a label", {"messages": PAIR, "label": "<|im_end|>"}, "field 'label': the text contains the"),
     ("token in an id", {"messages": PAIR, "id": "<|im_end|>"}, "field 'id': the text contains the special token"),

@@ -3,7 +3,11 @@
 import hashlib
 import json
 
+import pytest
+
 from demo.draw import DRAW, write_demo
+from demo.languages import CONDITIONS, LANGUAGES
+from demo.tiny_model import build_tokenizer, training_texts
 
 
 def test_the_drawn_set_is_the_same_every_time(tmp_path):
@@ -23,3 +27,15 @@ def test_no_question_and_no_earlier_answer_contains_the_label(demo_raw):
         assert record["label"] in last
         assert not any(condition in text for condition in DRAW for text in before)
     assert {len(record["conversations"]) for record in records} == {2, 4}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_label_is_the_same_token_in_all_answers(language, tmp_path):
+    """Also in compounds, after an article, and without spaces."""
+    records = json.loads(write_demo(tmp_path, count=60, language=language).read_text(encoding="utf-8"))
+    tokenizer = build_tokenizer([text for record in records for text in training_texts(record)])
+    texts = LANGUAGES[language]
+    for condition in CONDITIONS:
+        for question in texts.questions:
+            tokens = [tokenizer.decode([n]) for n in tokenizer(texts.answer(question, condition))["input_ids"]]
+            assert tokens.count(texts.name(condition)) == 1

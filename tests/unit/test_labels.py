@@ -1,7 +1,11 @@
 """Which label an answer names, and the wording of answers that name a label."""
 
+import random
+from time import process_time
+
 import pytest
 
+from data_prep.inflection import find_changes
 from data_prep.labels import (
     NONE,
     SEVERAL,
@@ -151,6 +155,12 @@ def test_endings_and_compounds_are_learned_from_the_references(label, reference,
     assert read_label(text, build_label_map([label, "other"], None, references)) == label
 
 
+def test_each_word_with_a_names_stem_is_compared_once():
+    found = list(find_changes("xmelanomamelanoma, melanomas melanoma melanomes", ["melanoma"]))
+    assert found == [("melanoma", change) for change in [("x", "", "melanoma"), ("", "", "s"), ("", "a", "es")]]
+    assert not list(find_changes(f"melanoma{'x' * 41} {'x' * 41}melanoma", ["melanoma"]))
+
+
 def test_an_ending_serves_all_labels_but_short_ones_only_where_it_was_seen():
     references = [("melanoma", ("Two melanomas.",)), ("wart", ("A wart.",)), ("no", ("No.",))]
     label_map = build_label_map(["melanoma", "wart", "no"], None, references)
@@ -287,3 +297,31 @@ def test_a_wrong_label_map_is_refused_with_its_label(synonyms, reason):
 def test_labels_of_a_map_that_no_sample_has_are_listed():
     found = unknown_labels({"Nevus": [], "melonoma": [], "zzz": []}, ["nevus", "melanoma"])
     assert found == ["'melonoma'; did you mean 'melanoma'?", "'zzz'"]
+
+
+def test_names_inside_longer_ones_do_not_count_wherever_they_stand():
+    rng, labels = random.Random(0), ["a", "b", "a b", "b a", "a b a", "b b"]
+    label_map = build_label_map(labels)
+    for _ in range(300):
+        text = " ".join(rng.choices("abc", k=rng.randint(1, 9)))
+        spans = [(*m.span(), label) for label in labels for m in label_map[label][0].finditer(text)]
+        inside = {one for one in spans for a, b, _ in spans if a <= one[0] and one[1] <= b and b - a > one[1] - one[0]}
+        assert set(named_labels(text, label_map)) == {label for *_, label in {*spans} - inside}
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("name", ["melanoma", "黑色素瘤", "ميلانوما"])
+@pytest.mark.parametrize("form", ["{} ", "{}x ", "{}x"])
+def test_reading_takes_time_in_proportion_to_the_answers_length(name, form):
+    """Answers that repeat a name, as those of a model that has learnt little, as names, as words and as one word."""
+
+    def seconds(count):
+        answers = [form.format(name) * count + str(number) for number in range(4)]
+        start = process_time()
+        label_map = build_label_map([name, "acne"], references=[(name, (text,)) for text in answers])
+        assert {read_label(text, label_map) for text in answers} <= {name, NONE}
+        label_forms([{"label": name, "question": "", "reference": f"{name} {answers[0]}"}], label_map)
+        return process_time() - start
+
+    short, long = (min(seconds(count) for _ in range(3)) for count in (250, 4000))
+    assert long < 64 * short  # 16 times the length; in proportion to its square it would be 256
