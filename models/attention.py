@@ -30,6 +30,18 @@ def uses_varlen(model: PreTrainedModel) -> bool:
     return get_attention(model) == REGISTERED
 
 
+def with_unread_mask(model: PreTrainedModel, inputs: dict) -> dict:
+    """Return a pack's inputs with a mask that `varlen_attention` does not read; others as they are.
+
+    One of four dimensions is passed on as it is. Without one transformers would look for the samples' borders in the
+    positions, for which the host waits for the GPU, and build one of (T, T); a pack of one sample would get none, for
+    which compiled layers would be compiled anew.
+    """
+    if "text_cu_seqlens" not in inputs or not uses_varlen(model):
+        return inputs
+    return {**inputs, "attention_mask": inputs["input_ids"].new_ones(1, 1, 1, 1, dtype=torch.bool)}
+
+
 def varlen_attention(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,

@@ -77,11 +77,19 @@ def _compile_parts(layers: list[torch.nn.Module], linear_attention: str) -> None
 
 
 def keep_wide_products(model: torch.nn.Module, count: int) -> None:
-    """Let the first `count` language layers of a selectively compiled model keep their wide products too."""
-    layers = language_layers(model)[:count]
-    kinds = {kind: compiled_class(kind.__base__, keep_wide=True) for kind in map(type, layers)}
-    for layer in layers:
-        layer.__class__ = kinds[type(layer)]
+    """Let the first `count` language layers of a selectively compiled model, and no others, keep their wide products.
+
+    Layers that do so already are not compiled again.
+    """
+    layers = language_layers(model)
+    for layer in layers[count:]:
+        layer.__class__ = getattr(type(layer), "narrow", type(layer))
+    kinds = {type(layer) for layer in layers[:count] if not hasattr(type(layer), "narrow")}
+    wide = {kind: compiled_class(kind.__base__, keep_wide=True) for kind in kinds}
+    for kind, new in wide.items():
+        new.narrow = kind
+    for layer in layers[:count]:
+        layer.__class__ = wide.get(type(layer), type(layer))
 
 
 def language_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

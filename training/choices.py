@@ -26,6 +26,7 @@ from training.memory_probe import SPARE, fits, largest_batch, recomputing, try_s
 from training.packing import PACK_SIZES, possible_packs
 from training.settings import AUTO, Settings
 
+AMPLE = 3  # so many times the bytes of all wide products are free where they surely fit
 COMPILING_LINE = "the layers are compiled during the first steps, which then take a minute or two"
 
 
@@ -204,11 +205,26 @@ def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingDa
     """
     count = layers = len(language_layers(model))
     if settings.training.device.type == "cuda":
-        batch, options = collate_largest(processor, data, settings), step_options(settings)
-        used, free = try_step(model, batch, **options)
-        size = wide_bytes(model, batch["input_ids"].numel(), 2 if options["dtype"] else 4)
-        room = 0 if used is None else ((1 - SPARE) * free - used) / size
-        count = min(gather_object([max(0, min(layers, int(room)))]))
+        batch = collate_largest(processor, data, settings)
+        count = min(gather_object([layers_with_room(model, batch, **step_options(settings))]))
     print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
     keep_wide_products(model, count)
     return wide_share(model) * (1 - count / layers)
+
+
+def layers_with_room(model: PeftModel, batch: dict, *, dtype: torch.dtype | None, optim: str) -> int:
+    """Return how many layers may keep their wide products, after one trial of a batch or two.
+
+    Where memory is ample all keep them in the first: it compiles what the training will run.
+    """
+    layers, size = len(language_layers(model)), wide_bytes(model, batch["input_ids"].numel(), 2 if dtype else 4)
+    free, _ = torch.cuda.mem_get_info()
+    if free > AMPLE * size * layers:
+        keep_wide_products(model, layers)
+        used, free = try_step(model, batch, dtype=dtype, optim=optim)
+        if used is not None and used <= (1 - SPARE) * free:
+            return layers
+        keep_wide_products(model, 0)
+    used, free = try_step(model, batch, dtype=dtype, optim=optim)
+    room = 0 if used is None else ((1 - SPARE) * free - used) / size
+    return max(0, min(layers, int(room)))

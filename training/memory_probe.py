@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from models.attention import with_unread_mask
 from models.lora import detach_vision_inputs
 from training.packing import pack_lengths
 from training.settings import Settings
@@ -89,7 +90,7 @@ def forward_and_backward(model: torch.nn.Module, batch: dict, dtype: torch.dtype
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+            logits = model(**with_unread_mask(model, inputs), use_cache=False, logits_to_keep=1).logits
         logits.float().sum().backward()
     model.train(was_training)
 

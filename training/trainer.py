@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from common.files import ADAPTER_WEIGHTS, share_weights
 from models.adapters import CONFIG_NAME
-from models.attention import uses_varlen
+from models.attention import uses_varlen, with_unread_mask
 from models.flops import BatchShape, shape_of_batch, useful_flop
 from models.lora import detach_vision_inputs
 from models.sharding import is_sharded
@@ -170,7 +170,7 @@ class SafeSFTTrainer(HookTrainer):
 
     def _answers_loss(self, model, inputs: dict, count: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of a pack; `count` is the number of labels of the step in all processes."""
-        scores = model(**inputs, answers_only=True)
+        scores = model(**with_unread_mask(self.model, inputs), answers_only=True)
         sums = torch.stack([scores.entropy.detach().sum(), scores.is_top1.sum()])
         counts = len(inputs["answer_rows"]), inputs["input_ids"].numel()
         self.sums["train" if model.training else "eval"].append((sums, counts))

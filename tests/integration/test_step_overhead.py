@@ -108,3 +108,15 @@ def test_lora_starts_from_the_seed_whatever_loading_draws(tiny_base, demo_data, 
         adapters.append([p for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*adapters, strict=True))
     assert any(a.any() for a in adapters[0])
+
+
+@pytest.mark.parametrize("pack_tokens", [110, 256])
+def test_no_mask_is_built_for_packs_of_one_sample_or_several(tiny_base, demo_data, tmp_path, pack_tokens):
+    options = PACKS | {"pack_tokens": pack_tokens, "max_length": pack_tokens, "max_steps": 2, "eval_steps": 2}
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, **options)
+    layer, masks = trainer.model.get_base_model().model.language_model.layers[0], []
+    layer.register_forward_pre_hook(
+        lambda module, args, kw: masks.append(kw["attention_mask"].shape), with_kwargs=True
+    )
+    trainer.train()
+    assert len(masks) > 2 and set(masks) == {(1, 1, 1, 1)}

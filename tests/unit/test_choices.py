@@ -228,3 +228,29 @@ def test_a_trial_recomputes_as_training_will_and_leaves_no_trace(tiny_base, proc
     assert len(seen) == runs + 1
     blocks = model.get_base_model().model.visual.blocks
     assert not blocks[0]._forward_pre_hooks and not layer.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("free", "used", "expected", "trials"),
+    [
+        (80, {4: 40}, 4, [4]),  # ample: one trial of what will run
+        (80, {4: 75, 0: 66}, 1, [4, 0]),  # other programs' memory: as without the trial
+        (20, {0: 11}, 1, [0]),
+        (20, {0: None}, 0, [0]),
+    ],
+)
+def test_layers_keep_their_wide_products_as_memory_has_room(monkeypatch, free, used, expected, trials):
+    kept, tried = [0], []
+
+    def try_step(model, batch, **options):
+        tried.append(kept[-1])
+        return used[kept[-1]], free
+
+    monkeypatch.setattr(choices, "language_layers", lambda model: [None] * 4)
+    monkeypatch.setattr(choices, "wide_bytes", lambda model, tokens, itemsize: 2 * itemsize)
+    monkeypatch.setattr(choices, "keep_wide_products", lambda model, count: kept.append(count))
+    monkeypatch.setattr(choices, "try_step", try_step)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    batch = {"input_ids": torch.zeros(1, 8)}
+    assert choices.layers_with_room(None, batch, dtype=torch.bfloat16, optim="adamw_torch") == expected
+    assert tried == trials

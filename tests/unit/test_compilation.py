@@ -7,7 +7,19 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.compilation import OpaqueLinear4bit, compiled_class, make_opaque, pack_state, unpack_state
+from demo.tiny_model import save_tiny_model
+from helpers.runs import TEXTS
+from models.compilation import (
+    OpaqueLinear4bit,
+    compile_layers,
+    compiled_class,
+    keep_wide_products,
+    language_layers,
+    make_opaque,
+    pack_state,
+    unpack_state,
+)
+from models.loading import load_model
 
 
 def quantised(*, double: bool, bias: bool, dtype: torch.dtype = torch.float32) -> Linear4bit:
@@ -75,3 +87,19 @@ def test_an_opaque_layer_is_still_a_4_bit_layer():
     make_opaque(layer)
     assert isinstance(layer, Linear4bit) and type(layer) is OpaqueLinear4bit
     assert layer.state_tensors[0].data_ptr() == layer.weight.data_ptr()
+
+
+def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_set_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    save_tiny_model(tmp_path, TEXTS, hidden_size=64, num_layers=3)
+    model = load_model(str(tmp_path), dtype="float32", quantization=None)
+    compile_layers(model, selective=True)
+    layers = language_layers(model)
+    narrow = [type(layer) for layer in layers]
+    keep_wide_products(model, 2)
+    wide = type(layers[0])
+    assert [type(layer) for layer in layers] == [wide, wide, narrow[2]] and wide not in narrow
+    keep_wide_products(model, 1)
+    assert [type(layer) for layer in layers] == [wide, *narrow[1:]]
+    keep_wide_products(model, 0)
+    assert [type(layer) for layer in layers] == narrow
