@@ -21,9 +21,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which would also a
 os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's own, or a mistyped one, may not be there
 if not (sys.stderr and sys.stderr.isatty()):
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and those of transformers: in a file each is a wall
-# PyTorch's threads spin while they wait for each other, which where other programs use the cores makes a tiny model up
-# to forty times as slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# PyTorch's threads spin for milliseconds while they wait for each other, which makes a tiny model up to forty times as
+# slow where other programs use the cores. These are tens of microseconds, which cost nothing where they are free.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # says where its cache is, when the home cannot be written
