@@ -215,15 +215,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if not (folder / "annotations.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", str(folder)]
-            subprocess.run(
-                save + ["--tiny"] * args.tiny, check=True
-            )  # a process of its own leaves no GPU memory taken
+            # a process of its own leaves no GPU memory taken
+            subprocess.run(save + ["--tiny"] * args.tiny, check=True)
         chosen = [name for name in (*(f"ours, {x}" for x in OURS), *SIDES) if any(word in name for word in args.only)]
         for name in chosen:
             results[name] = run_side(name, args, folder)
-            print(
-                json.dumps({name: {key: value for key, value in results[name].items() if key != "output"}}), flush=True
-            )
+            figures = {key: value for key, value in results[name].items() if key != "output"}
+            print(json.dumps({name: figures}), flush=True)
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     if gpu:

@@ -28,7 +28,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     """
     image.load()
     profile = image.info.get("icc_profile")
-    white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    white_is_zero = tiff_tag(image, PHOTOMETRIC) == WHITE_IS_ZERO
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)  # phone photos are stored rotated
     if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
@@ -42,6 +42,11 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if profile and (transform := find_transform(profile, image.mode)):
         return ImageCms.applyTransform(image, transform)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def tiff_tag(image: Image.Image, tag: int) -> int | None:
+    """Return a tag of an opened TIFF; None of another kind of image, or where there is none."""
+    return getattr(image, "tag_v2", {}).get(tag)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

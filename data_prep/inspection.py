@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from common.progress import progress
 
-from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, used_bits
+from .colours import ORIENTATION, SIXTEEN_BIT_MODES, profile_name, tiff_tag, used_bits
 from .containers import find_damage
 from .images import check_file, decode, open_image
 from .metadata import private_metadata
@@ -67,7 +67,7 @@ def inspect_image(path: str) -> ImageInfo | str:
         stamp = file_stamp(path)
         data = Path(path).read_bytes()
         with open_image(io.BytesIO(data)) as stored:
-            tiff_orientation = getattr(stored, "tag_v2", {}).get(ORIENTATION)  # which is lost when it is decoded
+            tiff_orientation = tiff_tag(stored, ORIENTATION)  # which is lost when it is decoded
             mode, upright = stored.mode, decode(stored)  # first, so that a broken file has the error of `load_image`
             turned = (tiff_orientation or stored.getexif().get(ORIENTATION)) in TURNED
             private, profile = private_metadata(stored, data), profile_name(stored)

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -155,7 +155,7 @@ class SafeSFTTrainer(HookTrainer):
         inputs.pop("batch_shape", None)
         if model.training:
             self.step_ids += ids
-        if "answer_rows" in inputs and not return_outputs and self._has_plain_loss():
+        if "answer_rows" in inputs and not return_outputs and self.has_plain_loss:
             return self._answers_loss(model, inputs, num_items_in_batch)
         if "text_cu_seqlens" in inputs and uses_varlen(self.model):
             # Lets TRL count the tokens of a pack, which it else takes to be one; `varlen` does not look at it. SDPA
@@ -163,8 +163,9 @@ class SafeSFTTrainer(HookTrainer):
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _has_plain_loss(self) -> bool:
-        """Return whether the loss is the mean over the answers' tokens, and the LM head is whole in each process."""
+    @cached_property  # a walk over all modules
+    def has_plain_loss(self) -> bool:
+        """Whether the loss is the mean over the answers' tokens, and the LM head is whole in each process."""
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
         return plain and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or is_sharded(self.model))
 

@@ -6,6 +6,14 @@ TEXTS = [
     "What condition is shown? Is the skin light or dark?",
     "This is melanoma. It is psoriasis, vitiligo, urticaria.",
 ]
+PACKED = {  # settings of a run with packs
+    "packing": "true",
+    "pack_tokens": 256,
+    "max_length": 256,
+    "attn_implementation": "varlen",
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+}
 
 
 def train_args(base, data, out, **settings):

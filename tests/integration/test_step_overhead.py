@@ -5,18 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from helpers.runs import train_args
+from helpers.runs import PACKED, train_args
 from models.tower import PatchProduct
 from training import build
 from training.build import build_model, build_trainer
 from training.config import parse_config
 from training.data import load_data, open_processor
 from training.trainer import FewerWalksCallback, SafeSFTTrainer
-
-PACKS = {
-    "packing": True, "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen",
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-}  # fmt: skip
 
 
 def make_trainer(base, data, out, **settings):
@@ -64,11 +59,11 @@ def test_evaluation_ends_in_training_mode_and_a_frozen_tower_is_sped_up(tiny_bas
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_loss_of_packs_from_their_answers_alone_is_trls(tiny_base, demo_data, tmp_path, monkeypatch, accumulate):
-    logs, options = [], PACKS | {"gradient_accumulation_steps": accumulate}
+    logs, options = [], PACKED | {"gradient_accumulation_steps": accumulate}
     for plain in (True, False):
         trainer = make_trainer(tiny_base, demo_data, tmp_path / str(plain), max_steps=4, eval_steps=2, **options)
         if not plain:
-            monkeypatch.setattr(SafeSFTTrainer, "_has_plain_loss", lambda trainer: False)
+            monkeypatch.setattr(SafeSFTTrainer, "has_plain_loss", False)
         trainer.train()
         logs.append([row for row in trainer.state.log_history if "train_runtime" not in row])
     found, expected = logs
@@ -79,7 +74,7 @@ def test_the_loss_of_packs_from_their_answers_alone_is_trls(tiny_base, demo_data
 
 
 def test_the_metrics_of_packs_wait_for_the_log(tiny_base, demo_data, tmp_path, monkeypatch):
-    options = PACKS | {"logging_steps": 2, "max_steps": 4, "eval_steps": 4}
+    options = PACKED | {"logging_steps": 2, "max_steps": 4, "eval_steps": 4}
     trainer = make_trainer(tiny_base, demo_data, tmp_path, **options)
     reads, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
@@ -90,8 +85,8 @@ def test_the_metrics_of_packs_wait_for_the_log(tiny_base, demo_data, tmp_path, m
 
 @pytest.mark.parametrize("setting", [{"label_smoothing_factor": 0.1}, {"loss_type": "dft"}])
 def test_another_loss_of_packs_is_left_to_trl(tiny_base, demo_data, tmp_path, setting):
-    trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=1, eval_steps=10, **PACKS, **setting)
-    assert not trainer._has_plain_loss()
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, max_steps=1, eval_steps=10, **PACKED, **setting)
+    assert not trainer.has_plain_loss
     assert trainer.train().training_loss > 0
 
 
@@ -112,7 +107,7 @@ def test_lora_starts_from_the_seed_whatever_loading_draws(tiny_base, demo_data, 
 
 @pytest.mark.parametrize("pack_tokens", [110, 256])
 def test_no_mask_is_built_for_packs_of_one_sample_or_several(tiny_base, demo_data, tmp_path, pack_tokens):
-    options = PACKS | {"pack_tokens": pack_tokens, "max_length": pack_tokens, "max_steps": 2, "eval_steps": 2}
+    options = PACKED | {"pack_tokens": pack_tokens, "max_length": pack_tokens, "max_steps": 2, "eval_steps": 2}
     trainer = make_trainer(tiny_base, demo_data, tmp_path, **options)
     layer, masks = trainer.model.get_base_model().model.language_model.layers[0], []
     layer.register_forward_pre_hook(

@@ -21,7 +21,7 @@ from common import hub_client
 from data_prep import load_splits
 from data_prep.convert import prepare
 from data_prep.sources import Source
-from helpers.runs import train_args
+from helpers.runs import PACKED, train_args
 from models.flops import work_of
 from models.loading import load_config, load_processor
 from planning.shapes import build_without_weights
@@ -453,16 +453,6 @@ def test_weights_and_folds_decide_what_is_trained_on(tiny_base, demo_raw, tmp_pa
     assert "sampled by weight: an epoch sees" in capsys.readouterr().out
     assert len(trainer.train_dataset) == len(others)
     assert trainer.eval_dataset["id"] == load_splits(str(tmp_path / "folds"))["fold_1"]["id"]
-
-
-PACKED = {
-    "packing": "true",
-    "pack_tokens": 256,
-    "max_length": 256,
-    "attn_implementation": "varlen",
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-}
 
 
 def test_a_packed_run_trains_counts_its_tokens_and_says_what_it_packs(tiny_base, demo_data, tmp_path, capsys):
