@@ -6,7 +6,8 @@
 
 DIR is a folder with a side's packages (`pip install --target DIR`), before others on its PYTHONPATH; rows with flash
 attention 2 need flash-attn in it. Each side runs in a process of its own; its tokens are those of the samples, without
-padding, its memory is what PyTorch reserved. What did not run is said.
+padding, its memory is what PyTorch reserved: ours with loading and trials, the others' in the steps alone. What did
+not run is said.
 
 Ours is `train_sft.py` with the recipe of the name; the seconds to the tenth step count from the start of the command.
 """
@@ -48,7 +49,9 @@ STEPS, TENTH, LIMIT = 15, 10, 240  # of each side; the step until which ours is 
 LOGGED = 5  # steps a line of the log, which waits for the GPU
 COMPILED = {"compile_layers": "true", "gradient_checkpointing": "selective"}
 PACKS_8192 = COMPILED | {"pack_tokens": 8192, "gradient_accumulation_steps": 1}
-PACKS_2048 = COMPILED | {"pack_tokens": 2048, "max_length": 2048, "gradient_accumulation_steps": 4}
+PACKS_4096 = {"compile_layers": "true", "pack_tokens": 4096, "gradient_accumulation_steps": 2}
+RECOMPUTED = {"gradient_checkpointing": "true"}
+OFFLOADED = RECOMPUTED | {"activation_offloading": "true"}
 
 
 class Ours(NamedTuple):
@@ -63,8 +66,9 @@ OURS = {
     "packs of 8,192, selective": Ours(PACKS_8192),
     "packs of 8,192, selective, no dropout": Ours(PACKS_8192 | {"lora_dropout": 0}),
     "packs of 8,192, selective, 24 GB free": Ours(PACKS_8192, free=24),
-    "packs of 8,192, all recomputed": Ours(PACKS_8192 | {"gradient_checkpointing": "true"}),
-    "4 packs of 2,048, all recomputed": Ours(PACKS_2048 | {"gradient_checkpointing": "true"}),
+    "packs of 8,192, all recomputed": Ours(PACKS_8192 | RECOMPUTED),
+    "packs of 8,192, all recomputed, offloaded": Ours(PACKS_8192 | OFFLOADED),
+    "2 packs of 4,096, all recomputed, offloaded": Ours(PACKS_4096 | OFFLOADED),
 }
 
 

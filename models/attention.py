@@ -88,7 +88,6 @@ def varlen_attention(
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _has_kernel(device: torch.device) -> bool:
     """Return whether PyTorch's kernel runs on the device: it needs an Ampere GPU or later, so not a T4."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,5 +1,6 @@
 """Undocumented interfaces of transformers and bitsandbytes, watched by tests/unit/test_compat_models.py."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,13 @@ def ignore_in_ddp(model: torch.nn.Module, names: list[str]) -> None:
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
-def allow_more_graphs() -> None:
-    """Let a compiled function have 64 variants. Coincidences of sizes make new ones; past 8 torch ends the run."""
+def set_up_compiler() -> None:
+    """Let a compiled function have 64 variants, with the floats that it sees as constants, and say less.
+
+    Coincidences of sizes make new variants; past 8 torch ends the run. Floats, which are rates and scales here, it
+    would first make inputs, find that they are constants, and compile everything a second time.
+    """
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.specialize_float = True
+    # asks users of selective recomputation to look for operations in place
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from models.compat import allow_more_graphs
+from models.compat import set_up_compiler
 from models.families import family_of
 from models.recomputation import is_wide, make_seeded, recompute_selected
 
@@ -36,7 +36,7 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: boo
         ValueError: there is no working compiler.
     """
     check_compiler()
-    allow_more_graphs()
+    set_up_compiler()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not whole or not takes_whole_layers(model):
         _compile_parts(layers, family_of(model).linear_attention)
@@ -153,6 +153,8 @@ def make_opaque(linear: Linear4bit) -> None:
     linear.__class__ = OpaqueLinear4bit
     linear.state_tensors = pack_state(linear.weight.data, linear.weight.quant_state)
     linear.state_dtype = linear.weight.quant_state.dtype
+    for tensor in linear.state_tensors:  # as of all parameters; each size as a variable would take seconds to trace
+        torch._dynamo.mark_static(tensor)
 
 
 def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:

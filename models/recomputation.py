@@ -1,7 +1,9 @@
 """Selective recomputation: the backward pass keeps matrix products and attention, and computes the rest again."""
 
+import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,11 +24,19 @@ def recompute_selected(forward: Callable, *, keep_wide: bool) -> Callable:
             activations and two fifths of its arithmetic.
     """
     contexts = partial(create_selective_checkpoint_contexts, partial(choose, keep_wide=keep_wide))
+    contexts.cache_hash = f"{keep_wide} {rules_hash()}"  # else each run traces the layers' backward pass anew
 
     def selective(self, *args, **kwargs):
         return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return selective
+
+
+@cache
+def rules_hash() -> str:
+    """Return a hash of the code that decides what is kept, and of the operations that it names."""
+    files = [Path(__file__).with_name(name) for name in ("recomputation.py", "compilation.py", "attention.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def choose(context, op, *args, keep_wide: bool, **kwargs) -> CheckpointPolicy:

@@ -13,10 +13,15 @@ TIMED = 4  # the last steps
 
 
 class Clock(TrainerCallback):
-    """Records when each optimizer step ends."""
+    """Records when each optimizer step ends, and lets the memory of the steps count without that of loading."""
 
     def __init__(self):
         self.ends = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():

@@ -13,7 +13,6 @@ from helpers.runs import TEXTS
 from helpers.stored import save_stored
 from models.attention import REGISTERED, use_varlen, varlen_attention
 from models.compat import (
-    allow_more_graphs,
     anchored_match,
     default_16_bit_modules,
     get_attention,
@@ -24,6 +23,7 @@ from models.compat import (
     lora_factors,
     register_experts,
     set_attention,
+    set_up_compiler,
 )
 from models.experts import expert_layers
 from models.families import FAMILIES
@@ -172,7 +172,29 @@ def test_a_compiled_function_may_have_more_than_eight_variants_once_that_is_allo
     with config.patch(recompile_limit=8):
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             variants(9)
-            pytest.fail("torch: more variants than recompile_limit are no error any more; allow_more_graphs can go")
-        allow_more_graphs()
+            pytest.fail("torch: more variants than recompile_limit are no error any more; set_up_compiler can go")
+        set_up_compiler()
         assert variants(20)[-1] == 21 * 19, "torch: recompile_limit no longer decides how many variants there may be"
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_floats_are_constants_of_compiled_functions_once_that_is_set_up(constant):
+    """Else a function that multiplies by one is traced twice."""
+
+    class Scaled(torch.nn.Module):
+        scale = 0.5
+
+        def forward(self, x):
+            return torch.sin(x) * self.scale
+
+    torch.compiler.reset()
+    graphs, config = [], torch._dynamo.config
+    with config.patch(specialize_float=False):
+        if constant:
+            set_up_compiler()
+        compiled = torch.compile(Scaled(), backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True)
+        compiled(torch.ones(3))
+    inputs = [node.name for node in graphs[0].graph.nodes if node.op == "placeholder"]
+    assert any("scale" in name for name in inputs) is not constant, "torch: specialize_float has another meaning"
     torch.compiler.reset()

@@ -83,3 +83,15 @@ def test_wide_products_are_stored_only_when_asked_and_gradients_are_the_same():
     assert sizes[True] - sizes[False] == 32 * 64 and sizes[False] == 32 * 16
     for wide in (False, True):
         torch.testing.assert_close(gradients[wide], gradients[None])
+
+
+def test_the_traced_backward_pass_is_kept_between_runs():
+    """PyTorch keeps it only for a rule with a `cache_hash`; one that keeps other products has another hash."""
+    counters = torch._dynamo.utils.counters["aot_autograd"]
+    torch.compiler.reset()
+    counters.clear()
+    for wide in (False, True):
+        forward = torch.compile(recompute_selected(Block.forward, keep_wide=wide), fullgraph=True)
+        forward(Block(), torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
+    assert counters["autograd_cache_bypass"] == 0
+    assert counters["autograd_cache_miss"] + counters["autograd_cache_hit"] == 2
