@@ -17,6 +17,7 @@ import importlib.machinery
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,9 +50,10 @@ STEPS, TENTH, LIMIT = 15, 10, 240  # of each side; the step until which ours is 
 LOGGED = 5  # steps a line of the log, which waits for the GPU
 COMPILED = {"compile_layers": "true", "gradient_checkpointing": "selective"}
 PACKS_8192 = COMPILED | {"pack_tokens": 8192, "gradient_accumulation_steps": 1}
-PACKS_4096 = {"compile_layers": "true", "pack_tokens": 4096, "gradient_accumulation_steps": 2}
-RECOMPUTED = {"gradient_checkpointing": "true"}
+RECOMPUTED = {"compile_layers": "true", "gradient_checkpointing": "true"}
 OFFLOADED = RECOMPUTED | {"activation_offloading": "true"}
+PACKS_4096 = {"pack_tokens": 4096, "gradient_accumulation_steps": 2}
+PACKS_2048 = {"pack_tokens": 2048, "max_length": 2048, "gradient_accumulation_steps": 4}
 
 
 class Ours(NamedTuple):
@@ -68,7 +70,8 @@ OURS = {
     "packs of 8,192, selective, 24 GB free": Ours(PACKS_8192, free=24),
     "packs of 8,192, all recomputed": Ours(PACKS_8192 | RECOMPUTED),
     "packs of 8,192, all recomputed, offloaded": Ours(PACKS_8192 | OFFLOADED),
-    "2 packs of 4,096, all recomputed, offloaded": Ours(PACKS_4096 | OFFLOADED),
+    "2 packs of 4,096, all recomputed": Ours(PACKS_4096 | RECOMPUTED),
+    "4 packs of 2,048, all recomputed": Ours(PACKS_2048 | RECOMPUTED),
 }
 
 
@@ -122,6 +125,7 @@ def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> 
     settings["batch"] = 2 if tiny else side.batch
     paths = [str(packages)] if packages else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    environment.pop("PYTORCH_ALLOC_CONF", None)  # common.cli has set it; this side decides for itself
     command = [sys.executable, str(PEERS / side.script), json.dumps(settings)]
     done = subprocess.run(command, env=environment, timeout=LIMIT, capture_output=True, text=True)
     if done.returncode:
@@ -141,7 +145,7 @@ def free_memory(gigabytes: float | None) -> Iterator[None]:
 
 
 def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
-    """Return the speed of the last steps of `train_sft.py`, its memory, the seconds to its tenth step, and all lines
+    """Return the speed of `train_sft.py` after its first steps, its memory, the seconds to its tenth step, and all lines
     with their seconds."""
     with free_memory(ours.free), tempfile.TemporaryDirectory() as output:
         options = {
@@ -167,16 +171,17 @@ def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
         if code:
             return {"error": lines[-1][1][:200] if lines else "no message"}
         tenth = next(seconds for seconds, line in lines if f"{TENTH}/{STEPS} " in line)
-        speed = last_steps(Path(output) / "run" / "metrics.jsonl")
+        speed = later_steps(Path(output) / "run" / "metrics.jsonl")
         return {**speed, "seconds_to_tenth_step": tenth, "output": lines}
 
 
-def last_steps(metrics: Path) -> dict:
-    """Return the speed of the steps in a run's last line of figures, and its memory."""
+def later_steps(metrics: Path) -> dict:
+    """Return the mean speed of a run's lines of figures after the first, and its memory."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if "tokens_per_second" in row][-1]
-    speed = {key: last[key] for key in ("tokens_per_second", "mfu", "hfu") if key in last}
-    return {**speed, "memory_gb": last.get("reserved_gb")}
+    _, *later = [row for row in rows if "tokens_per_second" in row]
+    names = [name for name in ("tokens_per_second", "mfu", "hfu") if name in later[-1]]
+    speed = {name: statistics.harmonic_mean([row[name] for row in later]) for name in names}
+    return {**speed, "memory_gb": later[-1].get("reserved_gb")}
 
 
 def table(results: dict[str, dict]) -> str:

@@ -29,6 +29,7 @@ from models.compilation import compile_layers, keep_wide_products, language_laye
 from models.flops import matmul_ceiling, shape_of_batch, useful_flop, work_of
 from models.last_layer import spare_last_layer
 from models.lora import build_lora_config
+from models.recomputation import NARROW, NOTHING
 from models.tower import speed_up_frozen_tower
 from training.lengths import measure_lengths
 
@@ -39,6 +40,7 @@ SPEED = {
     "selective": (0, 28, True),  # a number: of layers that keep wide products
     "selective-12": (0, 12, True),
     "selective-0": (0, 0, True),
+    "everything": (0, "everything", True),  # recomputed, within the compiled layers
     "no-recompute": (0, "layers", True),
     "layers": (1, "layers", True),
     "half": (2, "layers", True),
@@ -94,18 +96,23 @@ def exact(tiny: bool, *, compiled: bool) -> dict:
     spare_last_layer(model)
     compare("last layer")
     if compiled:
-        start = time.perf_counter()
-        compile_layers(base)
-        compare("compiled")
-        results["seconds of compiling"] = time.perf_counter() - start
-        for layer in model.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.__class__ = type(layer).__base__
-        compile_layers(base, selective=True)
-        compare("selective")
+        for name, keep in {"compiled": None, "everything recomputed": NOTHING, "selective": NARROW}.items():
+            start = time.perf_counter()
+            compile_layers(base, keep=keep)
+            compare(name)
+            results[name]["seconds"] = time.perf_counter() - start
+            if keep != NARROW:
+                restore_layers(base)
         keep_wide_products(model, len(language_layers(model)))
         compare("selective, wide products kept")
     return results
+
+
+def restore_layers(model) -> None:
+    """Undo `compile_layers` with complete layers."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.__class__ = type(layer).__base__
 
 
 class Prepare(gpu_7b.StepTimer):
@@ -118,7 +125,8 @@ class Prepare(gpu_7b.StepTimer):
             spare_last_layer(model)
         if self.compiled is not None:
             selective = isinstance(self.compiled, int)
-            compile_layers(model, whole=self.compiled != "parts", selective=selective)
+            keep = NARROW if selective else NOTHING if self.compiled == "everything" else None
+            compile_layers(model, whole=self.compiled != "parts", keep=keep)
             if selective:
                 keep_wide_products(model, self.compiled)
         for number, layer in enumerate(model.get_base_model().model.language_model.layers):

@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,11 @@ if not (sys.stderr and sys.stderr.isatty()):
 # slow where other programs use the cores. These are tens of microseconds, which cost nothing where they are free.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# Batches differ in length, and a GPU's memory would be reserved in pieces that fit none: 54.8 GB where 35.3 are enough
+# (benchmarks/README.md). WSL fails at what these segments need (github.com/pytorch/pytorch/issues/192330).
+if sys.platform == "linux" and "microsoft" not in platform.release().lower():
+    if not any(name.endswith("_ALLOC_CONF") for name in os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 # Says at import, on some CPUs, that an optional kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # says where its cache is, when the home cannot be written

@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.compat import set_up_compiler
 from models.families import family_of
-from models.recomputation import is_wide, make_seeded, recompute_selected
+from models.recomputation import WIDE, is_wide, make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
@@ -19,7 +19,7 @@ Tensors = list[torch.Tensor]
 COMPILING, SAVED, UNCOMPILED = 120, 0.4, 6319 * 6.5e9  # s; share of a step's time; tokens x weights a second
 
 
-def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: bool = False) -> None:
+def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | None = None) -> None:
     """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
 
     The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
@@ -27,10 +27,10 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: boo
 
     Args:
         model: with LoRA.
-        whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed
-            (complete ones took minutes to compile then), and weights that come and go during a step, as sharded ones.
-            Of models that `takes_whole_layers` refuses, parts are compiled in any case.
-        selective: let complete layers recompute what is cheap, see `recompute_selected` and `keep_wide_products`.
+        whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed from
+            outside (complete ones took minutes to compile then), and weights that come and go during a step, as
+            sharded ones. Of models that `takes_whole_layers` refuses, parts are compiled in any case.
+        keep: let complete layers recompute the rest by themselves, see `recompute_selected` and `keep_wide_products`.
 
     Raises:
         ValueError: there is no working compiler.
@@ -43,12 +43,12 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, selective: boo
         return
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself
     device = next(model.parameters()).device
-    kinds = {kind: compiled_class(kind, keep_wide=False if selective else None) for kind in map(type, layers)}
+    kinds = {kind: compiled_class(kind, keep=keep) for kind in map(type, layers)}
     for layer in layers:
         for module in layer.modules():
             if type(module) is Linear4bit:
                 make_opaque(module)
-            elif type(module) is torch.nn.Dropout and selective:
+            elif type(module) is torch.nn.Dropout and keep is not None:
                 make_seeded(module, device)
         layer.__class__ = kinds[type(layer)]
 
@@ -85,7 +85,7 @@ def keep_wide_products(model: torch.nn.Module, count: int) -> None:
     for layer in layers[count:]:
         layer.__class__ = getattr(type(layer), "narrow", type(layer))
     kinds = {type(layer) for layer in layers[:count] if not hasattr(type(layer), "narrow")}
-    wide = {kind: compiled_class(kind.__base__, keep_wide=True) for kind in kinds}
+    wide = {kind: compiled_class(kind.__base__, keep=WIDE) for kind in kinds}
     for kind, new in wide.items():
         new.narrow = kind
     for layer in layers[:count]:
@@ -119,15 +119,15 @@ def check_compiler() -> None:
 
 
 def compiled_class(
-    kind: type[GradientCheckpointingLayer], *, keep_wide: bool | None = None
+    kind: type[GradientCheckpointingLayer], *, keep: str | None = None
 ) -> type[GradientCheckpointingLayer]:
-    """Return a subclass whose forward pass is compiled; unless `keep_wide` is None, with selective recomputation.
+    """Return a subclass whose forward pass is compiled; unless `keep` is None, with recomputation inside.
 
     transformers wraps the `forward` of each subclass to recompute it in the backward pass, so that checkpointing is
     around the compiled function. Set on an instance, a function would escape the wrapper, and nothing be recomputed.
     """
     plain = getattr(kind.forward, "__wrapped__", kind.forward)
-    chosen = plain if keep_wide is None else recompute_selected(plain, keep_wide=keep_wide)
+    chosen = plain if keep is None else recompute_selected(plain, keep=keep)
     forward = torch.compile(chosen, dynamic=True, fullgraph=True)
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 

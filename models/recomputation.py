@@ -10,21 +10,23 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CHEAP = 8  # a product this many times wider than its input costs less to compute than to store: LoRA's second one
+# What a layer keeps for its backward pass, besides its input: nothing; attention and the products that are no wider than
+# their input; or those of gate and up too, which are most of a layer's activations and two fifths of its arithmetic.
+KEPT = NOTHING, NARROW, WIDE = "nothing", "narrow", "wide"
 ATTENTION = ("varlen_attn", "attend_by_length", "scaled_dot_product")  # in names of operations
 
 
-def recompute_selected(forward: Callable, *, keep_wide: bool) -> Callable:
+def recompute_selected(forward: Callable, *, keep: str) -> Callable:
     """Return a layer's forward pass that keeps for the backward pass what is expensive to compute.
 
     It has to be compiled: the compiler then merges the recomputation with the backward pass.
 
     Args:
         forward: of the layer's class.
-        keep_wide: also keep products that are wider than their input, as those of gate and up: most of a layer's
-            activations and two fifths of its arithmetic.
+        keep: one of `KEPT`.
     """
-    contexts = partial(create_selective_checkpoint_contexts, partial(choose, keep_wide=keep_wide))
-    contexts.cache_hash = f"{keep_wide} {rules_hash()}"  # else each run traces the layers' backward pass anew
+    contexts = partial(create_selective_checkpoint_contexts, partial(choose, keep=keep))
+    contexts.cache_hash = f"{keep} {rules_hash()}"  # else each run traces the layers' backward pass anew
 
     def selective(self, *args, **kwargs):
         return checkpoint(partial(forward, self), *args, use_reentrant=False, context_fn=contexts, **kwargs)
@@ -39,14 +41,18 @@ def rules_hash() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def choose(context, op, *args, keep_wide: bool, **kwargs) -> CheckpointPolicy:
+def choose(context, op, *args, keep: str, **kwargs) -> CheckpointPolicy:
     """Return whether the results of an operation are kept."""
-    if any(name in str(op) for name in (*ATTENTION, "randint")):  # the last: seeds of dropout
+    if "randint" in str(op):  # seeds of dropout
+        return CheckpointPolicy.MUST_SAVE
+    if keep == NOTHING:
+        return CheckpointPolicy.MUST_RECOMPUTE
+    if any(name in str(op) for name in ATTENTION):
         return CheckpointPolicy.MUST_SAVE
     sizes = product_sizes(op, args)
     if sizes is None:
         return CheckpointPolicy.MUST_RECOMPUTE
-    kept = sizes[1] <= sizes[0] or (keep_wide and is_wide(*sizes))
+    kept = sizes[1] <= sizes[0] or (keep == WIDE and is_wide(*sizes))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
 
 

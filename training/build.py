@@ -19,11 +19,13 @@ from models.flops import matmul_ceiling, work_of
 from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
+from models.recomputation import NARROW, NOTHING
 from models.quantization import describe_stored, format_stored, resolve_quantization
 from models.sharding import is_sharded
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine
 from training.choices import (
+    EVERYTHING,
     choose_compiling,
     choose_packs,
     choose_recomputation,
@@ -88,7 +90,7 @@ def decide(
     """Decide what is `auto` in a recipe, and prepare the model's layers for it.
 
     Returns:
-        Settings without `auto`, and whether activations are recomputed: True, False or "selective".
+        Settings without `auto`, and whether activations are recomputed: True, False, "selective" or `EVERYTHING`.
     """
     settings = choose_compiling(model, data, settings)
     recompute = choose_recomputation(model, settings)
@@ -96,7 +98,7 @@ def decide(
     spare_last_layer(model)
     if settings.training.compile_layers:
         whole = not (recompute is True or settings.training.shard_base)
-        compile_layers(model, whole=whole, selective=recompute == "selective")
+        compile_layers(model, whole=whole, keep={"selective": NARROW, EVERYTHING: NOTHING}.get(recompute))
     settings, recompute = choose_packs(model, processor, data, settings, recompute)
     if recompute == AUTO:
         recompute = needs_recomputation(model, processor, data, settings)
@@ -116,7 +118,7 @@ def trainer_arguments(settings: Settings, *, recompute: bool | str) -> TrainingS
         "save_total_limit": None,  # rotation comes after sealing
         "dataloader_pin_memory": args.dataloader_pin_memory and torch.cuda.is_available(),  # else torch warns
         "remove_unused_columns": False,  # the collator names a sample by its id
-        "gradient_checkpointing": recompute is True,  # selective recomputation is in the compiled layers
+        "gradient_checkpointing": recompute is True,  # otherwise it is in the compiled layers
         "activation_checkpointing": recompute is True,  # transformers reads both names
         "ddp_find_unused_parameters": bool(find_unused),  # each batch uses all weights that train
         # the samplers give each process equally many batches; accelerate cannot even out packs
@@ -200,7 +202,7 @@ def build_trainer(
         keep_checkpoints=settings.training.save_total_limit,
         max_skipped_steps=settings.training.max_skipped_steps,
     )
-    trainer.speed.recomputed = 1.0 if recompute is True else 0.0
+    trainer.speed.recomputed = 1.0 if recompute in (True, EVERYTHING) else 0.0
     if recompute == "selective":
         trainer.speed.recomputed = keep_what_fits(model, processor, data, settings)
     if args.device.type == "cuda":

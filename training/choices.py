@@ -26,6 +26,7 @@ from training.memory_probe import SPARE, fits, largest_batch, recomputing, try_s
 from training.packing import PACK_SIZES, possible_packs
 from training.settings import AUTO, Settings
 
+EVERYTHING = "everything"  # the compiled layers keep their inputs alone
 AMPLE = 3  # so many times the bytes of all wide products are free where they surely fit
 COMPILING_LINE = "the layers are compiled during the first steps, which then take a minute or two"
 
@@ -99,8 +100,8 @@ def tokens_a_gpu(lengths: SampleLengths, settings: Settings) -> float:
 
 
 def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
-    """Return what the backward pass computes again: True, False, "selective" where complete layers are compiled, or
-    `AUTO` where a trial has to decide between the first two, see `needs_recomputation`.
+    """Return what the backward pass computes again: True, False, or `AUTO` where a trial has to decide between these, see
+    `needs_recomputation`. Where complete layers are compiled, which then do it themselves: "selective" or `EVERYTHING`.
 
     Raises:
         ValueError: "selective" for layers that cannot be compiled as a whole.
@@ -115,7 +116,7 @@ def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
     if choice == AUTO and sharded:  # a process that runs out of memory in a trial would leave the others waiting
         print_rank0("gradient checkpointing on: shard_base is for models that need the memory")
         return True
-    return "selective" if choice == AUTO and selects else choice
+    return {AUTO: "selective", True: EVERYTHING}.get(choice, choice) if selects else choice
 
 
 def choose_packs(

@@ -47,5 +47,5 @@ def test_compiled_selective_and_sped_up_models_have_the_plain_ones_gradients():
     results = exact(tiny=True, compiled=True)
     assert all(
         results[name]["gradients"] < 0.02
-        for name in ("tower", "compiled", "selective", "selective, wide products kept")
+        for name in ("tower", "compiled", "everything recomputed", "selective", "selective, wide products kept")
     )

@@ -20,6 +20,7 @@ from models.compilation import (
     unpack_state,
 )
 from models.loading import load_model
+from models.recomputation import NARROW
 
 
 def quantised(*, double: bool, bias: bool, dtype: torch.dtype = torch.float32) -> Linear4bit:
@@ -93,7 +94,7 @@ def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_s
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     save_tiny_model(tmp_path, TEXTS, hidden_size=64, num_layers=3)
     model = load_model(str(tmp_path), dtype="float32", quantization=None)
-    compile_layers(model, selective=True)
+    compile_layers(model, keep=NARROW)
     layers = language_layers(model)
     narrow = [type(layer) for layer in layers]
     keep_wide_products(model, 2)

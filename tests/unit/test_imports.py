@@ -39,3 +39,26 @@ def test_threads_of_a_command_spin_for_a_moment_only_unless_asked_to(command, as
     )
     assert "GOMP_SPINCOUNT = " in done.stderr
     assert ("GOMP_SPINCOUNT = '20000'" in done.stderr) is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "release", "expected"),
+    [
+        ({}, "6.8.0-generic", "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "6.8.0-generic", "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "6.8.0-generic", None),
+        ({}, "5.15.153.1-microsoft-standard-WSL2", None),
+    ],
+)
+def test_gpu_memory_is_reserved_in_segments_that_grow_unless_asked_otherwise(asked, release, expected):
+    code = f"""
+import os, platform
+platform.release = lambda: {release!r}
+import common.cli
+print(os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")} | asked
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(expected)

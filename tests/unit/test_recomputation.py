@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import models.attention
 import models.compilation  # noqa: F401
-from models.recomputation import choose, hashed, is_wide, make_seeded, recompute_selected
+from models.recomputation import KEPT, NARROW, NOTHING, WIDE, choose, hashed, is_wide, make_seeded, recompute_selected
 
 MM, NF4 = torch.ops.aten.mm.default, torch.ops.skin.nf4_linear.default
 
@@ -24,8 +24,8 @@ MM, NF4 = torch.ops.aten.mm.default, torch.ops.skin.nf4_linear.default
 def test_products_are_kept_by_their_widths(inner, outer, kept, kept_if_wide):
     x, weight = SimpleNamespace(shape=(1, 7, inner)), SimpleNamespace(shape=(inner, outer))
     for op, args in ((NF4, (x, None, [], outer, torch.float32)), (MM, (x, weight))):
-        found = [choose(None, op, *args, keep_wide=wide) == CheckpointPolicy.MUST_SAVE for wide in (False, True)]
-        assert found == [kept, kept_if_wide]
+        found = [choose(None, op, *args, keep=keep) == CheckpointPolicy.MUST_SAVE for keep in KEPT]
+        assert found == [False, kept, kept_if_wide]
     assert is_wide(inner, outer) == (kept != kept_if_wide)
 
 
@@ -33,7 +33,8 @@ def test_attention_and_seeds_are_kept_and_the_rest_is_computed_again():
     kept = (torch.ops.skin.attend_by_length.default, torch.ops.aten.randint.low)
     again = (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor, torch.ops.aten.rand.default)
     for ops, policy in ((kept, CheckpointPolicy.MUST_SAVE), (again, CheckpointPolicy.MUST_RECOMPUTE)):
-        assert {choose(None, op, keep_wide=True) for op in ops} == {policy}
+        assert {choose(None, op, keep=keep) for op in ops for keep in (NARROW, WIDE)} == {policy}
+    assert [choose(None, op, keep=NOTHING) for op in kept] == [CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE]
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_its_gradient_has_the_same_mask():
@@ -71,18 +72,18 @@ def test_wide_products_are_stored_only_when_asked_and_gradients_are_the_same():
     torch.manual_seed(0)
     block, x = Block(), torch.randn(1, 32, 16)
     sizes, gradients = {}, {}
-    for wide in (None, False, True):
+    for keep in (None, *KEPT):
         forward = Block.forward
-        if wide is not None:
-            forward = torch.compile(recompute_selected(forward, keep_wide=wide), backend="aot_eager", fullgraph=True)
+        if keep is not None:
+            forward = torch.compile(recompute_selected(forward, keep=keep), backend="aot_eager", fullgraph=True)
         saved, given = [], x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             forward(block, given).sum().backward()
-        sizes[wide] = sum(t.numel() for t in {t.data_ptr(): t for t in saved}.values() if t.dim() > 2 or 32 in t.shape)
-        gradients[wide] = given.grad
-    assert sizes[True] - sizes[False] == 32 * 64 and sizes[False] == 32 * 16
-    for wide in (False, True):
-        torch.testing.assert_close(gradients[wide], gradients[None])
+        sizes[keep] = sum(t.numel() for t in {t.data_ptr(): t for t in saved}.values() if t.dim() > 2 or 32 in t.shape)
+        gradients[keep] = given.grad
+    assert sizes[WIDE] - sizes[NARROW] == 32 * 64 and sizes[NARROW] == 32 * 16
+    for keep in KEPT:
+        torch.testing.assert_close(gradients[keep], gradients[None])
 
 
 def test_the_traced_backward_pass_is_kept_between_runs():
@@ -90,8 +91,8 @@ def test_the_traced_backward_pass_is_kept_between_runs():
     counters = torch._dynamo.utils.counters["aot_autograd"]
     torch.compiler.reset()
     counters.clear()
-    for wide in (False, True):
-        forward = torch.compile(recompute_selected(Block.forward, keep_wide=wide), fullgraph=True)
+    for keep in (NARROW, WIDE):
+        forward = torch.compile(recompute_selected(Block.forward, keep=keep), fullgraph=True)
         forward(Block(), torch.randn(1, 32, 16, requires_grad=True)).sum().backward()
     assert counters["autograd_cache_bypass"] == 0
     assert counters["autograd_cache_miss"] + counters["autograd_cache_hit"] == 2
