@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_float16 --folder /tmp/7b    # one GPU; 17 GB of disk, see benchmarks/gpu_peers.py
     python -m benchmarks.gpu_float16 --tiny              # the same code on a CPU, in bfloat16
 
-Newer GPUs have a kernel for variable lengths, which a T4 lacks; it is switched off here. The weights are random, of the
-7B's shapes. A step is skipped where gradients are not finite; the loss scale, 65,536 at first, is then halved.
+Newer GPUs have a kernel for variable lengths, which a T4 lacks; it is switched off here. The weights are random, of
+the 7B's shapes. A step is skipped where gradients are not finite; the loss scale, 65,536 at first, is then halved.
 """
 
 import argparse

@@ -145,8 +145,8 @@ def free_memory(gigabytes: float | None) -> Iterator[None]:
 
 
 def run_ours(ours: Ours, folder: Path, *, tiny: bool) -> dict:
-    """Return the speed of `train_sft.py` after its first steps, its memory, the seconds to its tenth step, and all lines
-    with their seconds."""
+    """Return the speed of `train_sft.py` after its first steps, its memory, the seconds to its tenth step, and its
+    lines with their seconds."""
     with free_memory(ours.free), tempfile.TemporaryDirectory() as output:
         options = {
             "model_name_or_path": folder / "base", "dataset_path": folder / "annotations.json",

@@ -2,8 +2,7 @@
 
 import torch
 from accelerate import PartialState
-from bitsandbytes import matmul_4bit
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -13,6 +12,10 @@ from models.families import family_of
 from models.recomputation import WIDE, is_wide, make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
+BLOCK, KIND, SCALES_BLOCK = 64, "nf4", 256  # what `pack_state` takes; the last: of scales that are quantised too
+_dequantize_4bit, _dequantize_blockwise = (
+    getattr(torch.ops.bitsandbytes, name).default for name in ("dequantize_4bit", "dequantize_blockwise")
+)
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
 # 6,319 tokens/s as it is; compiled, a step takes two fifths less time (benchmarks/README.md). It has 6.5 billion
 # weights in linear language layers. Slower GPUs earn the same seconds with fewer tokens: this is the cautious side.
@@ -159,7 +162,8 @@ def make_opaque(linear: Linear4bit) -> None:
 
 def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
     """Return the tensors of a 4-bit weight: a compiled graph takes tensors and no object that holds them."""
-    if (state.blocksize, state.quant_type) != (64, "nf4") or (state.nested and state.state2.blocksize != 256):
+    nested_blocks = state.state2.blocksize if state.nested else SCALES_BLOCK
+    if (state.blocksize, state.quant_type, nested_blocks) != (BLOCK, KIND, SCALES_BLOCK):
         raise ValueError(f"expected NF4 in blocks of 64, found {state.quant_type} in blocks of {state.blocksize}")
     nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return [weight, state.absmax, state.code, *nested]
@@ -168,38 +172,60 @@ def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
 def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
     """Return the weight and bitsandbytes' description of it, the reverse of `pack_state`."""
     weight, absmax, code, *nested = tensors
-    settings = {"shape": torch.Size(shape), "code": code, "blocksize": 64, "quant_type": "nf4", "dtype": dtype}
-    # of sharded weights they are bytes under another dtype, and a byte longer where there would be an odd number
-    absmax = absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // 64)]
+    settings = {"shape": torch.Size(shape), "code": code, "blocksize": BLOCK, "quant_type": KIND, "dtype": dtype}
+    absmax = scales_of(absmax, shape, nested=bool(nested))
     if nested:
         offset, absmax_of_absmax, code_of_absmax = nested
-        state2 = QuantState(absmax_of_absmax, code=code_of_absmax, blocksize=256, dtype=torch.float32)
+        state2 = QuantState(absmax_of_absmax, code=code_of_absmax, blocksize=SCALES_BLOCK, dtype=torch.float32)
         settings |= {"offset": offset, "state2": state2}
     return weight, QuantState(absmax, **settings)
 
 
-@torch.library.custom_op("skin::nf4_linear", mutates_args=())
-def nf4_linear(
-    x: torch.Tensor, bias: torch.Tensor | None, state: list[torch.Tensor], out_features: int, dtype: torch.dtype
-) -> torch.Tensor:
-    weight, quant_state = unpack_state(state, (out_features, x.shape[-1]), dtype)
-    return matmul_4bit(x, weight, quant_state, bias=bias)
+def scales_of(absmax: torch.Tensor, shape: tuple[int, int], *, nested: bool) -> torch.Tensor:
+    """Return a weight's scales as what they are.
+
+    Of sharded weights they are bytes under another dtype, and a byte longer where there would be an odd number.
+    """
+    return absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // BLOCK)]
 
 
-@nf4_linear.register_fake
+def dequantise(state: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight (out, in) of a packed state, see `pack_state`.
+
+    It calls the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
+    """
+    weight, absmax, _, *nested = state
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if nested:
+        offset, absmax_of_absmax, code_of_absmax = nested
+        absmax = _dequantize_blockwise(absmax, absmax_of_absmax, code_of_absmax, SCALES_BLOCK, torch.float32) + offset
+    return _dequantize_4bit(weight, absmax, BLOCK, KIND, shape, dtype)
+
+
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype):
+    weight = dequantise(state, (out_features, x.shape[-1]), dtype)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.matmul(gradient, dequantise(state, (gradient.shape[-1], in_features), dtype).to(gradient.dtype))
+
+
+# Not by `torch.library.custom_op`, whose wrapper takes as long as the rest of a call.
+LIBRARY = torch.library.Library("skin", "FRAGMENT")
+LIBRARY.define("nf4_linear(Tensor x, Tensor? bias, Tensor[] state, SymInt out_features, ScalarType dtype) -> Tensor")
+LIBRARY.define("nf4_linear_backward(Tensor gradient, Tensor[] state, SymInt in_features, ScalarType dtype) -> Tensor")
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("nf4_linear", _linear, device)
+    LIBRARY.impl("nf4_linear_backward", _linear_backward, device)
+
+
+@torch.library.register_fake("skin::nf4_linear")
 def _(x, bias, state, out_features, dtype):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("skin::nf4_linear_backward", mutates_args=())
-def nf4_linear_backward(
-    gradient: torch.Tensor, state: list[torch.Tensor], in_features: int, dtype: torch.dtype
-) -> torch.Tensor:
-    weight, quant_state = unpack_state(state, (gradient.shape[-1], in_features), dtype)
-    return torch.matmul(gradient, dequantize_4bit(weight, quant_state).to(gradient.dtype))
-
-
-@nf4_linear_backward.register_fake
+@torch.library.register_fake("skin::nf4_linear_backward")
 def _(gradient, state, in_features, dtype):
     return gradient.new_empty(*gradient.shape[:-1], in_features)
 
@@ -216,4 +242,4 @@ def _backward(ctx, gradient):
     return found, None, [None] * len(ctx.saved_tensors), None, None
 
 
-nf4_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("skin::nf4_linear", _backward, setup_context=_keep_for_backward)

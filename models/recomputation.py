@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 CHEAP = 8  # a product this many times wider than its input costs less to compute than to store: LoRA's second one
-# What a layer keeps for its backward pass, besides its input: nothing; attention and the products that are no wider than
-# their input; or those of gate and up too, which are most of a layer's activations and two fifths of its arithmetic.
+# What a layer keeps for its backward pass, besides its input: nothing; attention and the products that are no wider
+# than their input; or those of gate and up too, most of a layer's activations and two fifths of its arithmetic.
 KEPT = NOTHING, NARROW, WIDE = "nothing", "narrow", "wide"
 ATTENTION = ("varlen_attn", "attend_by_length", "scaled_dot_product")  # in names of operations
 

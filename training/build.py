@@ -19,8 +19,8 @@ from models.flops import matmul_ceiling, work_of
 from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
-from models.recomputation import NARROW, NOTHING
 from models.quantization import describe_stored, format_stored, resolve_quantization
+from models.recomputation import NARROW, NOTHING
 from models.sharding import is_sharded
 from models.tower import speed_up_frozen_tower
 from training.callbacks import CurvesCallback, ProgressLine

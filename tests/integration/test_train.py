@@ -242,7 +242,7 @@ def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path, checkpoi
         trainer.train()
     kind = type(plain.model.get_base_model().model.language_model.layers[0])
     layers = compiled.model.get_base_model().model.language_model.layers
-    assert not any(type(layer) is kind or layer.gradient_checkpointing for layer in layers)  # they recompute themselves
+    assert not any(type(layer) is kind or layer.gradient_checkpointing for layer in layers)
     weights = compiled.model.state_dict()
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)

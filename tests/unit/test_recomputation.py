@@ -34,7 +34,10 @@ def test_attention_and_seeds_are_kept_and_the_rest_is_computed_again():
     again = (torch.ops.aten.silu.default, torch.ops.aten.mul.Tensor, torch.ops.aten.rand.default)
     for ops, policy in ((kept, CheckpointPolicy.MUST_SAVE), (again, CheckpointPolicy.MUST_RECOMPUTE)):
         assert {choose(None, op, keep=keep) for op in ops for keep in (NARROW, WIDE)} == {policy}
-    assert [choose(None, op, keep=NOTHING) for op in kept] == [CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE]
+    assert [choose(None, op, keep=NOTHING) for op in kept] == [
+        CheckpointPolicy.MUST_RECOMPUTE,
+        CheckpointPolicy.MUST_SAVE,
+    ]
 
 
 def test_dropout_drops_its_share_keeps_the_mean_and_its_gradient_has_the_same_mask():
