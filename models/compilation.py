@@ -13,9 +13,7 @@ from models.recomputation import WIDE, is_wide, make_seeded, recompute_selected
 
 Tensors = list[torch.Tensor]
 BLOCK, KIND, SCALES_BLOCK = 64, "nf4", 256  # what `pack_state` takes; the last: of scales that are quantised too
-_dequantize_4bit, _dequantize_blockwise = (
-    getattr(torch.ops.bitsandbytes, name).default for name in ("dequantize_4bit", "dequantize_blockwise")
-)
+BNB = torch.ops.bitsandbytes
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
 # 6,319 tokens/s as it is; compiled, a step takes two fifths less time (benchmarks/README.md). It has 6.5 billion
 # weights in linear language layers. Slower GPUs earn the same seconds with fewer tokens: this is the cautious side.
@@ -189,26 +187,27 @@ def scales_of(absmax: torch.Tensor, shape: tuple[int, int], *, nested: bool) -> 
     return absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // BLOCK)]
 
 
-def dequantise(state: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight (out, in) of a packed state, see `pack_state`.
-
-    It calls the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
-    """
-    weight, absmax, _, *nested = state
-    absmax = scales_of(absmax, shape, nested=bool(nested))
-    if nested:
-        offset, absmax_of_absmax, code_of_absmax = nested
-        absmax = _dequantize_blockwise(absmax, absmax_of_absmax, code_of_absmax, SCALES_BLOCK, torch.float32) + offset
-    return _dequantize_4bit(weight, absmax, BLOCK, KIND, shape, dtype)
-
-
+# Both call the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype):
-    weight = dequantise(state, (out_features, x.shape[-1]), dtype)
-    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    weight, absmax, _, *nested = state
+    shape = out_features, x.shape[-1]
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if not nested:
+        return BNB.gemm_4bit.default(x, weight, shape, absmax, BLOCK, KIND, bias=bias)
+    offset, absmax_of_absmax, code = nested
+    scales = {"absmax_8bit": absmax, "absmax_code": code, "absmax_offset": offset}
+    return BNB.gemm_4bit.default(x, weight, shape, absmax_of_absmax, BLOCK, KIND, bias=bias, **scales)
 
 
 def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.matmul(gradient, dequantise(state, (gradient.shape[-1], in_features), dtype).to(gradient.dtype))
+    weight, absmax, _, *nested = state
+    shape = gradient.shape[-1], in_features
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if nested:
+        offset, absmax_of_absmax, code = nested
+        absmax = BNB.dequantize_blockwise.default(absmax, absmax_of_absmax, code, SCALES_BLOCK, torch.float32) + offset
+    weight = BNB.dequantize_4bit.default(weight, absmax, BLOCK, KIND, shape, dtype)
+    return torch.matmul(gradient, weight.to(gradient.dtype))
 
 
 # Not by `torch.library.custom_op`, whose wrapper takes as long as the rest of a call.

@@ -100,8 +100,10 @@ def tokens_a_gpu(lengths: SampleLengths, settings: Settings) -> float:
 
 
 def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
-    """Return what the backward pass computes again: True, False, or `AUTO` where a trial has to decide between these, see
-    `needs_recomputation`. Where complete layers are compiled, which then do it themselves: "selective" or `EVERYTHING`.
+    """Return what the backward pass computes again: True, False, or `AUTO` where a trial has to decide between these.
+
+    Complete layers that are compiled do it by themselves: "selective" or `EVERYTHING`. The trial is
+    `needs_recomputation`.
 
     Raises:
         ValueError: "selective" for layers that cannot be compiled as a whole.
