@@ -17,20 +17,20 @@ BNB = torch.ops.bitsandbytes
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
 # 6,319 tokens/s as it is; compiled, a step takes two fifths less time (benchmarks/README.md). It has 6.5 billion
 # weights in linear language layers. Slower GPUs earn the same seconds with fewer tokens: this is the cautious side.
-COMPILING, SAVED, UNCOMPILED = 120, 0.4, 6319 * 6.5e9  # s; share of a step's time; tokens x weights a second
+COMPILING, SAVED, UNCOMPILED = 60, 0.4, 6319 * 6.5e9  # s; share of a step's time; tokens x weights a second
 
 
 def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | None = None) -> None:
     """Let torch.compile fuse the arithmetic within each layer of tower and language model, in place.
 
-    The code of one layer serves all others, and packs of every length. The first steps take a minute longer.
+    The code of one layer serves all others, and packs of every length. The first steps take up to a minute longer.
     Gradient checkpointing stays outside of the compiled function, and is switched on and off as before.
 
     Args:
         model: with LoRA.
         whole: compile complete layers, which is fastest; else their parts, which suits layers that are recomputed from
-            outside (complete ones took minutes to compile then), and weights that come and go during a step, as
-            sharded ones. Of models that `takes_whole_layers` refuses, parts are compiled in any case.
+            outside: complete ones took minutes to compile then. Of models that `takes_whole_layers` refuses, parts are
+            compiled in any case.
         keep: let complete layers recompute the rest by themselves, see `recompute_selected` and `keep_wide_products`.
 
     Raises:

@@ -145,7 +145,7 @@ def join_scales(unit: nn.Module) -> None:
         parts = [part.as_subclass(torch.Tensor).flatten().view(torch.uint8) for part in (packed, scales)]
         joined = torch.cat(parts)
         even = nn.functional.pad(joined, (0, joined.numel() % 2))
-        linear.__class__, linear.constants = ShardedLinear4bit, constants
+        linear.__class__, linear.constants, linear.state_dtype = ShardedLinear4bit, constants, state.dtype
         linear.weight = nn.Parameter(even.view(torch.bfloat16), requires_grad=False)
         linear.quant_state, state.absmax = state, None
 

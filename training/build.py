@@ -97,7 +97,7 @@ def decide(
     speed_up_frozen_tower(model.get_base_model())
     spare_last_layer(model)
     if settings.training.compile_layers:
-        whole = not (recompute is True or settings.training.shard_base)
+        whole = recompute is not True
         compile_layers(model, whole=whole, keep={"selective": NARROW, EVERYTHING: NOTHING}.get(recompute))
     settings, recompute = choose_packs(model, processor, data, settings, recompute)
     if recompute == AUTO:

@@ -28,7 +28,7 @@ from training.settings import AUTO, Settings
 
 EVERYTHING = "everything"  # the compiled layers keep their inputs alone
 AMPLE = 3  # so many times the bytes of all wide products are free where they surely fit
-COMPILING_LINE = "the layers are compiled during the first steps, which then take a minute or two"
+COMPILING_LINE = "the layers are compiled before the first step, which takes up to a minute, and less the next time"
 
 
 def keep_choices(settings: Settings, checkpoint: Path | None) -> Settings:
@@ -110,15 +110,15 @@ def choose_recomputation(model: PeftModel, settings: Settings) -> bool | str:
     """
     args = settings.training
     sharded = args.shard_base
-    selects = args.compile_layers is True and takes_whole_layers(model) and not sharded
+    whole = args.compile_layers is True and takes_whole_layers(model)
     choice = args.gradient_checkpointing
-    if choice == "selective" and not selects:
+    if choice == "selective" and (sharded or not whole):
         name = "shard_base: true" if sharded else f"{family_of(model).name}, of whose layers only parts are compiled"
         raise ValueError(f"gradient_checkpointing: selective is not for {name}; set it to auto, or to true")
     if choice == AUTO and sharded:  # a process that runs out of memory in a trial would leave the others waiting
         print_rank0("gradient checkpointing on: shard_base is for models that need the memory")
-        return True
-    return {AUTO: "selective", True: EVERYTHING}.get(choice, choice) if selects else choice
+        choice = True
+    return {AUTO: "selective", True: EVERYTHING}.get(choice, choice) if whole else choice
 
 
 def choose_packs(
