@@ -115,7 +115,7 @@ def save_inputs(folder: Path, *, tiny: bool) -> None:
 
 
 def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> dict:
-    """Return what a side's script printed last, and the attention it ran with."""
+    """Return what a side's script printed last, and all its lines."""
     has_flash = packages is not None and importlib.machinery.PathFinder.find_spec("flash_attn", [str(packages)])
     if side.flash and not has_flash and not tiny:
         return {"error": f"no flash-attn in {packages}" if packages else "no folder with its packages was given"}
@@ -130,7 +130,8 @@ def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> 
     done = subprocess.run(command, env=environment, timeout=LIMIT, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
-    return {**json.loads(done.stdout.strip().splitlines()[-1]), "attention": attention}
+    lines = done.stdout.strip().splitlines()
+    return {**json.loads(lines[-1]), "output": [*lines[:-1], *done.stderr.splitlines()]}
 
 
 @contextmanager

@@ -40,8 +40,12 @@ def count_tokens(collate: Callable, seen: list[int]) -> Callable:
     return counting
 
 
-def report(clock: Clock, seen: list[int]) -> None:
+def report(clock: Clock, seen: list[int], model: torch.nn.Module) -> None:
+    """Print the figures as a line of JSON, with the attention and the number of layers that the side recomputed."""
     seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
     tokens = statistics.mean(seen)
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
-    print(json.dumps({"tokens_per_second": tokens / seconds, "seconds": seconds, "memory_gb": memory}), flush=True)
+    recomputed = sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules())
+    ran = {"attention": str(model.config._attn_implementation), "recomputed_modules": recomputed}
+    speed = {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "memory_gb": memory}
+    print(json.dumps({**speed, **ran}), flush=True)

@@ -51,7 +51,7 @@ def main(settings: dict) -> None:
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LANGUAGE, task_type="CAUSAL_LM"),
     )  # fmt: skip
     trainer.train()
-    report(clock, seen)
+    report(clock, seen, trainer.model)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,16 @@ def main(settings: dict) -> None:
     args = SFTConfig(
         output_dir=str(folder / "run"), per_device_train_batch_size=settings["batch"], max_steps=settings["steps"],
         learning_rate=1e-4, bf16=True, logging_steps=1000, save_strategy="no", report_to="none", max_length=2048,
-        remove_unused_columns=False, dataset_text_field="", dataset_kwargs={"skip_prepare_dataset": True},
-        optim="adamw_torch_fused", disable_tqdm=True,
+        gradient_checkpointing=True, remove_unused_columns=False, dataset_text_field="",
+        dataset_kwargs={"skip_prepare_dataset": True}, optim="adamw_torch_fused", disable_tqdm=True,
     )  # fmt: skip
-    collate = count_tokens(UnslothVisionDataCollator(model, processor), seen)
+    collate = count_tokens(UnslothVisionDataCollator(model, processor, resize="max"), seen)  # not to 512 pixels
     trainer = SFTTrainer(
         model=model, processing_class=processor.tokenizer, data_collator=collate, train_dataset=data, args=args,
         callbacks=[clock],
     )  # fmt: skip
     trainer.train()
-    report(clock, seen)
+    report(clock, seen, trainer.model)
 
 
 def to_messages(row: dict, folder: Path) -> dict:
