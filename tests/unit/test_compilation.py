@@ -21,6 +21,7 @@ from models.compilation import (
 )
 from models.loading import load_model
 from models.recomputation import NARROW
+from models.sharding import join_scales
 
 
 def quantised(*, double: bool, bias: bool, dtype: torch.dtype = torch.float32) -> Linear4bit:
@@ -48,6 +49,18 @@ def test_the_operation_computes_what_bitsandbytes_does_forward_and_backward(doub
     expected.backward(upstream)
     found.backward(upstream)
     assert torch.equal(copied.grad, x.grad)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_product_of_a_layer_that_is_sharded_is_part_of_a_compiled_function(double):
+    """With `fullgraph`, what the compiler cannot take in is an error."""
+    plain = quantised(double=double, bias=False)
+    layers = torch.nn.Sequential(copy.deepcopy(plain))
+    join_scales(layers)
+    torch.compiler.reset()
+    x = torch.randn(1, 5, 64)
+    found = torch.compile(layers, backend="eager", fullgraph=True, dynamic=True)(x)
+    assert torch.equal(found, plain(x))
 
 
 def test_packed_state_comes_back_and_another_kind_is_refused():
