@@ -10,7 +10,6 @@ the 7B's shapes. A step is skipped where gradients are not finite; the loss scal
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from common.cli import run
 import torch
 
 import train_sft
+from benchmarks.gpu_peers import ensure_inputs
 from models import attention
 
 CONFIG = Path(__file__).parents[1] / "configs" / "skin_16gb.yaml"
@@ -61,10 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     attention._has_kernel = lambda device: False
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = args.folder or Path(temporary) / "inputs", Path(temporary) / "run"
-        if not (folder / "annotations.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", str(folder)]
-            subprocess.run(save + ["--tiny"] * args.tiny, check=True)
+        ensure_inputs(folder, tiny=args.tiny)
         if code := train_sft.main(recipe(folder, out, args)):
             return code
         steps = steps_of(out / "metrics.jsonl")

@@ -114,6 +114,14 @@ def save_inputs(folder: Path, *, tiny: bool) -> None:
     (folder / "annotations.json").write_text(json.dumps(records), encoding="utf-8")
 
 
+def ensure_inputs(folder: Path, *, tiny: bool) -> None:
+    """Write the inputs unless they are there, in a process of its own, which leaves no GPU memory taken."""
+    if not (folder / "annotations.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", str(folder)]
+        subprocess.run(save + ["--tiny"] * tiny, check=True)
+
+
 def run_peer(side: Side, packages: Path | None, folder: Path, *, tiny: bool) -> dict:
     """Return what a side's script printed last, and all its lines."""
     has_flash = packages is not None and importlib.machinery.PathFinder.find_spec("flash_attn", [str(packages)])
@@ -222,11 +230,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        if not (folder / "annotations.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save = [sys.executable, "-m", "benchmarks.gpu_peers", "--save", str(folder)]
-            # a process of its own leaves no GPU memory taken
-            subprocess.run(save + ["--tiny"] * args.tiny, check=True)
+        ensure_inputs(folder, tiny=args.tiny)
         chosen = [name for name in (*(f"ours, {x}" for x in OURS), *SIDES) if any(word in name for word in args.only)]
         for name in chosen:
             results[name] = run_side(name, args, folder)

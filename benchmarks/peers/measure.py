@@ -45,7 +45,7 @@ def report(clock: Clock, seen: list[int], model: torch.nn.Module) -> None:
     seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
     tokens = statistics.mean(seen)
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
-    recomputed = sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules())
+    recomputed = sum(1 for module in model.modules() if getattr(module, "gradient_checkpointing", False))
     ran = {"attention": str(model.config._attn_implementation), "recomputed_modules": recomputed}
     speed = {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "memory_gb": memory}
     print(json.dumps({**speed, **ran}), flush=True)
