@@ -50,6 +50,7 @@ STEPS, TENTH, LIMIT = 15, 10, 240  # of each side; the step until which ours is 
 LOGGED = 5  # steps a line of the log, which waits for the GPU
 COMPILED = {"compile_layers": "true", "gradient_checkpointing": "selective"}
 PACKS_8192 = COMPILED | {"pack_tokens": 8192, "gradient_accumulation_steps": 1}
+PACKS_16384 = PACKS_8192 | {"pack_tokens": 16384}
 RECOMPUTED = {"compile_layers": "true", "gradient_checkpointing": "true"}
 OFFLOADED = RECOMPUTED | {"activation_offloading": "true"}
 PACKS_4096 = {"pack_tokens": 4096, "gradient_accumulation_steps": 2}
@@ -65,12 +66,14 @@ class Ours(NamedTuple):
 
 OURS = {
     "configs/skin.yaml": Ours({}),
+    "packs of 16,384, selective, no dropout": Ours(PACKS_16384 | {"lora_dropout": 0}),
     "packs of 8,192, selective": Ours(PACKS_8192),
     "packs of 8,192, selective, no dropout": Ours(PACKS_8192 | {"lora_dropout": 0}),
     "packs of 8,192, selective, 24 GB free": Ours(PACKS_8192, free=24),
     "packs of 8,192, all recomputed": Ours(PACKS_8192 | RECOMPUTED),
     "packs of 8,192, all recomputed, offloaded": Ours(PACKS_8192 | OFFLOADED),
     "2 packs of 4,096, all recomputed": Ours(PACKS_4096 | RECOMPUTED),
+    "2 packs of 4,096, all recomputed, 10.1 GB free": Ours(PACKS_4096 | RECOMPUTED, free=10.1),
     "3 packs of 2,752, all recomputed, 10.1 GB free": Ours(PACKS_2752 | RECOMPUTED, free=10.1),  # CUDA takes 0.5
 }
 

@@ -37,7 +37,7 @@ def recompute_selected(forward: Callable, *, keep: str) -> Callable:
 @cache
 def rules_hash() -> str:
     """Return a hash of the code that decides what is kept, and of the operations that it names."""
-    files = [Path(__file__).with_name(name) for name in ("recomputation.py", "compilation.py", "attention.py")]
+    files = [Path(__file__).with_name(name) for name in ("recomputation.py", "nf4_linear.py", "attention.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -64,7 +64,7 @@ def is_wide(inner: int, outer: int) -> bool:
 def product_sizes(op, args: tuple) -> tuple[int, int] | None:
     """Return the widths of a matrix product's input and output; None for another operation."""
     if op is torch.ops.skin.nf4_linear.default:
-        x, _, _, outer, _ = args
+        x, _, _, outer, *_ = args
         return x.shape[-1], outer
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
         return args[-1].shape

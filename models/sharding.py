@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from models.compilation import OpaqueLinear4bit, language_layers, pack_state, unpack_state
+from models.compilation import language_layers
 from models.families import family_of
+from models.nf4_linear import OpaqueLinear4bit, pack_state, unpack_state
 
 
 class ShardedLinear4bit(OpaqueLinear4bit):

@@ -9,17 +9,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from demo.tiny_model import save_tiny_model
 from helpers.runs import TEXTS
-from models.compilation import (
-    OpaqueLinear4bit,
-    compile_layers,
-    compiled_class,
-    keep_wide_products,
-    language_layers,
-    make_opaque,
-    pack_state,
-    unpack_state,
-)
+from models.compilation import compile_layers, compiled_class, keep_wide_products, language_layers
 from models.loading import load_model
+from models.nf4_linear import OpaqueLinear4bit, make_opaque, pack_state, unpack_state
 from models.recomputation import NARROW
 from models.sharding import join_scales
 

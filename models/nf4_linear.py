@@ -1,0 +1,163 @@
+"""The product of a 4-bit layer, with LoRA's on top, as one operation of compiled functions."""
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit
+from peft.tuners import lora
+
+Tensors = list[torch.Tensor]
+BLOCK, KIND, SCALES_BLOCK = 64, "nf4", 256  # what `pack_state` takes; the last: of scales that are quantised too
+BNB = torch.ops.bitsandbytes
+
+
+class OpaqueLinear4bit(Linear4bit):
+    """A 4-bit layer that a compiled graph holds as one operation: the compiler cannot see into bitsandbytes."""
+
+    state_tensors: Tensors
+    state_dtype: torch.dtype  # in which the weight comes out of 4 bit; a base that comes in 4 bit has its own
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        return self.product(x)
+
+    def product(self, x: torch.Tensor, low: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the layer's output, with LoRA's products added if given, see the operation `skin::nf4_linear`."""
+        dtype = self.compute_dtype or x.dtype
+        bias, low, up = (None if tensor is None else tensor.to(dtype) for tensor in (self.bias, low, up))
+        state = self.state_tensors, self.out_features, self.state_dtype
+        return torch.ops.skin.nf4_linear(x.to(dtype), bias, *state, low, up).to(x.dtype)
+
+
+class FusedLora(lora.Linear4bit):
+    """LoRA on an `OpaqueLinear4bit`: in a compiled graph the base's product and LoRA's are one operation.
+
+    As two, the graph would hold both until the next elementwise operation, up to three more tensors as wide as the
+    MLP, and read and write them in the backward pass.
+    """
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if not torch.compiler.is_compiling() or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        first, second = self.lora_A[name], self.lora_B[name]
+        into = x if torch.is_autocast_enabled() else x.to(first.weight.dtype)  # as PEFT
+        low = first(self.lora_dropout[name](into))
+        return self.base_layer.product(x, low, second.weight * self.scaling[name])
+
+
+def fuse_lora(module: torch.nn.Module) -> None:
+    """Turn PEFT's layer, in place, into a `FusedLora`, if it is LoRA on a 4-bit layer without variants or a bias."""
+    if type(module) is lora.Linear4bit and not module.lora_variant:
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if len(active) == 1 == len(module.active_adapters) and module.lora_B[active[0]].bias is None:
+            module.__class__ = FusedLora
+
+
+def make_opaque(linear: Linear4bit) -> None:
+    """Turn a loaded 4-bit layer into an `OpaqueLinear4bit`, which refers to the same weights."""
+    linear.__class__ = OpaqueLinear4bit
+    linear.state_tensors = pack_state(linear.weight.data, linear.weight.quant_state)
+    linear.state_dtype = linear.weight.quant_state.dtype
+    for tensor in linear.state_tensors:  # as of all parameters; each size as a variable would take seconds to trace
+        torch._dynamo.mark_static(tensor)
+
+
+def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
+    """Return the tensors of a 4-bit weight: a compiled graph takes tensors and no object that holds them."""
+    nested_blocks = state.state2.blocksize if state.nested else SCALES_BLOCK
+    if (state.blocksize, state.quant_type, nested_blocks) != (BLOCK, KIND, SCALES_BLOCK):
+        raise ValueError(f"expected NF4 in blocks of 64, found {state.quant_type} in blocks of {state.blocksize}")
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [weight, state.absmax, state.code, *nested]
+
+
+def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+    """Return the weight and bitsandbytes' description of it, the reverse of `pack_state`."""
+    weight, absmax, code, *nested = tensors
+    settings = {"shape": torch.Size(shape), "code": code, "blocksize": BLOCK, "quant_type": KIND, "dtype": dtype}
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if nested:
+        offset, absmax_of_absmax, code_of_absmax = nested
+        state2 = QuantState(absmax_of_absmax, code=code_of_absmax, blocksize=SCALES_BLOCK, dtype=torch.float32)
+        settings |= {"offset": offset, "state2": state2}
+    return weight, QuantState(absmax, **settings)
+
+
+def scales_of(absmax: torch.Tensor, shape: tuple[int, int], *, nested: bool) -> torch.Tensor:
+    """Return a weight's scales as what they are.
+
+    Of sharded weights they are bytes under another dtype, and a byte longer where there would be an odd number.
+    """
+    return absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // BLOCK)]
+
+
+# Both call the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
+def _linear(
+    x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype,
+    low: torch.Tensor | None = None, up: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    weight, absmax, _, *nested = state
+    shape = out_features, x.shape[-1]
+    absmax, scales = scales_of(absmax, shape, nested=bool(nested)), {}
+    if nested:
+        offset, absmax_of_absmax, code = nested
+        scales = {"absmax_8bit": absmax, "absmax_code": code, "absmax_offset": offset}
+        absmax = absmax_of_absmax
+    product = BNB.gemm_4bit.default(x, weight, shape, absmax, BLOCK, KIND, bias=bias, **scales)
+    if low is not None:
+        product.flatten(0, -2).addmm_(low.flatten(0, -2), up.t())
+    return product
+
+
+def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    weight, absmax, _, *nested = state
+    shape = gradient.shape[-1], in_features
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if nested:
+        offset, absmax_of_absmax, code = nested
+        absmax = BNB.dequantize_blockwise.default(absmax, absmax_of_absmax, code, SCALES_BLOCK, torch.float32) + offset
+    weight = BNB.dequantize_4bit.default(weight, absmax, BLOCK, KIND, shape, dtype)
+    return torch.matmul(gradient, weight.to(gradient.dtype))
+
+
+# Not by `torch.library.custom_op`, whose wrapper takes as long as the rest of a call.
+LIBRARY = torch.library.Library("skin", "FRAGMENT")
+STATE = "Tensor[] state, SymInt {}, ScalarType dtype"
+LIBRARY.define(
+    f"nf4_linear(Tensor x, Tensor? bias, {STATE.format('out_features')}, Tensor? low=None, Tensor? up=None) -> Tensor"
+)
+LIBRARY.define(f"nf4_linear_backward(Tensor gradient, {STATE.format('in_features')}) -> Tensor")
+for device in ("CPU", "CUDA"):
+    LIBRARY.impl("nf4_linear", _linear, device)
+    LIBRARY.impl("nf4_linear_backward", _linear_backward, device)
+
+
+@torch.library.register_fake("skin::nf4_linear")
+def _(x, bias, state, out_features, dtype, low=None, up=None):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("skin::nf4_linear_backward")
+def _(gradient, state, in_features, dtype):
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, _, state, _, ctx.dtype, low, up = inputs
+    ctx.in_features, ctx.has_lora = x.shape[-1], low is not None
+    ctx.save_for_backward(*state, *((low, up) if ctx.has_lora else ()))
+
+
+def _backward(ctx, gradient):
+    """Only activations and LoRA have gradients; weight and bias are frozen."""
+    saved = list(ctx.saved_tensors)
+    low, up = (saved.pop(-2), saved.pop()) if ctx.has_lora else (None, None)
+    found = torch.ops.skin.nf4_linear_backward(gradient, saved, ctx.in_features, ctx.dtype)
+    of_low = of_up = None
+    if ctx.has_lora:
+        of_low, of_up = gradient @ up, gradient.flatten(0, -2).t() @ low.flatten(0, -2)
+    return found, None, [None] * len(saved), None, None, of_low, of_up
+
+
+torch.library.register_autograd("skin::nf4_linear", _backward, setup_context=_keep_for_backward)
