@@ -1,9 +1,13 @@
 """The product of a 4-bit layer, with LoRA's on top, as one operation of compiled functions."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
+from torch.nn.functional import linear
 
 Tensors = list[torch.Tensor]
 BLOCK, KIND, SCALES_BLOCK = 64, "nf4", 256  # what `pack_state` takes; the last: of scales that are quantised too
@@ -54,12 +58,12 @@ def fuse_lora(module: torch.nn.Module) -> None:
             module.__class__ = FusedLora
 
 
-def make_opaque(linear: Linear4bit) -> None:
+def make_opaque(layer: Linear4bit) -> None:
     """Turn a loaded 4-bit layer into an `OpaqueLinear4bit`, which refers to the same weights."""
-    linear.__class__ = OpaqueLinear4bit
-    linear.state_tensors = pack_state(linear.weight.data, linear.weight.quant_state)
-    linear.state_dtype = linear.weight.quant_state.dtype
-    for tensor in linear.state_tensors:  # as of all parameters; each size as a variable would take seconds to trace
+    layer.__class__ = OpaqueLinear4bit
+    layer.state_tensors = pack_state(layer.weight.data, layer.weight.quant_state)
+    layer.state_dtype = layer.weight.quant_state.dtype
+    for tensor in layer.state_tensors:  # as of all parameters; each size as a variable would take seconds to trace
         torch._dynamo.mark_static(tensor)
 
 
@@ -92,32 +96,41 @@ def scales_of(absmax: torch.Tensor, shape: tuple[int, int], *, nested: bool) -> 
     return absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // BLOCK)]
 
 
-# Both call the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
-def _linear(
-    x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype,
-    low: torch.Tensor | None = None, up: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    weight, absmax, _, *nested = state
-    shape = out_features, x.shape[-1]
-    absmax, scales = scales_of(absmax, shape, nested=bool(nested)), {}
+def weight_of(state: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight out of 4 bit.
+
+    On CPUs by the operations of bitsandbytes alone: with the functions around them, Python takes a quarter longer.
+    """
+    weight, absmax, code, *nested = state
+    absmax = scales_of(absmax, shape, nested=bool(nested))
+    if weight.is_cuda:
+        return kernel()([weight, absmax, code, *nested], shape, dtype)
     if nested:
         offset, absmax_of_absmax, code = nested
-        scales = {"absmax_8bit": absmax, "absmax_code": code, "absmax_offset": offset}
-        absmax = absmax_of_absmax
-    product = BNB.gemm_4bit.default(x, weight, shape, absmax, BLOCK, KIND, bias=bias, **scales)
+        absmax = BNB.dequantize_blockwise.default(absmax, absmax_of_absmax, code, SCALES_BLOCK, torch.float32) + offset
+    return BNB.dequantize_4bit.default(weight, absmax, BLOCK, KIND, shape, dtype)
+
+
+@cache
+def kernel() -> Callable:
+    """Return `models.nf4_kernel.dequantise`; only where a GPU is does Triton have to be there."""
+    from models.nf4_kernel import dequantise
+
+    return dequantise
+
+
+def _linear(
+    x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype,
+    low: torch.Tensor | None, up: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    product = linear(x, weight_of(state, (out_features, x.shape[-1]), x.dtype), bias)
     if low is not None:
         product.flatten(0, -2).addmm_(low.flatten(0, -2), up.t())
     return product
 
 
 def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    weight, absmax, _, *nested = state
-    shape = gradient.shape[-1], in_features
-    absmax = scales_of(absmax, shape, nested=bool(nested))
-    if nested:
-        offset, absmax_of_absmax, code = nested
-        absmax = BNB.dequantize_blockwise.default(absmax, absmax_of_absmax, code, SCALES_BLOCK, torch.float32) + offset
-    weight = BNB.dequantize_4bit.default(weight, absmax, BLOCK, KIND, shape, dtype)
+    weight = weight_of(state, (gradient.shape[-1], in_features), dtype)
     return torch.matmul(gradient, weight.to(gradient.dtype))
 
 
@@ -125,7 +138,7 @@ def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, d
 LIBRARY = torch.library.Library("skin", "FRAGMENT")
 STATE = "Tensor[] state, SymInt {}, ScalarType dtype"
 LIBRARY.define(
-    f"nf4_linear(Tensor x, Tensor? bias, {STATE.format('out_features')}, Tensor? low=None, Tensor? up=None) -> Tensor"
+    f"nf4_linear(Tensor x, Tensor? bias, {STATE.format('out_features')}, Tensor? low, Tensor? up) -> Tensor"
 )
 LIBRARY.define(f"nf4_linear_backward(Tensor gradient, {STATE.format('in_features')}) -> Tensor")
 for device in ("CPU", "CUDA"):
@@ -134,7 +147,7 @@ for device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("skin::nf4_linear")
-def _(x, bias, state, out_features, dtype, low=None, up=None):
+def _(x, bias, state, out_features, dtype, low, up):
     return x.new_empty(*x.shape[:-1], out_features)
 
 

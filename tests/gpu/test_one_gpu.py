@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Params4bit
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import _try_gqa, run_by_length, run_kernel, takes_gqa
+from models.nf4_linear import pack_state, weight_of
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs an Ampere GPU or later"
@@ -41,6 +44,18 @@ def test_the_trial_of_the_kernel_may_fall_into_a_layer_that_is_recomputed():
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@needs_gpu
+def test_weights_come_out_of_4_bit_as_bitsandbytes_has_them(double, dtype):
+    for shape in ((512, 3584), (300, 192), (2, 257 * 64)):
+        options = {"quant_type": "nf4", "compress_statistics": double}
+        weight = Params4bit(torch.randn(shape), requires_grad=False, **options).to("cuda")
+        state = weight.quant_state
+        state.dtype = dtype
+        assert torch.equal(weight_of(pack_state(weight.data, state), shape, dtype), dequantize_4bit(weight.data, state))
+
+
 def test_compiled_selective_and_sped_up_models_have_the_plain_ones_gradients():
     from benchmarks.gpu_speed import exact
 
