@@ -54,6 +54,7 @@ PACKS_16384 = PACKS_8192 | {"pack_tokens": 16384}
 RECOMPUTED = {"compile_layers": "true", "gradient_checkpointing": "true"}
 OFFLOADED = RECOMPUTED | {"activation_offloading": "true"}
 PACKS_4096 = {"pack_tokens": 4096, "gradient_accumulation_steps": 2}
+PACKS_3584 = {"pack_tokens": 3584, "max_length": 3584, "gradient_accumulation_steps": 3}
 PACKS_2752 = {"pack_tokens": 2752, "max_length": 2752, "gradient_accumulation_steps": 3}  # 8,256 tokens a step
 
 
@@ -73,8 +74,8 @@ OURS = {
     "packs of 8,192, all recomputed": Ours(PACKS_8192 | RECOMPUTED),
     "packs of 8,192, all recomputed, offloaded": Ours(PACKS_8192 | OFFLOADED),
     "2 packs of 4,096, all recomputed": Ours(PACKS_4096 | RECOMPUTED),
-    "2 packs of 4,096, all recomputed, 10.1 GB free": Ours(PACKS_4096 | RECOMPUTED, free=10.1),
-    "3 packs of 2,752, all recomputed, 10.1 GB free": Ours(PACKS_2752 | RECOMPUTED, free=10.1),  # CUDA takes 0.5
+    "3 packs of 3,584, all recomputed, 10.1 GB free": Ours(PACKS_3584 | RECOMPUTED, free=10.1),  # CUDA takes 0.5
+    "3 packs of 2,752, all recomputed, 10.1 GB free": Ours(PACKS_2752 | RECOMPUTED, free=10.1),
 }
 
 

@@ -49,7 +49,8 @@ class MemoryPlan:
         recomputed: share of the language layers' forward pass that the backward pass repeats.
         kept: bytes of each token that compiled layers keep besides.
         wide: bytes of each token that one more layer with its wide products would keep.
-        layers: how many there are of these.
+        layers: how many there are of these; the last one's MLP sees the answers' tokens alone, and keeps next to nothing.
+        slack: what the allocator reserves beyond the activations, as a share of them.
     """
 
     name: str
@@ -63,10 +64,11 @@ class MemoryPlan:
     kept: int = 0
     wide: int = 0
     layers: int = 0
+    slack: float = SLACK
 
     def with_wide(self, count: int) -> "MemoryPlan":
         """Return the plan in which so many of the layers keep their wide products."""
-        name, kept = f"{self.name}, {count} of {self.layers} wide", self.kept + count * self.wide
+        name, kept = f"{self.name}, {count} of {self.layers} wide", self.kept + min(count, self.layers - 1) * self.wide
         return replace(self, name=name, kept=kept, recomputed=self.recomputed * (1 - count / self.layers))
 
     def parts(self, tokens: int) -> dict[str, float]:
@@ -81,8 +83,8 @@ class MemoryPlan:
             "activations, language layers": (saved if at_head else peak) - tower,
             "logits of the answers, in pieces": logits if at_head else 0,
         }
-        slack = {"allocator's slack": SLACK * sum(by_batch.values())}
-        kept = {"products that are not recomputed": tokens * self.kept}  # few sizes, which the allocator reuses
+        slack = {"allocator's slack": self.slack * sum(by_batch.values())}
+        kept = {"products that are not recomputed": tokens * self.kept}
         return {**self.fixed, **by_batch, **kept, **slack, "CUDA's context": CONTEXT}
 
     def total(self, tokens: int) -> float:

@@ -1,6 +1,7 @@
 """The plan that `plan_run.py` prints: tokens, steps, memory by part and by setting, time, warnings."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from models.families import family_of
 from models.flops import recomputed_flop, shape_of_samples, useful_flop, wide_share, work_of
 from models.lora import count_trainable
 from models.quantization import STORED, describe_layers, format_stored, resolve_quantization, stored_quantization
-from planning.activations import trace_model
+from planning.activations import Activations, trace_model
 from planning.estimates import (
     GB,
     GPUS,
@@ -258,8 +259,7 @@ def plan_memory(
     sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}
     kinds = {False: (traced[False], {}), True: (traced[True], {"recomputed": 1.0})}
     if compiled and takes_whole_layers(model) and not settings.training.shard_base:
-        # a layer's input is stored, and its peak in the backward pass is there, as with checkpointing
-        kinds = {kind: (traced[True], extra) for kind, extra in plan_whole_layers(model, dtype).items()}
+        kinds = plan_whole_layers(model, traced[True], batch, dtype)
     return {
         (quantized, kind): MemoryPlan(PLAN_NAMES[quantized, kind], fixed[quantized], activations, **sizes, **extra)
         for quantized in fixed
@@ -267,18 +267,24 @@ def plan_memory(
     }
 
 
-def plan_whole_layers(model: PeftModel, dtype: torch.dtype) -> dict[bool | str, dict]:
-    """Return what plans of complete compiled layers have beyond those with checkpointing: keywords of `MemoryPlan`."""
+def plan_whole_layers(
+    model: PeftModel, traced: Activations, batch: int, dtype: torch.dtype
+) -> dict[bool | str, tuple[Activations, dict]]:
+    """Return activations and further keywords of `MemoryPlan` for complete compiled layers, by what is recomputed.
+
+    Args:
+        model: with LoRA, without weights.
+        traced: the step with checkpointing: there too a layer's input is stored.
+        batch: tokens of the step.
+        dtype: of the layers.
+    """
     stored, layers = stored_by_layer(model, dtype), len(language_layers(model))
+    compiled = replace(traced, peak=max(traced.tower_peak, traced.saved + batch * stored.held))
+    selective = {"kept": layers * stored.narrow, "wide": stored.wide, "recomputed": wide_share(model), "layers": layers}
     return {
-        False: {"kept": layers * (stored.narrow + stored.wide + stored.inputs)},
-        "selective": {
-            "kept": layers * stored.narrow,
-            "wide": stored.wide,
-            "recomputed": wide_share(model),
-            "layers": layers,
-        },
-        True: {"recomputed": 1.0},
+        False: (compiled, {"kept": layers * (stored.narrow + stored.wide + stored.inputs), "slack": 0}),
+        "selective": (compiled, {**selective, "slack": 0}),
+        True: (traced, {"recomputed": 1.0}),
     }
 
 

@@ -9,6 +9,10 @@ from torch import nn
 from models.compilation import language_layers
 from models.recomputation import is_wide
 
+# Tensors as wide as the MLP that the backward pass of a layer holds at once: gate, up, the gradients of their product
+# through the base and through LoRA, and what dropout leaves of that product. An H100's memory says the same.
+HELD = 5
+
 
 class Stored(NamedTuple):
     """Bytes that a compiled language layer keeps of each token for the backward pass.
@@ -18,11 +22,13 @@ class Stored(NamedTuple):
             recomputation.
         wide: products that are wider, as those of gate and up.
         inputs: of LoRA, with a byte for dropout's mask: kept besides where nothing is recomputed.
+        held: by the one layer whose backward pass runs.
     """
 
     narrow: int
     wide: int
     inputs: int
+    held: int
 
 
 def stored_by_layer(model: PeftModel, dtype: torch.dtype) -> Stored:
@@ -40,4 +46,5 @@ def stored_by_layer(model: PeftModel, dtype: torch.dtype) -> Stored:
         narrow=dtype.itemsize * (attention + sum(outer for inner, outer in sizes if outer <= inner)) + 4 * heads,
         wide=dtype.itemsize * sum(outer for inner, outer in sizes if is_wide(inner, outer)),
         inputs=inputs * (dtype.itemsize + dropout),
+        held=HELD * dtype.itemsize * max(outer for _, outer in sizes),
     )

@@ -43,7 +43,7 @@ def count_tokens(collate: Callable, seen: list[int]) -> Callable:
 def report(clock: Clock, seen: list[int], model: torch.nn.Module) -> None:
     """Print the figures as a line of JSON, with the attention and the number of layers that the side recomputed."""
     seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
-    tokens = statistics.mean(seen)
+    tokens = sum(seen) / len(clock.ends)  # of a step, however many batches a side accumulates in one
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
     recomputed = sum(1 for module in model.modules() if getattr(module, "gradient_checkpointing", False))
     ran = {"attention": str(model.config._attn_implementation), "recomputed_modules": recomputed}

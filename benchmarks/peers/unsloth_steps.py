@@ -35,6 +35,7 @@ def main(settings: dict) -> None:
     clock, seen = Clock(), []
     args = SFTConfig(
         output_dir=str(folder / "run"), per_device_train_batch_size=settings["batch"], max_steps=settings["steps"],
+        gradient_accumulation_steps=1,  # Unsloth takes 2 where none are named
         learning_rate=1e-4, bf16=True, logging_steps=1000, save_strategy="no", report_to="none", max_length=2048,
         gradient_checkpointing=True, remove_unused_columns=False, dataset_text_field="",
         dataset_kwargs={"skip_prepare_dataset": True}, optim="adamw_torch_fused", disable_tqdm=True,
