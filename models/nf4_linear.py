@@ -25,7 +25,9 @@ class OpaqueLinear4bit(Linear4bit):
             return super().forward(x)
         return self.product(x)
 
-    def product(self, x: torch.Tensor, low: torch.Tensor | None = None, up: torch.Tensor | None = None) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, low: torch.Tensor | None = None, up: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the layer's output, with LoRA's products added if given, see the operation `skin::nf4_linear`."""
         dtype = self.compute_dtype or x.dtype
         bias, low, up = (None if tensor is None else tensor.to(dtype) for tensor in (self.bias, low, up))
@@ -104,7 +106,7 @@ def weight_of(state: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> tor
     weight, absmax, code, *nested = state
     absmax = scales_of(absmax, shape, nested=bool(nested))
     if weight.is_cuda:
-        return kernel()([weight, absmax, code, *nested], shape, dtype)
+        return kernel()([weight, absmax, code, *nested], shape, dtype, block=BLOCK, scales_block=SCALES_BLOCK)
     if nested:
         offset, absmax_of_absmax, code = nested
         absmax = BNB.dequantize_blockwise.default(absmax, absmax_of_absmax, code, SCALES_BLOCK, torch.float32) + offset

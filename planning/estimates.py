@@ -49,7 +49,7 @@ class MemoryPlan:
         recomputed: share of the language layers' forward pass that the backward pass repeats.
         kept: bytes of each token that compiled layers keep besides.
         wide: bytes of each token that one more layer with its wide products would keep.
-        layers: how many there are of these; the last one's MLP sees the answers' tokens alone, and keeps next to nothing.
+        layers: how many there are of these; the last one's MLP sees the answers' tokens alone, and keeps little.
         slack: what the allocator reserves beyond the activations, as a share of them.
     """
 

@@ -280,10 +280,11 @@ def plan_whole_layers(
     """
     stored, layers = stored_by_layer(model, dtype), len(language_layers(model))
     compiled = replace(traced, peak=max(traced.tower_peak, traced.saved + batch * stored.held))
-    selective = {"kept": layers * stored.narrow, "wide": stored.wide, "recomputed": wide_share(model), "layers": layers}
+    all_kept = {"kept": layers * (stored.narrow + stored.wide + stored.inputs)}
+    selective = {"kept": layers * stored.narrow, "wide": stored.wide, "layers": layers}
     return {
-        False: (compiled, {"kept": layers * (stored.narrow + stored.wide + stored.inputs), "slack": 0}),
-        "selective": (compiled, {**selective, "slack": 0}),
+        False: (compiled, {**all_kept, "slack": 0}),
+        "selective": (compiled, {**selective, "recomputed": wide_share(model), "slack": 0}),
         True: (traced, {"recomputed": 1.0}),
     }
 

@@ -53,7 +53,8 @@ def test_weights_come_out_of_4_bit_as_bitsandbytes_has_them(double, dtype):
         weight = Params4bit(torch.randn(shape), requires_grad=False, **options).to("cuda")
         state = weight.quant_state
         state.dtype = dtype
-        assert torch.equal(weight_of(pack_state(weight.data, state), shape, dtype), dequantize_4bit(weight.data, state))
+        found = weight_of(pack_state(weight.data, state), shape, dtype)
+        assert torch.equal(found, dequantize_4bit(weight.data, state))
 
 
 def test_compiled_selective_and_sped_up_models_have_the_plain_ones_gradients():

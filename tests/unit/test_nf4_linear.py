@@ -1,4 +1,4 @@
-"""The product of a 4-bit layer as one operation, with and without LoRA, and the kernel that unpacks weights on GPUs."""
+"""The product of a 4-bit layer as one operation, with and without LoRA, and the kernel for weights on GPUs."""
 
 import copy
 import os
@@ -139,7 +139,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from models.nf4_kernel import dequantise
-from models.nf4_linear import pack_state
+from models.nf4_linear import BLOCK, SCALES_BLOCK, pack_state
 
 for double in (True, False):
     for shape in ((128, 64), (7, 64), (300, 192), (2, 257 * 64), (3, 22)):  # the last two: blocks of scales, half ones
@@ -150,7 +150,8 @@ for double in (True, False):
             ).to("cpu")
             state = weight.quant_state
             for state.dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding
-                found = dequantise(pack_state(weight.data, state), shape, state.dtype)
+                packed = pack_state(weight.data, state)
+                found = dequantise(packed, shape, state.dtype, block=BLOCK, scales_block=SCALES_BLOCK)
                 assert torch.equal(found, dequantize_4bit(weight.data, state)), (double, shape, storage, state.dtype)
 print("equal")
 """
