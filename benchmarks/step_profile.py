@@ -1,5 +1,6 @@
-"""Where the GPU's time of one training step goes: kinds of kernels, the longest kernels, and the time without any."""
+"""Where the time of one training step goes: kinds of kernels, the longest ones, the time without any, and launches."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -17,6 +18,19 @@ WORDS = {  # the first kind with a word of the kernel's name
     "compiled elementwise": ("triton",),
     "reductions, sorting": ("reduce", "softmax", "sort", "scan", "cumsum"),
 }
+
+
+def launch_seconds(device: torch.device, count: int = 1000) -> float:
+    """Return the host's time to launch one small kernel from Python, s: small packs wait for it, not for the GPU."""
+    x = torch.zeros(8, device=device)
+    for _ in range(2):  # the first time it is loaded
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            x.add_(1)
+        seconds = time.perf_counter() - start
+    return seconds / count
 
 
 class ProfileCallback(TrainerCallback):
