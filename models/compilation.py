@@ -36,6 +36,10 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | No
     check_compiler()
     set_up_compiler()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for module in [module for layer in layers for module in layer.modules()]:
+        if type(module) is Linear4bit:
+            make_opaque(module)
+        fuse_lora(module)
     if not whole or not takes_whole_layers(model):
         _compile_parts(layers, family_of(model).linear_attention)
         return
@@ -44,12 +48,8 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | No
     kinds = {kind: compiled_class(kind, keep=keep) for kind in map(type, layers)}
     for layer in layers:
         for module in layer.modules():
-            if type(module) is Linear4bit:
-                make_opaque(module)
-            elif type(module) is torch.nn.Dropout and keep is not None:
+            if type(module) is torch.nn.Dropout and keep is not None:
                 make_seeded(module, device)
-            else:
-                fuse_lora(module)
         layer.__class__ = kinds[type(layer)]
 
 
