@@ -6,6 +6,9 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from torch.utils.checkpoint import checkpoint
 
+from demo.tiny_model import save_tiny_model
+from helpers.runs import TEXTS
+from helpers.sharded_states import compare_states
 from models.attention import _try_gqa, run_by_length, run_kernel, takes_gqa
 from models.nf4_linear import pack_state, weight_of
 
@@ -46,7 +49,6 @@ def test_the_trial_of_the_kernel_may_fall_into_a_layer_that_is_recomputed():
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("double", [True, False])
-@needs_gpu
 def test_weights_come_out_of_4_bit_as_bitsandbytes_has_them(double, dtype):
     for shape in ((512, 3584), (300, 192), (2, 257 * 64)):
         options = {"quant_type": "nf4", "compress_statistics": double}
@@ -57,6 +59,16 @@ def test_weights_come_out_of_4_bit_as_bitsandbytes_has_them(double, dtype):
         assert torch.equal(found, dequantize_4bit(weight.data, state))
 
 
+@needs_gpu
+def test_a_sharded_model_returns_what_the_whole_one_does(tmp_path):
+    save_tiny_model(tmp_path, TEXTS, hidden_size=1024, num_layers=8)
+    differences = compare_states(tmp_path, "bfloat16")
+    print(differences)
+    for states, gradient in differences.values():
+        assert states < 0.02 and gradient < 0.05  # bfloat16
+
+
+@needs_gpu
 def test_compiled_selective_and_sped_up_models_have_the_plain_ones_gradients():
     from benchmarks.gpu_speed import exact
 
