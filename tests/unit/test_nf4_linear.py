@@ -141,18 +141,16 @@ from bitsandbytes.nn import Params4bit
 from models.nf4_kernel import dequantise
 from models.nf4_linear import BLOCK, SCALES_BLOCK, pack_state
 
+KINDS = [((128, 64), torch.uint8), ((7, 64), torch.bfloat16), ((2, 257 * 64), torch.uint8), ((3, 22), torch.uint8)]
 for double in (True, False):
-    for shape in ((128, 64), (7, 64), (300, 192), (2, 257 * 64), (3, 22)):  # the last two: blocks of scales, half ones
-        for storage in (torch.uint8, torch.bfloat16):
-            weight = Params4bit(
-                torch.randn(shape), requires_grad=False, quant_type="nf4", compress_statistics=double,
-                quant_storage=storage if shape[1] % 64 == 0 else torch.uint8,
-            ).to("cpu")
-            state = weight.quant_state
-            for state.dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding
-                packed = pack_state(weight.data, state)
-                found = dequantise(packed, shape, state.dtype, block=BLOCK, scales_block=SCALES_BLOCK)
-                assert torch.equal(found, dequantize_4bit(weight.data, state)), (double, shape, storage, state.dtype)
+    for shape, storage in KINDS:  # the last two: several blocks of scales, and half a block of weights
+        options = {"quant_type": "nf4", "compress_statistics": double, "quant_storage": storage}
+        weight = Params4bit(torch.randn(shape), requires_grad=False, **options).to("cpu")
+        state = weight.quant_state
+        for state.dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 off instead of rounding
+            packed = pack_state(weight.data, state)
+            found = dequantise(packed, shape, state.dtype, block=BLOCK, scales_block=SCALES_BLOCK)
+            assert torch.equal(found, dequantize_4bit(weight.data, state)), (double, shape, storage, state.dtype)
 print("equal")
 """
 
