@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from models.compat import set_up_compiler
 from models.families import family_of
-from models.nf4_linear import fuse_lora, make_opaque
+from models.nf4_linear import fuse_lora, is_plain_nf4, make_opaque
 from models.recomputation import WIDE, is_wide, make_seeded, recompute_selected
 
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
@@ -36,11 +36,14 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | No
     check_compiler()
     set_up_compiler()
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for module in [module for layer in layers for module in layer.modules()]:
-        if type(module) is Linear4bit:
+    whole = whole and takes_whole_layers(model)
+    modules = [module for layer in layers for module in layer.modules()]
+    for module in modules:
+        if type(module) is Linear4bit and (whole or is_plain_nf4(module.weight.quant_state)):
             make_opaque(module)
+    for module in modules:
         fuse_lora(module)
-    if not whole or not takes_whole_layers(model):
+    if not whole:
         _compile_parts(layers, family_of(model).linear_attention)
         return
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself

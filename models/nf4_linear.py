@@ -53,8 +53,8 @@ class FusedLora(lora.Linear4bit):
 
 
 def fuse_lora(module: torch.nn.Module) -> None:
-    """Turn PEFT's layer, in place, into a `FusedLora`, if it is LoRA on a 4-bit layer without variants or a bias."""
-    if type(module) is lora.Linear4bit and not module.lora_variant:
+    """Turn PEFT's layer, in place, into a `FusedLora`, if its base is opaque and it has no variants and no bias."""
+    if type(module) is lora.Linear4bit and isinstance(module.base_layer, OpaqueLinear4bit) and not module.lora_variant:
         active = [name for name in module.active_adapters if name in module.lora_A]
         if len(active) == 1 == len(module.active_adapters) and module.lora_B[active[0]].bias is None:
             module.__class__ = FusedLora
@@ -69,10 +69,15 @@ def make_opaque(layer: Linear4bit) -> None:
         torch._dynamo.mark_static(tensor)
 
 
+def is_plain_nf4(state: QuantState) -> bool:
+    """Return whether a weight is in NF4 with the sizes of blocks that the operation takes."""
+    nested_blocks = state.state2.blocksize if state.nested else SCALES_BLOCK
+    return (state.blocksize, state.quant_type, nested_blocks) == (BLOCK, KIND, SCALES_BLOCK)
+
+
 def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
     """Return the tensors of a 4-bit weight: a compiled graph takes tensors and no object that holds them."""
-    nested_blocks = state.state2.blocksize if state.nested else SCALES_BLOCK
-    if (state.blocksize, state.quant_type, nested_blocks) != (BLOCK, KIND, SCALES_BLOCK):
+    if not is_plain_nf4(state):
         raise ValueError(f"expected NF4 in blocks of 64, found {state.quant_type} in blocks of {state.blocksize}")
     nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
     return [weight, state.absmax, state.code, *nested]

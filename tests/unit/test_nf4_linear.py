@@ -12,7 +12,15 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from models.nf4_linear import FusedLora, OpaqueLinear4bit, fuse_lora, make_opaque, pack_state, unpack_state
+from models.nf4_linear import (
+    FusedLora,
+    OpaqueLinear4bit,
+    fuse_lora,
+    is_plain_nf4,
+    make_opaque,
+    pack_state,
+    unpack_state,
+)
 from models.sharding import join_scales
 
 
@@ -60,7 +68,9 @@ def test_packed_state_comes_back_and_another_kind_is_refused():
     state = quantised(double=True, bias=False).weight.quant_state
     _, back = unpack_state(pack_state(torch.zeros(1), state), (128, 64), torch.float32)
     assert back.nested and back.shape == (128, 64) and torch.equal(back.absmax, state.absmax)
+    assert is_plain_nf4(state)
     state.quant_type = "fp4"
+    assert not is_plain_nf4(state)
     with pytest.raises(ValueError, match="expected NF4 in blocks of 64, found fp4 in blocks of 64"):
         pack_state(torch.zeros(1), state)
 
@@ -126,10 +136,18 @@ def test_without_a_compiler_and_with_the_adapter_off_the_layer_is_peft_s():
     assert torch.equal(off, ours.base_layer(x)) and not torch.equal(off, layer(x))
 
 
+def test_lora_on_a_layer_that_is_not_opaque_stays_as_it_is():
+    layer = adapted()
+    kind = type(layer)
+    fuse_lora(layer)
+    assert type(layer) is kind
+
+
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
 def test_variants_of_lora_stay_as_they_are(settings):
     layer = adapted(**settings)
     kind = type(layer)
+    make_opaque(layer.base_layer)
     fuse_lora(layer)
     assert type(layer) is kind
 
