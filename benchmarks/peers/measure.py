@@ -16,9 +16,10 @@ class Clock(TrainerCallback):
     """Records when each optimizer step ends, and lets the memory of the steps count without that of loading."""
 
     def __init__(self):
-        self.ends = []
+        self.ends, self.batches = [], 1  # batches of a step
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.batches = args.gradient_accumulation_steps
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -43,7 +44,7 @@ def count_tokens(collate: Callable, seen: list[int]) -> Callable:
 def report(clock: Clock, seen: list[int], model: torch.nn.Module) -> None:
     """Print the figures as a line of JSON, with the attention and the number of layers that the side recomputed."""
     seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
-    tokens = sum(seen) / len(clock.ends)  # of a step, however many batches a side accumulates in one
+    tokens = statistics.mean(seen) * clock.batches
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
     recomputed = sum(1 for module in model.modules() if getattr(module, "gradient_checkpointing", False))
     ran = {"attention": str(model.config._attn_implementation), "recomputed_modules": recomputed}
