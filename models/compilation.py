@@ -49,10 +49,10 @@ def compile_layers(model: torch.nn.Module, *, whole: bool = True, keep: str | No
     model.enable_input_require_grads()  # else the first language layer would be compiled for itself
     device = next(model.parameters()).device
     kinds = {kind: compiled_class(kind, keep=keep) for kind in map(type, layers)}
+    for module in modules:
+        if type(module) is torch.nn.Dropout and keep is not None:
+            make_seeded(module, device)
     for layer in layers:
-        for module in layer.modules():
-            if type(module) is torch.nn.Dropout and keep is not None:
-                make_seeded(module, device)
         layer.__class__ = kinds[type(layer)]
 
 

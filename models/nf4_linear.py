@@ -26,13 +26,19 @@ class OpaqueLinear4bit(Linear4bit):
         return self.product(x)
 
     def product(
-        self, x: torch.Tensor, low: torch.Tensor | None = None, up: torch.Tensor | None = None
+        self, x: torch.Tensor, lora_x: torch.Tensor | None = None, lora_b: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the layer's output, with LoRA's products added if given, see the operation `skin::nf4_linear`."""
+        """Return the layer's output, with LoRA's second product added if there is one.
+
+        Args:
+            x: shape (..., in).
+            lora_x: LoRA's first product, shape (..., r).
+            lora_b: LoRA's second factor, scaled, shape (out, r).
+        """
         dtype = self.compute_dtype or x.dtype
-        bias, low, up = (None if tensor is None else tensor.to(dtype) for tensor in (self.bias, low, up))
+        bias, lora_x, lora_b = (None if tensor is None else tensor.to(dtype) for tensor in (self.bias, lora_x, lora_b))
         state = self.state_tensors, self.out_features, self.state_dtype
-        return torch.ops.skin.nf4_linear(x.to(dtype), bias, *state, low, up).to(x.dtype)
+        return torch.ops.skin.nf4_linear(x.to(dtype), bias, *state, lora_x, lora_b).to(x.dtype)
 
 
 class FusedLora(lora.Linear4bit):
@@ -48,8 +54,8 @@ class FusedLora(lora.Linear4bit):
         (name,) = self.active_adapters
         first, second = self.lora_A[name], self.lora_B[name]
         into = x if torch.is_autocast_enabled() else x.to(first.weight.dtype)  # as PEFT
-        low = first(self.lora_dropout[name](into))
-        return self.base_layer.product(x, low, second.weight * self.scaling[name])
+        lora_x = first(self.lora_dropout[name](into))
+        return self.base_layer.product(x, lora_x, second.weight * self.scaling[name])
 
 
 def fuse_lora(module: torch.nn.Module) -> None:
@@ -128,11 +134,11 @@ def kernel() -> Callable:
 
 def _linear(
     x: torch.Tensor, bias: torch.Tensor | None, state: Tensors, out_features: int, dtype: torch.dtype,
-    low: torch.Tensor | None, up: torch.Tensor | None,
+    lora_x: torch.Tensor | None, lora_b: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     product = linear(x, weight_of(state, (out_features, x.shape[-1]), x.dtype), bias)
-    if low is not None:
-        product.flatten(0, -2).addmm_(low.flatten(0, -2), up.t())
+    if lora_x is not None:
+        product.flatten(0, -2).addmm_(lora_x.flatten(0, -2), lora_b.t())
     return product
 
 
@@ -145,7 +151,7 @@ def _linear_backward(gradient: torch.Tensor, state: Tensors, in_features: int, d
 LIBRARY = torch.library.Library("skin", "FRAGMENT")
 STATE = "Tensor[] state, SymInt {}, ScalarType dtype"
 LIBRARY.define(
-    f"nf4_linear(Tensor x, Tensor? bias, {STATE.format('out_features')}, Tensor? low, Tensor? up) -> Tensor"
+    f"nf4_linear(Tensor x, Tensor? bias, {STATE.format('out_features')}, Tensor? lora_x, Tensor? lora_b) -> Tensor"
 )
 LIBRARY.define(f"nf4_linear_backward(Tensor gradient, {STATE.format('in_features')}) -> Tensor")
 for device in ("CPU", "CUDA"):
@@ -154,7 +160,7 @@ for device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("skin::nf4_linear")
-def _(x, bias, state, out_features, dtype, low, up):
+def _(x, bias, state, out_features, dtype, lora_x, lora_b):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -164,20 +170,20 @@ def _(gradient, state, in_features, dtype):
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x, _, state, _, ctx.dtype, low, up = inputs
-    ctx.in_features, ctx.has_lora = x.shape[-1], low is not None
-    ctx.save_for_backward(*state, *((low, up) if ctx.has_lora else ()))
+    x, _, state, _, ctx.dtype, lora_x, lora_b = inputs
+    ctx.in_features, ctx.has_lora = x.shape[-1], lora_x is not None
+    ctx.save_for_backward(*state, *((lora_x, lora_b) if ctx.has_lora else ()))
 
 
 def _backward(ctx, gradient):
     """Only activations and LoRA have gradients; weight and bias are frozen."""
     saved = list(ctx.saved_tensors)
-    low, up = (saved.pop(-2), saved.pop()) if ctx.has_lora else (None, None)
+    lora_x, lora_b = (saved.pop(-2), saved.pop()) if ctx.has_lora else (None, None)
     found = torch.ops.skin.nf4_linear_backward(gradient, saved, ctx.in_features, ctx.dtype)
-    of_low = of_up = None
+    of_lora_x = of_lora_b = None
     if ctx.has_lora:
-        of_low, of_up = gradient @ up, gradient.flatten(0, -2).t() @ low.flatten(0, -2)
-    return found, None, [None] * len(saved), None, None, of_low, of_up
+        of_lora_x, of_lora_b = gradient @ lora_b, gradient.flatten(0, -2).t() @ lora_x.flatten(0, -2)
+    return found, None, [None] * len(saved), None, None, of_lora_x, of_lora_b
 
 
 torch.library.register_autograd("skin::nf4_linear", _backward, setup_context=_keep_for_backward)
