@@ -10,7 +10,8 @@ from models.compilation import language_layers
 from models.recomputation import is_wide
 
 # Tensors as wide as the MLP that the backward pass of a layer holds at once: gate, up, the gradients of their product
-# through the base and through LoRA, and what dropout leaves of that product. An H100's memory says the same.
+# through the base and through LoRA, and what dropout leaves of that product. The number was chosen to agree with the
+# memory of an H100 (benchmarks/README.md); compiled for a CPU, a layer holds two or three more.
 HELD = 5
 
 
