@@ -70,7 +70,7 @@ def train(settings: Settings) -> int | None:
 
     # Model
     set_seed(settings.training.seed)  # LoRA starts from random numbers
-    with out_of_memory_advice(settings, loading=True):
+    with out_of_memory_advice(settings, config, loading=True):
         model = build_model(settings, checkpoint)
     settings, recompute = decide(model, processor, data, settings)
     identity = describe_identity(settings, base, data.splits["train"])
@@ -86,7 +86,7 @@ def train(settings: Settings) -> int | None:
     print_rank0(*describe_run(trainer, data, settings), *describe_resuming(trainer, checkpoint))
 
     # Train
-    with out_of_memory_advice(settings, recompute=recompute in (True, EVERYTHING)):
+    with out_of_memory_advice(settings, config, recompute=recompute in (True, EVERYTHING)):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()

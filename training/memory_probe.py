@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedConfig
 
 from models.attention import with_unread_mask
 from models.lora import detach_vision_inputs
@@ -110,11 +111,14 @@ def clear_gradients(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def out_of_memory_advice(settings: Settings, *, recompute: bool = False, loading: bool = False) -> Iterator[None]:
+def out_of_memory_advice(
+    settings: Settings, config: PreTrainedConfig, *, recompute: bool = False, loading: bool = False
+) -> Iterator[None]:
     """Turn running out of memory into a ValueError that names the settings to lower.
 
     Args:
         settings: of the run.
+        config: of the base model.
         recompute: whether activations are recomputed.
         loading: whether the model is being loaded, and not trained.
     """
@@ -124,7 +128,7 @@ def out_of_memory_advice(settings: Settings, *, recompute: bool = False, loading
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().split("\n")
-        options = "; ".join(_lower_memory(settings, recompute=recompute, loading=loading))
+        options = "; ".join(_lower_memory(settings, config, recompute=recompute, loading=loading))
         when = "loading the model" if loading else "training"
         raise ValueError(f"out of memory while {when} ({reason[0].strip()}): {options}") from error
 
@@ -133,10 +137,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
-def _lower_memory(settings: Settings, *, recompute: bool, loading: bool) -> list[str]:
+def _lower_memory(settings: Settings, config: PreTrainedConfig, *, recompute: bool, loading: bool) -> list[str]:
     """Return what can be changed, what costs least first."""
     options, rows = [], settings.training.per_device_train_batch_size
     if not loading:
+        if not (settings.training.offload_embedding or settings.training.shard_base or config.tie_word_embeddings):
+            options.append("set offload_embedding: true")
         if not recompute:
             options.append("set gradient_checkpointing: true")
         if settings.pack_tokens is not None:

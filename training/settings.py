@@ -78,6 +78,9 @@ class TrainingSettings(SFTConfig):
     shard_base: bool = field(
         default=False, metadata={"help": "several GPUs: each holds a part of the base model, by FSDP2"}
     )
+    offload_embedding: bool = field(
+        default=False, metadata={"help": "keep the input embedding in the host's memory, and look its rows up there"}
+    )
     max_skipped_steps: int = field(
         default=20, metadata={"help": "float16: end the run after so many steps in a row that overflow"}
     )

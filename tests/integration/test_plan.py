@@ -283,6 +283,15 @@ def test_processes_that_share_the_base_hold_their_part_and_three_layers():
     assert shard == {name: size // 2 if name in halved else size for name, size in whole.items()}
 
 
+@pytest.mark.slow
+def test_an_embedding_in_the_hosts_memory_is_missing_from_the_plan():
+    host = plan_recipes_model("Qwen/Qwen2.5-VL-7B-Instruct", ("--offload_embedding", "true"))[True, True].fixed
+    whole = plan_recipes_model("Qwen/Qwen2.5-VL-7B-Instruct", ())[True, True].fixed
+    both = whole.pop("embeddings, LM head")
+    assert both == 2 * 152064 * 3584 * 2 == 2 * host.pop("LM head")
+    assert host == whole
+
+
 def test_the_largest_batch_just_fits():
     plan = plan_small()
     tokens = plan.largest(2e9)

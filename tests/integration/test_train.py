@@ -230,6 +230,12 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_d
         torch.testing.assert_close(recomputed[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {**PACKED, "gradient_checkpointing": "true", "load_in_4bit": "true"}])
+def test_an_embedding_in_the_hosts_memory_changes_no_weight(tiny_base, demo_data, tmp_path, settings):
+    plain = train(tiny_base, demo_data, tmp_path / "plain", **settings)
+    assert_same_weights(plain, train(tiny_base, demo_data, tmp_path / "host", offload_embedding="true", **settings))
+
+
 @pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
 @pytest.mark.parametrize("checkpointing", ["true", "selective"])
