@@ -4,18 +4,23 @@ import pytest
 import torch
 
 from models.families import FAMILIES
-from models.linear_attention import check_kernels, check_triton, spread_layout
+from models.linear_attention import check_kernels, check_triton, row_length, spread_layout
 
 
-def test_a_gap_follows_each_sample_but_the_last():
-    places, borders = spread_layout(torch.tensor([0, 2, 3, 6], dtype=torch.int32), 6, 3)
-    assert places.tolist() == [0, 1, 5, 9, 10, 11]
-    assert borders.tolist() == [0, 5, 9, 12] and borders.dtype == torch.int64
-
-
-def test_one_sample_stays_where_it_is():
-    places, borders = spread_layout(torch.tensor([0, 4], dtype=torch.int32), 4, 3)
-    assert places.tolist() == [0, 1, 2, 3] and borders.tolist() == [0, 4]
+@pytest.mark.parametrize(
+    ("samples", "places", "borders"),
+    [
+        ([0, 2, 3, 6], [0, 1, 5, 9, 10, 11], [0, 5, 9, 16]),
+        ([0, 4], [0, 1, 2, 3], [0, 8]),
+        ([0, 8], [*range(8)], [0, 8]),
+        ([0, 9], [*range(9)], [0, 16]),
+    ],
+)
+def test_a_gap_follows_each_sample_and_rows_are_a_multiple_of_eight(samples, places, borders):
+    found, ends = spread_layout(torch.tensor(samples, dtype=torch.int32), samples[-1], 3)
+    assert found.tolist() == places
+    assert ends.tolist() == borders and ends.dtype == torch.int64
+    assert ends[-1] == row_length(samples[-1], len(samples) - 1, 3)
 
 
 def test_packing_is_refused_only_where_it_would_leak(monkeypatch):
