@@ -85,6 +85,7 @@ def recipe(folder: Path, out: Path, args: argparse.Namespace, part: str) -> list
         "pack_tokens": args.pack_tokens, "max_length": args.pack_tokens, "max_steps": args.steps, "logging_steps": 1,
         "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": "true", "lora_dropout": 0, "warmup_steps": 0,
         "gradient_checkpointing": "true", "activation_offloading": args.offload, "compile_layers": args.compile,
+        "offload_embedding": args.offload_embedding,
         "gradient_accumulation_steps": args.processes if part == "one" else 1, "shard_base": part == "fsdp2",
     }  # fmt: skip
     if args.tiny:
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pack-tokens", type=int, help="4096; 256 with --tiny")
     parser.add_argument("--compile", action="store_true", help="compile_layers: true")
     parser.add_argument("--offload", action="store_true", help="activation_offloading: true")
+    parser.add_argument("--offload-embedding", action="store_true", help="offload_embedding: true")
     parser.add_argument("--tiny", action="store_true", help="three narrow layers and small images, on a CPU too")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)

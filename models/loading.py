@@ -32,6 +32,7 @@ from models.attention import VARLEN, use_varlen
 from models.compat import keep_trainable_on_cpu
 from models.experts import WEIGHTS, expert_layers, nf4_name, use_frozen_experts, with_experts
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
+from models.host_embedding import move_embedding_to_host
 from models.quantization import (
     STORED,
     check_stored,
@@ -171,6 +172,7 @@ def load_model(
     quant_storage: str = "uint8",
     shard: bool = False,
     frozen_tower: bool = False,
+    offload_embedding: bool = False,
 ) -> PreTrainedModel:
     """Load the base model on this process's device, or this process's part of it.
 
@@ -186,6 +188,7 @@ def load_model(
         quant_storage: dtype that holds NF4's bits, "uint8" or `dtype`.
         shard: spread the frozen weights over all processes, see `shard_model`.
         frozen_tower: the tower will not train; its modules are made faster before they are sharded.
+        offload_embedding: keep the input embedding in the host's memory; the LM head must have weights of its own.
 
     Raises:
         ValueError: no model there or one of an unknown family, an unknown quantization, or a layer has another
@@ -204,6 +207,8 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     model = _load_stored(name, config, options) if quantization == STORED else _load_weights(name, options)
     multiply_patches(model)
+    if offload_embedding:
+        move_embedding_to_host(model)
     if shard:
         _shard(model, device, nf4, frozen_tower=frozen_tower)
     check_quantized(model, quantization)

@@ -104,7 +104,7 @@ def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -
 def scales_of(absmax: torch.Tensor, shape: tuple[int, int], *, nested: bool) -> torch.Tensor:
     """Return a weight's scales as what they are.
 
-    Of sharded weights they are bytes under another dtype, and a byte longer where there would be an odd number.
+    Of sharded weights they are bytes under another dtype, and up to three bytes longer.
     """
     return absmax.view(torch.uint8 if nested else torch.float32)[: -(-shape[0] * shape[1] // BLOCK)]
 

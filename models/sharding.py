@@ -1,8 +1,8 @@
 """FSDP2 for a frozen base model: each process holds its part of the weights, and fetches a layer's while it runs.
 
-Sharded are, one after the other, embedding and LM head, the language layers, and the vision tower's blocks and rest.
-Complete in each process stay vectors (norms, biases), weights that embedding and LM head share, and LoRA, which is
-added later and learns as with DDP.
+Sharded are, one after the other, embedding (unless it stays on the host) and LM head, the language layers, and the
+vision tower's blocks and rest. Complete in each process stay vectors (norms, biases), weights that embedding and LM
+head share, and LoRA, which is added later and learns as with DDP.
 """
 
 from itertools import pairwise
@@ -19,16 +19,21 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from models.compilation import language_layers
 from models.families import family_of
+from models.host_embedding import HostEmbedding
 from models.nf4_linear import OpaqueLinear4bit, pack_state, unpack_state
+
+CARRIER = torch.float32  # the dtype under which bytes are sharded
 
 
 class ShardedLinear4bit(OpaqueLinear4bit):
     """A 4-bit layer whose packed weights and scales are one parameter, which FSDP2 shards.
 
-    FSDP2 of torch 2.11 takes parameters of float dtypes only, and each costs time in each step.
+    FSDP2 of torch 2.11 takes parameters of float dtypes only, and each costs time in each step. On GPUs it copies
+    16-bit floats by way of float32, which turns all NaNs into one, and would change each pair of bytes that looks like
+    another (pytorch/pytorch#159333, bitsandbytes-foundation/bitsandbytes#1945); float32 is copied as it is.
 
     Attributes:
-        weight: bytes of the packed weights and then of the scales, as bfloat16, one-dimensional; sharded, or complete
+        weight: bytes of the packed weights and then of the scales, as `CARRIER`, one-dimensional; sharded, or complete
             while the layer runs.
         constants: what else describes the weights, small.
         quant_state: bitsandbytes' description, without the scales.
@@ -39,8 +44,8 @@ class ShardedLinear4bit(OpaqueLinear4bit):
 
     @property
     def state_tensors(self) -> list[torch.Tensor]:
-        """The tensors of the complete weight, see `pack_state`; the scales as bfloat16."""
-        packed = self.in_features * self.out_features // 4
+        """The tensors of the complete weight, see `pack_state`; the scales as `CARRIER`."""
+        packed = self.in_features * self.out_features // (2 * CARRIER.itemsize)
         return [self.weight[:packed].unsqueeze(1), self.weight[packed:], *self.constants]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,10 @@ def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules that are fetched as a whole, in the order of loading: the largest come first."""
     family = family_of(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ends = [] if embedding.weight is head.weight else [embedding, head]
+    if isinstance(embedding, HostEmbedding):
+        ends = [head]
+    else:
+        ends = [] if embedding.weight is head.weight else [embedding, head]
     blocks = list(model.get_submodule(family.vision_blocks.removesuffix(".")))
     return [*ends, *language_layers(model), *blocks, model.get_submodule(family.vision.removesuffix("."))]
 
@@ -145,9 +153,9 @@ def join_scales(unit: nn.Module) -> None:
         packed, scales, *constants = pack_state(linear.weight.data, state)
         parts = [part.as_subclass(torch.Tensor).flatten().view(torch.uint8) for part in (packed, scales)]
         joined = torch.cat(parts)
-        even = nn.functional.pad(joined, (0, joined.numel() % 2))
+        even = nn.functional.pad(joined, (0, -joined.numel() % CARRIER.itemsize))
         linear.__class__, linear.constants, linear.state_dtype = ShardedLinear4bit, constants, state.dtype
-        linear.weight = nn.Parameter(even.view(torch.bfloat16), requires_grad=False)
+        linear.weight = nn.Parameter(even.view(CARRIER), requires_grad=False)
         linear.quant_state, state.absmax = state, None
 
 

@@ -108,17 +108,24 @@ def trained_bytes(count: int, optim: str, *, mixed: bool) -> dict[str, int]:
     return {"LoRA and its gradients": count * each, "optimizer": round(count * optimizer_bytes(optim))}
 
 
-def divide_weights(parts: dict[str, int], processes: int, *, layers: int) -> dict[str, int]:
+def divide_weights(parts: dict[str, int], processes: int, *, layers: int, tied: bool) -> dict[str, int]:
     """Return what one of several processes holds of the weights that FSDP2 shards.
 
     Args:
-        parts: bytes of the weights, as `planning.shapes.weight_bytes` names them.
+        parts: bytes of the weights, as `planning.shapes.weight_bytes` names them, or "LM head" without the embedding.
         processes: that share them.
         layers: of the language model.
+        tied: whether the LM head has the embedding's weights, which are then not sharded.
     """
-    divided = {name: size if name == "norms and biases" else size // processes for name, size in parts.items()}
+    ends = "embeddings, LM head"
+    whole = {"norms and biases", ends} if tied else {"norms and biases"}
+    divided = {name: size if name in whole else size // processes for name, size in parts.items()}
     language = sum(size for name, size in parts.items() if name.startswith("language layers"))
-    return {**divided, "complete layers": FETCHED * language // layers}
+    divided["complete layers"] = FETCHED * language // layers
+    if ends in parts and not tied:
+        # the embedding arrives in a buffer of another stream, which later layers leave mostly empty
+        divided["buffer of the embedding"] = max(0, parts[ends] // 2 - 2 * language // layers)
+    return divided
 
 
 def estimate_lengths(split: Dataset, *, token_side: int, min_pixels: int, max_pixels: int) -> SampleLengths:

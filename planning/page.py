@@ -251,10 +251,11 @@ def plan_memory(
         traced[checkpointing] = trace_model(config, lora, dtype=dtype, **step)
     for quantized in (True,) if stored_quantization(config) else (True, False):
         weights = weight_bytes(config, quantized=quantized, double_quant=nested, dtype=dtype)
-        if settings.training.shard_base:
-            weights = divide_weights(weights, processes, layers=config.text_config.num_hidden_layers)
         if settings.training.offload_embedding:
             weights["LM head"] = weights.pop("embeddings, LM head") // 2  # which are of one shape
+        if settings.training.shard_base:
+            sizes = {"layers": config.text_config.num_hidden_layers, "tied": config.tie_word_embeddings}
+            weights = divide_weights(weights, processes, **sizes)
         fixed[quantized] = weights | trained
     fixed[True]["one layer's weights out of NF4"] = count_weights(config).largest * dtype.itemsize
     sizes = {"tokens": batch, "text_share": 1 - share}

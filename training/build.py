@@ -16,7 +16,6 @@ from models.compilation import compile_layers
 from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
 from models.flops import matmul_ceiling, work_of
-from models.host_embedding import move_embedding_to_host
 from models.last_layer import spare_last_layer
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
@@ -50,12 +49,11 @@ def build_model(settings: Settings, checkpoint: Path | None = None) -> PeftModel
     # what changes no result, and no other command needs
     own = {"quant_storage": settings.model.bnb_4bit_quant_storage or "uint8", "shard": settings.training.shard_base}
     own["frozen_tower"] = settings.data.freeze_vision_encoder and not settings.data.train_merger
+    own["offload_embedding"] = settings.training.offload_embedding
     print_experts(settings)
     model = load_model(settings.model.model_name_or_path, **settings.loading_options(), **own)
     if stored := describe_stored(model):
         print_rank0(f"{'4 bit':<10} {format_stored(stored)}")
-    if settings.training.offload_embedding:
-        move_embedding_to_host(model)
     lora = settings.lora_options()
     check_targets(model, lora["target_modules"])
     torch.manual_seed(settings.training.seed)  # LoRA starts from it alone: loading may draw, otherwise by each device

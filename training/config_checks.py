@@ -82,8 +82,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     _check_storage(model)
     if training.shard_base and model.use_dora:
         raise ValueError("use_dora: DoRA needs complete weights; set it to false, or shard_base: false")
-    if training.shard_base and training.offload_embedding:
-        raise ValueError("offload_embedding: not with shard_base: true, which shares out the embedding; set one to false")
+    if training.activation_offloading and training.device.type == "cpu":
+        raise ValueError("activation_offloading: needs a GPU, whose memory it spares; set it to false")
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
     for settings in (data, training, model):
@@ -152,7 +152,9 @@ def check_base(settings: tuple[DataArguments, TrainingSettings, ModelConfig], co
     if family_of(config).experts and training.shard_base:
         raise ValueError(f"shard_base: {name} has experts, which are not sharded here; set it to false")
     if training.offload_embedding and config.tie_word_embeddings:
-        raise ValueError(f"offload_embedding: {name} uses the embedding as its LM head too, on the GPU; set it to false")
+        raise ValueError(
+            f"offload_embedding: {name} uses the embedding as its LM head too, on the GPU; set it to false"
+        )
     if stored is None:
         return
     if not model.load_in_4bit:

@@ -141,7 +141,7 @@ def _lower_memory(settings: Settings, config: PreTrainedConfig, *, recompute: bo
     """Return what can be changed, what costs least first."""
     options, rows = [], settings.training.per_device_train_batch_size
     if not loading:
-        if not (settings.training.offload_embedding or settings.training.shard_base or config.tie_word_embeddings):
+        if not (settings.training.offload_embedding or config.tie_word_embeddings):
             options.append("set offload_embedding: true")
         if not recompute:
             options.append("set gradient_checkpointing: true")

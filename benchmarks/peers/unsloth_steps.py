@@ -21,8 +21,9 @@ from trl import SFTConfig, SFTTrainer
 def main(settings: dict) -> None:
     folder = Path(settings["folder"])
     model, processor = FastVisionModel.from_pretrained(
-        str(folder / "base"), load_in_4bit=True, use_gradient_checkpointing="unsloth", max_seq_length=2048,
-        local_files_only=True, attn_implementation=settings["attention"],
+        str(folder / "base"), load_in_4bit=True, max_seq_length=2048, local_files_only=True,
+        use_gradient_checkpointing="unsloth" if settings["recompute"] else False,
+        attn_implementation=settings["attention"],
     )  # fmt: skip
     model = FastVisionModel.get_peft_model(
         model, finetune_vision_layers=False, finetune_language_layers=True, finetune_attention_modules=True,
@@ -37,7 +38,7 @@ def main(settings: dict) -> None:
         output_dir=str(folder / "run"), per_device_train_batch_size=settings["batch"], max_steps=settings["steps"],
         gradient_accumulation_steps=1,  # Unsloth takes 2 where none are named
         learning_rate=1e-4, bf16=True, logging_steps=1000, save_strategy="no", report_to="none", max_length=2048,
-        gradient_checkpointing=True, remove_unused_columns=False, dataset_text_field="",
+        gradient_checkpointing=settings["recompute"], remove_unused_columns=False, dataset_text_field="",
         dataset_kwargs={"skip_prepare_dataset": True}, optim="adamw_torch_fused", disable_tqdm=True,
     )  # fmt: skip
     collate = count_tokens(UnslothVisionDataCollator(model, processor, resize="max"), seen)  # not to 512 pixels

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from models import sharding
@@ -82,20 +83,18 @@ def held_bytes(model: torch.nn.Module) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local}.values())
 
 
-def complete(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
 def differing(model: torch.nn.Module, whole: torch.nn.Module) -> list[str]:
-    """Return the weights of the sharded model that, put together, are not those of the whole one."""
+    """Return the weights of the sharded model that, as FSDP2 puts them together, are not those of the whole one."""
+    for unit in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+        unit.unshard()
     expected, found = dict(whole.named_parameters()), {}
     for name, parameter in model.named_parameters():
-        found[name] = complete(parameter)
+        assert not isinstance(parameter, DTensor)
+        found[name] = parameter
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, sharding.ShardedLinear4bit) and name.endswith(".weight"):
-            bits, state = found[name].view(torch.uint8), expected[name].quant_state
-            scales = state.absmax.view(torch.uint8)
-            found[name] = bits[: bits.numel() - bits.numel() % 2][: expected[name].numel() + scales.numel()]
+            scales = expected[name].quant_state.absmax.view(torch.uint8)
+            found[name] = parameter.view(torch.uint8)[: expected[name].numel() + scales.numel()]
             expected[name] = torch.cat([expected[name].data.flatten(), scales])
     assert found.keys() == expected.keys()
     return [name for name, x in found.items() if not torch.equal(x, torch.Tensor(expected[name]).view_as(x))]

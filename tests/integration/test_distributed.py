@@ -169,7 +169,11 @@ SHARDED_FORMS = {
     "4 bit, packed": PACKED,
     "4 bit, padded, tower trains": TOWER,
     "whole weights, packed, tower trains": {**PACKED, **TOWER, "load_in_4bit": "false"},
-    "simple scales, recomputed": {"use_bnb_nested_quant": "false", "gradient_checkpointing": "true"},
+    "simple scales, recomputed, embedding on the host": {
+        "use_bnb_nested_quant": "false",
+        "gradient_checkpointing": "true",
+        "offload_embedding": "true",
+    },
 }
 
 

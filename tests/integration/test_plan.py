@@ -27,7 +27,7 @@ from models.loading import load_model
 from models.lora import build_lora_config, detach_vision_inputs
 from planning import page
 from planning.activations import make_batch, trace_model, trace_step
-from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, find_warnings, steps_per_epoch
+from planning.estimates import CONTEXT, MemoryPlan, describe_lengths, divide_weights, find_warnings, steps_per_epoch
 from planning.selective import stored_by_layer
 from planning.shapes import add_lora, build_without_weights, count_weights, read_config, weight_bytes, with_layers
 from planning.smoke_test import tiny_config
@@ -279,6 +279,8 @@ def test_processes_that_share_the_base_hold_their_part_and_three_layers():
     whole = plan_recipes_model("Qwen/Qwen2.5-VL-32B-Instruct", ())[True, True].fixed
     language = whole["language layers, NF4"]
     assert shard.pop("complete layers") == 3 * language // 64
+    embedding = whole["embeddings, LM head"] // 2
+    assert shard.pop("buffer of the embedding") == embedding - 2 * language // 64
     halved = {"vision tower", "embeddings, LM head", "language layers, NF4"}
     assert shard == {name: size // 2 if name in halved else size for name, size in whole.items()}
 
@@ -290,6 +292,19 @@ def test_an_embedding_in_the_hosts_memory_is_missing_from_the_plan():
     both = whole.pop("embeddings, LM head")
     assert both == 2 * 152064 * 3584 * 2 == 2 * host.pop("LM head")
     assert host == whole
+
+
+def test_an_embedding_that_is_the_head_or_on_the_host_is_not_shared():
+    parts = {"embeddings, LM head": 100, "language layers, NF4": 80}
+    assert divide_weights(parts, 2, layers=8, tied=True) == {
+        **parts,
+        "language layers, NF4": 40,
+        "complete layers": 30,
+    }
+    parts = {"LM head": 50, "language layers, NF4": 80}
+    assert divide_weights(parts, 2, layers=8, tied=False) == {
+        "LM head": 25, "language layers, NF4": 40, "complete layers": 30,
+    }  # fmt: skip
 
 
 def test_the_largest_batch_just_fits():

@@ -183,8 +183,8 @@ def test_out_of_memory_names_what_to_lower(tiny_base, demo_data, tmp_path, monke
     said = last_line(capsys)
     assert said.startswith(
         "error: out of memory while training (CUDA out of memory. Tried to allocate 2.00 GiB.): set "
-        "offload_embedding: true; set gradient_checkpointing: true; lower per_device_train_batch_size (now 2) and raise "
-        "gradient_accumulation_steps as much; lower max_pixels (now 12544); take a smaller model"
+        "offload_embedding: true; set gradient_checkpointing: true; lower per_device_train_batch_size (now 2) and "
+        "raise gradient_accumulation_steps as much; lower max_pixels (now 12544); take a smaller model"
     )
     packed = {"packing": "true", "pack_tokens": 256, "max_length": 256, "attn_implementation": "varlen"}
     packed |= {"per_device_train_batch_size": 1, "gradient_checkpointing": "true", "load_in_4bit": "false"}

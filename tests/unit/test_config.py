@@ -127,7 +127,10 @@ def test_options_override_the_recipe(parse):
             "shard_base: true\nuse_dora: true\n",
             "use_dora: DoRA needs complete weights; set it to false, or shard_base",
         ),
-        ("shard_base: true\noffload_embedding: true\n", "offload_embedding: not with shard_base: true, which shares"),
+        (
+            "activation_offloading: true\n",
+            "activation_offloading: needs a GPU, whose memory it spares; set it to false",
+        ),
         ("fsdp: full_shard\n", "fsdp: would have no effect; set shard_base: true"),
         ("lora_target_modules: [q_proj, 5]\n", "lora_target_modules: did not expect the list ['q_proj', 5]"),
         ("seed:\n", "recipe.yaml: seed: expected one value, found None"),

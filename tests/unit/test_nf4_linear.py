@@ -64,6 +64,17 @@ def test_the_product_of_a_layer_that_is_sharded_is_part_of_a_compiled_function(d
     assert torch.equal(found, plain(x))
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_the_bytes_of_a_sharded_layer_survive_a_copy_by_way_of_float32(double):
+    """FSDP2 gathers weights by `torch._foreach_copy_`, which on GPUs computes in float32."""
+    layers = nn.Sequential(quantised(double=double, bias=False))
+    nan = torch.tensor([0x7F, 0xFF, 0xA5, 0x7F, 0xC1, 0xFF], dtype=torch.uint8)  # NaNs of bfloat16, whatever the order
+    layers[0].weight.data[: len(nan)] = nan[:, None]
+    join_scales(layers)
+    weight = layers[0].weight.detach()
+    assert torch.equal(weight.to(torch.float32).to(weight.dtype).view(torch.uint8), weight.view(torch.uint8))
+
+
 def test_packed_state_comes_back_and_another_kind_is_refused():
     state = quantised(double=True, bias=False).weight.quant_state
     _, back = unpack_state(pack_state(torch.zeros(1), state), (128, 64), torch.float32)
