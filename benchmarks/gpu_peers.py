@@ -57,6 +57,7 @@ RECOMPUTED = {"compile_layers": "true", "gradient_checkpointing": "true"}
 OFFLOADED = RECOMPUTED | {"activation_offloading": "true"}
 SMALL = RECOMPUTED | {"offload_embedding": "true"}
 PACKS_4096 = {"pack_tokens": 4096, "gradient_accumulation_steps": 2}
+PACKS_3584 = {"pack_tokens": 3584, "max_length": 3584, "gradient_accumulation_steps": 3}
 PACKS_2752 = {"pack_tokens": 2752, "max_length": 2752, "gradient_accumulation_steps": 3}  # 8,256 tokens a step
 
 
@@ -78,7 +79,7 @@ OURS = {
     "packs of 8,192, all recomputed, offloaded": Ours(PACKS_8192 | OFFLOADED),
     "2 packs of 4,096, all recomputed": Ours(PACKS_4096 | RECOMPUTED),
     # of these 10.1 GB CUDA takes 0.5
-    "2 packs of 4,096, all recomputed, embedding offloaded, 10.1 GB free": Ours(PACKS_4096 | SMALL, free=10.1),
+    "3 packs of 3,584, all recomputed, embedding offloaded, 10.1 GB free": Ours(PACKS_3584 | SMALL, free=10.1),
     "3 packs of 2,752, all recomputed, 10.1 GB free": Ours(PACKS_2752 | RECOMPUTED, free=10.1),
 }
 
