@@ -22,7 +22,7 @@ from planning.smoke_test import dry_run
 from publishing.hub import BackgroundPush
 from publishing.run_facts import describe_base
 from training.build import build_model, build_trainer, decide
-from training.choices import EVERYTHING, keep_choices
+from training.choices import keep_choices
 from training.config import parse_config
 from training.config_checks import check_base
 from training.data import load_data, open_processor
@@ -86,7 +86,7 @@ def train(settings: Settings) -> int | None:
     print_rank0(*describe_run(trainer, data, settings), *describe_resuming(trainer, checkpoint))
 
     # Train
-    with out_of_memory_advice(settings, config, recompute=recompute in (True, EVERYTHING)):
+    with out_of_memory_advice(settings, config, recompute=trainer.speed.recomputed == 1):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()

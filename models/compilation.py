@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from models.compat import set_up_compiler
 from models.families import family_of
 from models.nf4_linear import fuse_lora, is_plain_nf4, make_opaque
-from models.recomputation import WIDE, is_wide, make_seeded, recompute_selected
+from models.recomputation import NOTHING, WIDE, is_wide, make_seeded, recompute_selected
 
 # What compiling costs, whatever the model, and what it saves. On an H100, in packs of 8,192 tokens, a 7B model makes
 # 6,319 tokens/s as it is; compiled, a step takes two fifths less time (benchmarks/README.md). It has 6.5 billion
@@ -93,6 +93,14 @@ def keep_wide_products(model: torch.nn.Module, count: int) -> None:
         new.narrow = kind
     for layer in layers[:count]:
         layer.__class__ = wide.get(type(layer), type(layer))
+
+
+def recompute_everything(model: torch.nn.Module) -> None:
+    """Let the layers of a selectively compiled model keep their inputs alone."""
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    kinds = {kind: compiled_class(kind.__base__, keep=NOTHING) for kind in map(type, layers)}
+    for layer in layers:
+        layer.__class__ = kinds[type(layer)]
 
 
 def language_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -178,8 +178,8 @@ def load_model(
 
     Args:
         model_name_or_path: Hub id or local folder.
-        quantization: "nf4" stores the language model's linear layers and experts in 4 bit; None keeps them in
-            `dtype`. A base that comes in 4 bit is used as it is, with "nf4" or "stored".
+        quantization: "nf4" stores the language model's linear layers and experts in 4 bit; None keeps them in `dtype`;
+            a base that comes in 4 bit is used as it is, with "nf4" or "stored".
         dtype: of all other weights, and of the arithmetic. A CPU always computes in float32.
         double_quant: quantise NF4's scales too, which saves 0.4 bit a weight; of no effect where they are stored.
         attn_implementation: "varlen" (see `attention.use_varlen`), or as in `from_pretrained`.
@@ -201,16 +201,12 @@ def load_model(
     dtype = dtype if keep_dtype else resolve_dtype(dtype, device)
     nf4 = _nf4_of(config, dtype, double_quant=double_quant, storage=quant_storage) if quantization == "nf4" else None
     options = {"revision": revision, "dtype": dtype, "device_map": {"": "cpu" if shard else device}}
-    if nf4 is not None and not shard:
-        options["quantization_config"] = nf4
-    if attn_implementation != VARLEN:
-        options["attn_implementation"] = attn_implementation
+    options |= {} if nf4 is None or shard else {"quantization_config": nf4}
+    options |= {} if attn_implementation == VARLEN else {"attn_implementation": attn_implementation}
     model = _load_stored(name, config, options) if quantization == STORED else _load_weights(name, options)
-    multiply_patches(model)
     if offload_embedding:
         move_embedding_to_host(model)
-    if shard:
-        _shard(model, device, nf4, frozen_tower=frozen_tower)
+    _place(model, device, nf4, shard=shard, frozen_tower=frozen_tower)
     check_quantized(model, quantization)
     _choose_implementations(model, varlen=attn_implementation == VARLEN)
     return model
@@ -230,9 +226,13 @@ def _choose_implementations(model: PreTrainedModel, *, varlen: bool) -> None:
         keep_trainable_on_cpu(model)
 
 
-def _shard(
-    model: PreTrainedModel, device: torch.device, nf4: BitsAndBytesConfig | None, *, frozen_tower: bool
+def _place(
+    model: PreTrainedModel, device: torch.device, nf4: BitsAndBytesConfig | None, *, shard: bool, frozen_tower: bool
 ) -> None:
+    """Make the tower faster, and shard a model that is on the CPU; the arguments are those of `load_model`."""
+    multiply_patches(model)
+    if not shard:
+        return
     if frozen_tower:
         model.requires_grad_(False)
         speed_up_frozen_tower(model)

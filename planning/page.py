@@ -136,7 +136,9 @@ def print_plan(
         print_time(config, lengths, chosen, settings, steps.epochs, compiled=compiled)
     print(f"compiling  {'on' if compiled else 'off'}: {reason}")
     print_warnings(splits, args, steps)
-    return print_verdict(list(plans.values()), chosen, batch, needed, gpu)
+    untied = not (args.offload_embedding or config.tie_word_embeddings)
+    spare = chosen.fixed["embeddings, LM head"] // 2 if untied else 0
+    return print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
 
 
 def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
@@ -311,14 +313,14 @@ def choose_plan(
 ) -> tuple[tuple[bool, bool | str], MemoryPlan]:
     """Return the recipe's plan and its key, of memory that is unknown the smallest.
 
-    `auto` recomputes selectively where that is possible, else all where the memory is too small. Selective
-    recomputation keeps the wide products of as many layers as there is room for.
+    `auto` recomputes all where there is no room for what selective recomputation keeps, or, if that is not possible,
+    for everything. Selective recomputation keeps the wide products of as many layers as there is room for.
     """
     room = 0 if gpu is None else (1 - SPARE) * gpu * GB
     if checkpointing == AUTO:
-        checkpointing = "selective"
-        if (quantized, "selective") not in plans:
-            checkpointing = plans[quantized, False].total(batch) > room
+        least = "selective" if (quantized, "selective") in plans else False
+        unknown = gpu is None and least == "selective"
+        checkpointing = least if unknown or plans[quantized, least].total(batch) <= room else True
     plan = plans[quantized, checkpointing]
     if checkpointing == "selective":
         layers = plan.layers
@@ -355,8 +357,11 @@ def print_warnings(splits: DatasetDict | None, args: TrainingSettings, steps: St
     print(*(f"\nwarning    {text}" for text in warnings), sep="")
 
 
-def print_verdict(plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, needed: int, gpu: float | None) -> int:
-    """Print whether the run fits, and if not, which plan does; return the exit code."""
+def print_verdict(
+    plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, needed: int, gpu: float | None, *, spare: int
+) -> int:
+    """Print whether the run fits, and if not, which plan does, if need be without the `spare` bytes of the embedding;
+    return the exit code."""
     if gpu is None:
         return 0
     size = f"{chosen.total(batch) / GB:.1f} GB with {chosen.name}"
@@ -366,8 +371,11 @@ def print_verdict(plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, neede
     fitting = [plan for plan in plans if plan.largest(gpu * GB) >= needed]
     best = max(fitting, key=lambda plan: plan.largest(gpu * GB), default=None)
     print(f"too large  for {gpu:g} GB: {size}")
-    if best is None:
-        print("           nothing in the table fits: use a smaller model, or lower max_pixels")
-    else:
-        print(f"           {best.name} fits, with batches of up to {best.largest(gpu * GB):,} tokens")
+    fitting = []
+    for condition, more in {"": 0, "with offload_embedding: true, ": spare}.items():
+        best = max(plans, key=lambda plan: plan.largest(gpu * GB + more))
+        if (tokens := best.largest(gpu * GB + more)) >= needed and (more or not condition):
+            fitting.append(f"{condition}{best.name} fits, with batches of up to {tokens:,} tokens")
+    for line in fitting or ["nothing in the table fits: use a smaller model, or lower max_pixels"]:
+        print(f"           {line}")
     return 1

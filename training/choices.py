@@ -1,5 +1,6 @@
 """What `auto` becomes in a run: decided once at its start, printed, and kept when it resumes."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from models.compilation import (
     check_compiler,
     keep_wide_products,
     language_layers,
+    recompute_everything,
     takes_whole_layers,
     tokens_to_repay,
     wide_bytes,
@@ -203,6 +205,8 @@ def step_options(settings: Settings) -> dict:
 def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingData, settings: Settings) -> float:
     """Let as many compiled layers keep their wide products as the GPU's memory has room for; all without a GPU.
 
+    Where `auto` finds no room for what selective recomputation keeps at least, everything is computed again.
+
     Returns:
         The share of the language layers' products that is computed again.
     """
@@ -210,13 +214,18 @@ def keep_what_fits(model: PeftModel, processor: ProcessorMixin, data: TrainingDa
     if settings.training.device.type == "cuda":
         batch = collate_largest(processor, data, settings)
         count = min(gather_object([layers_with_room(model, batch, **step_options(settings))]))
+    if count < 0 and settings.training.gradient_checkpointing == AUTO:
+        print_rank0("gradient checkpointing on: there is no room for what selective recomputation keeps")
+        recompute_everything(model)
+        return 1.0
+    count = max(0, count)
     print_rank0(f"gradient checkpointing selective: {count} of {layers} layers also keep their wide products")
     keep_wide_products(model, count)
     return wide_share(model) * (1 - count / layers)
 
 
 def layers_with_room(model: PeftModel, batch: dict, *, dtype: torch.dtype | None, optim: str) -> int:
-    """Return how many layers may keep their wide products, after one trial of a batch or two.
+    """Return how many layers may keep their wide products, after one trial of a batch or two; -1 if it does not fit.
 
     Where memory is ample all keep them in the first: it compiles what the training will run.
     """
@@ -229,5 +238,5 @@ def layers_with_room(model: PeftModel, batch: dict, *, dtype: torch.dtype | None
             return layers
         keep_wide_products(model, 0)
     used, free = try_step(model, batch, dtype=dtype, optim=optim)
-    room = 0 if used is None else ((1 - SPARE) * free - used) / size
-    return max(0, min(layers, int(room)))
+    room = -1 if used is None else ((1 - SPARE) * free - used) / size
+    return max(-1, min(layers, math.floor(room)))

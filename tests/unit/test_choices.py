@@ -236,7 +236,8 @@ def test_a_trial_recomputes_as_training_will_and_leaves_no_trace(tiny_base, proc
         (80, {4: 40}, 4, [4]),  # ample: one trial of what will run
         (80, {4: 75, 0: 66}, 1, [4, 0]),  # other programs' memory: as without the trial
         (20, {0: 11}, 1, [0]),
-        (20, {0: None}, 0, [0]),
+        (20, {0: 19}, -1, [0]),  # of what is free, a tenth stays free
+        (20, {0: None}, -1, [0]),
     ],
 )
 def test_layers_keep_their_wide_products_as_memory_has_room(monkeypatch, free, used, expected, trials):
@@ -254,3 +255,17 @@ def test_layers_keep_their_wide_products_as_memory_has_room(monkeypatch, free, u
     batch = {"input_ids": torch.zeros(1, 8)}
     assert choices.layers_with_room(None, batch, dtype=torch.bfloat16, optim="adamw_torch") == expected
     assert tried == trials
+
+
+@pytest.mark.parametrize(("choice", "line"), [("auto", "checkpointing on: there is no room"), ("selective", "0 of 4")])
+def test_auto_recomputes_everything_where_selective_recomputation_does_not_fit(monkeypatch, capsys, choice, line):
+    done = []
+    monkeypatch.setattr(choices, "language_layers", lambda model: [None] * 4)
+    monkeypatch.setattr(choices, "collate_largest", lambda *args: None)
+    monkeypatch.setattr(choices, "layers_with_room", lambda *args, **options: -1)
+    monkeypatch.setattr(choices, "recompute_everything", lambda model: done.append("everything"))
+    monkeypatch.setattr(choices, "keep_wide_products", lambda model, count: done.append(count))
+    monkeypatch.setattr(choices, "wide_share", lambda model: 0.5)
+    share = choices.keep_what_fits(None, None, None, on_gpu(gradient_checkpointing=choice))
+    assert (share, done) == ((1.0, ["everything"]) if choice == "auto" else (0.5, [0]))
+    assert line in capsys.readouterr().out

@@ -6,9 +6,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from demo.tiny_model import save_tiny_model
 from helpers.runs import TEXTS
-from models.compilation import compile_layers, compiled_class, keep_wide_products, language_layers
+from models import compilation
+from models.compilation import (
+    compile_layers,
+    compiled_class,
+    keep_wide_products,
+    language_layers,
+    recompute_everything,
+)
 from models.loading import load_model
-from models.recomputation import NARROW
+from models.recomputation import NARROW, NOTHING, WIDE
 
 
 class Layer(GradientCheckpointingLayer):
@@ -49,3 +56,15 @@ def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_s
     assert [type(layer) for layer in layers] == [wide, *narrow[1:]]
     keep_wide_products(model, 0)
     assert [type(layer) for layer in layers] == narrow
+
+
+def test_layers_that_kept_their_products_may_keep_none(monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compilation, "recompute_selected", lambda forward, *, keep: kept.append(keep) or forward)
+    layers = torch.nn.Sequential(Layer(), Layer())
+    for layer, keep in zip(layers, (NARROW, WIDE), strict=True):
+        layer.__class__ = compiled_class(Layer, keep=keep)
+    recompute_everything(layers)
+    assert kept == [NARROW, WIDE, NOTHING, NOTHING]
+    assert [type(layer).__base__ for layer in layers] == [Layer, Layer]
