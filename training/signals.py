@@ -78,6 +78,8 @@ def shield_workers(loader: DataLoader) -> DataLoader:
 
 
 def _start_shielded(worker: int, *, trainer: int, init: Callable[[int], None] | None) -> None:
+    for number in SIGNALS:  # where a library has started threads before, one of these may get it
+        signal.signal(number, lambda *_: signal.alarm(GRACE_PERIOD))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the thread that waits for them
     Thread(target=_survive, args=(trainer,), daemon=True).start()
     if init is not None:

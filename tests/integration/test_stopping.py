@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from helpers.runs import train_args
+from training import signals
 from training.checkpoints import read_manifest
 from training.signals import EXIT_CODE, StopCallback, shield_workers
 
@@ -142,6 +144,30 @@ def test_a_worker_survives_the_signals_of_others_and_not_its_trainers():
     assert [next(batches).tolist() for _ in range(20)][-1] == [40, 41]
     worker.terminate()
     assert wait_for_end(worker.pid, 5)
+
+
+def start_threads_and_shield(ready):
+    for _ in range(4):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    signals._start_shielded(0, trainer=os.getppid(), init=None)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_worker_in_which_a_library_has_started_threads_survives_too():
+    """Linux gives a signal to any thread that does not block it."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=start_threads_and_shield, args=(ready,))
+    worker.start()
+    try:
+        assert ready.wait(10)
+        for _ in range(3):
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        assert not wait_for_end(worker.pid, 1)
+    finally:
+        worker.kill()
+        worker.join()
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
