@@ -153,9 +153,9 @@ def join_scales(unit: nn.Module) -> None:
         packed, scales, *constants = pack_state(linear.weight.data, state)
         parts = [part.as_subclass(torch.Tensor).flatten().view(torch.uint8) for part in (packed, scales)]
         joined = torch.cat(parts)
-        even = nn.functional.pad(joined, (0, -joined.numel() % CARRIER.itemsize))
+        padded = nn.functional.pad(joined, (0, -joined.numel() % CARRIER.itemsize))
         linear.__class__, linear.constants, linear.state_dtype = ShardedLinear4bit, constants, state.dtype
-        linear.weight = nn.Parameter(even.view(CARRIER), requires_grad=False)
+        linear.weight = nn.Parameter(padded.view(CARRIER), requires_grad=False)
         linear.quant_state, state.absmax = state, None
 
 
