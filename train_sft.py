@@ -24,7 +24,7 @@ from publishing.run_facts import describe_base
 from training.build import build_model, build_trainer, decide
 from training.choices import keep_choices
 from training.config import parse_config
-from training.config_checks import check_base
+from training.config_checks import check_base, check_device
 from training.data import load_data, open_processor
 from training.distributed import barrier_and_shutdown, check_distributed
 from training.memory_probe import out_of_memory_advice
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def train(settings: Settings) -> int | None:
     # Checkpoint and repository: what can be refused within a second
+    check_device(settings.training)
     checkpoint = choose_start(settings)
     settings = keep_choices(settings, checkpoint)
     config = load_config(settings.model.model_name_or_path, revision=settings.model.model_revision)

@@ -25,3 +25,8 @@ class HostEmbedding(torch.nn.Module):
 def move_embedding_to_host(model: PreTrainedModel) -> None:
     """Replace the input embedding of a base model, whose LM head has weights of its own, with a `HostEmbedding`."""
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings().weight))
+
+
+def host_weights(model: torch.nn.Module) -> int:
+    """Return how many weights of a model are in a `HostEmbedding`."""
+    return sum(module.rows.numel() for module in model.modules() if isinstance(module, HostEmbedding))

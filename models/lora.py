@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from models.experts import WEIGHTS, stand_ins
 from models.families import family_of
+from models.host_embedding import host_weights
 from models.loading import linear_names
 from models.sharding import hidden_weights
 
@@ -79,7 +80,8 @@ def check_targets(model: PreTrainedModel, target_modules: list[str] | None) -> N
 def count_parameters(model: PeftModel) -> tuple[int, int]:
     """Return how many parameters train, and how many there are."""
     trainable, total = model.get_nb_trainable_parameters()
-    return trainable, total + hidden_weights(model) - sum(zeros.numel() for zeros in stand_ins(model).values())
+    zeros = sum(zeros.numel() for zeros in stand_ins(model).values())
+    return trainable, total + hidden_weights(model) + host_weights(model) - zeros
 
 
 def check_trainable(

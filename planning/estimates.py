@@ -32,6 +32,7 @@ CHARACTERS_PER_TOKEN, SYSTEM_TOKENS, TURN_TOKENS, IMAGE_ENDS = 4, 11, 5, 2  # fo
 
 # Complete language layers under FSDP2: the one that runs, the next one, and the buffer that the next one arrives in.
 FETCHED = 3
+EMBEDDING_BUFFER = "buffer of the embedding"  # a part of a plan
 
 
 @dataclass
@@ -124,7 +125,7 @@ def divide_weights(parts: dict[str, int], processes: int, *, layers: int, tied: 
     divided["complete layers"] = FETCHED * language // layers
     if ends in parts and not tied:
         # the embedding arrives in a buffer of another stream, which later layers leave mostly empty
-        divided["buffer of the embedding"] = max(0, parts[ends] // 2 - 2 * language // layers)
+        divided[EMBEDDING_BUFFER] = max(0, parts[ends] // 2 - 2 * language // layers)
     return divided
 
 

@@ -21,6 +21,7 @@ from models.lora import count_trainable
 from models.quantization import STORED, describe_layers, format_stored, resolve_quantization, stored_quantization
 from planning.activations import Activations, trace_model
 from planning.estimates import (
+    EMBEDDING_BUFFER,
     GB,
     GPUS,
     SHARE_OF_PEAK,
@@ -131,13 +132,13 @@ def print_plan(
     key, chosen = choose_plan(plans, recompute, settings.model.load_in_4bit, batch, gpu)
     plans[key] = chosen
     needed = longest if settings.pack_tokens else batch
-    print_memory(plans, chosen, batch, needed)
+    print_memory(plans, chosen, batch, needed, offloading=args.activation_offloading)
     if lengths is not None:
         print_time(config, lengths, chosen, settings, steps.epochs, compiled=compiled)
     print(f"compiling  {'on' if compiled else 'off'}: {reason}")
     print_warnings(splits, args, steps)
     untied = not (args.offload_embedding or config.tie_word_embeddings)
-    spare = chosen.fixed["embeddings, LM head"] // 2 if untied else 0
+    spare = chosen.fixed["embeddings, LM head"] // 2 + chosen.fixed.get(EMBEDDING_BUFFER, 0) if untied else 0
     return print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
 
 
@@ -329,12 +330,14 @@ def choose_plan(
     return (quantized, checkpointing), plan
 
 
-def print_memory(plans: Plans, chosen: MemoryPlan, batch: int, needed: int) -> None:
+def print_memory(plans: Plans, chosen: MemoryPlan, batch: int, needed: int, *, offloading: bool) -> None:
     total = chosen.total(batch) / GB
     print(f"\nmemory     {total:.1f} GB for a batch of {batch:,} tokens ({chosen.name}); in MB:")
     for part, size in chosen.parts(batch).items():
         if size >= 0.5e6:
             print(f"{size / 1e6:>17,.0f}  {part}")
+    if offloading:
+        print("           activation_offloading is not in the plan: the run needs less")
     print("", *format_plans(list(plans.values()), chosen, needed=needed), sep="\n")
 
 
@@ -360,22 +363,22 @@ def print_warnings(splits: DatasetDict | None, args: TrainingSettings, steps: St
 def print_verdict(
     plans: list[MemoryPlan], chosen: MemoryPlan, batch: int, needed: int, gpu: float | None, *, spare: int
 ) -> int:
-    """Print whether the run fits, and if not, which plan does, if need be without the `spare` bytes of the embedding;
-    return the exit code."""
+    """Print whether the run fits, and if not, whether it does without the `spare` bytes of the embedding, or which
+    plan does; return the exit code."""
     if gpu is None:
         return 0
     size = f"{chosen.total(batch) / GB:.1f} GB with {chosen.name}"
     if chosen.total(batch) <= gpu * GB:
         print(f"fits       {gpu:g} GB: {size}")
         return 0
-    fitting = [plan for plan in plans if plan.largest(gpu * GB) >= needed]
-    best = max(fitting, key=lambda plan: plan.largest(gpu * GB), default=None)
     print(f"too large  for {gpu:g} GB: {size}")
-    fitting = []
-    for condition, more in {"": 0, "with offload_embedding: true, ": spare}.items():
+    fitting, offloaded = [], "with offload_embedding: true "
+    if chosen.total(batch) - spare <= gpu * GB:
+        fitting, spare = [f"{offloaded}it fits as it is"], 0
+    for condition, more in {"": 0, offloaded: spare}.items():
         best = max(plans, key=lambda plan: plan.largest(gpu * GB + more))
         if (tokens := best.largest(gpu * GB + more)) >= needed and (more or not condition):
             fitting.append(f"{condition}{best.name} fits, with batches of up to {tokens:,} tokens")
-    for line in fitting or ["nothing in the table fits: use a smaller model, or lower max_pixels"]:
+    for line in fitting or ["nothing in the table fits: use a smaller model, or lower max_pixels and max_length"]:
         print(f"           {line}")
     return 1

@@ -17,6 +17,7 @@ from models.lora import build_lora_config
 from planning.page import print_plan
 from planning.shapes import read_config
 from training.build import train_sampler
+from training.config_checks import check_device
 from training.data import load_data, open_processor
 from training.settings import AUTO, Settings
 
@@ -79,6 +80,7 @@ def _loss(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 
 def dry_run(settings: Settings) -> None:
     """Print the plan, collate three batches, and run one of them through a tiny model; write nothing."""
+    check_device(settings.training)
     config, _ = read_config(settings.model.model_name_or_path, settings.model.model_revision)
     check_kernels(family_of(config), packed=settings.training.packing)
     processor = open_processor(settings)

@@ -82,8 +82,6 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
     _check_storage(model)
     if training.shard_base and model.use_dora:
         raise ValueError("use_dora: DoRA needs complete weights; set it to false, or shard_base: false")
-    if training.activation_offloading and training.device.type == "cpu":
-        raise ValueError("activation_offloading: needs a GPU, whose memory it spares; set it to false")
     if training.fp16 and training.device.type == "cpu":
         raise ValueError("fp16: needs a GPU; a CPU trains with bf16: true, or with both off")
     for settings in (data, training, model):
@@ -141,6 +139,12 @@ def _check_experts(data: DataArguments, training: TrainingSettings, model: Model
             )
     if training.compile_layers is True:
         raise ValueError("compile_layers: not with lora_target_experts: true; PEFT changes such layers in each pass")
+
+
+def check_device(training: TrainingSettings) -> None:
+    """Raise ValueError for what the device of this run cannot do, though the GPU of a plan may."""
+    if training.activation_offloading and training.device.type == "cpu":
+        raise ValueError("activation_offloading: needs a GPU, whose memory it spares; set it to false")
 
 
 def check_base(settings: tuple[DataArguments, TrainingSettings, ModelConfig], config: PreTrainedConfig) -> None:

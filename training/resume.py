@@ -31,7 +31,7 @@ RESUME_IGNORED_PREFIXES = (
     "dataloader_num_", "dataloader_pin_", "dataloader_persistent_", "dataloader_prefetch_", "local_rank", "ddp_",
     "gradient_checkpointing", "activation_checkpointing", "accelerator_config", "dataset_path", "image_dir",
     "model_name_or_path", "bnb_4bit_quant_storage", "too_long", "max_skipped_",
-    "shard_base", "offload_embedding",
+    "shard_base", "offload_embedding", "activation_offloading",
 )  # fmt: skip
 # What the shape of the weights depends on; it may not even change when the user allows changes.
 IMMUTABLE = (

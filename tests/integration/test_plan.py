@@ -388,9 +388,14 @@ def test_an_unreachable_model_is_planned_from_its_published_shapes(demo_data, ca
     assert "20,185,088 parameters: language model 20,185,088" in page
     assert "* NF4, checkpointing" in page
     assert "too large  for 10 GB" in page
-    fitting = re.findall(r"(with offload_embedding: true, )?NF4, checkpointing fits, .* up to ([\d,]+) tokens", page)
-    assert [condition != "" for condition, _ in fitting] == [False, True]
-    assert fitting[0][1] < "4,096" <= fitting[1][1]
+    lines = page[page.index("too large") :].splitlines()[1:]
+    assert lines[0].strip() == "with offload_embedding: true it fits as it is"
+    assert re.fullmatch(r"NF4, checkpointing fits, with batches of up to [\d,]+ tokens", lines[1].strip())
+    assert plan_run.main([*words, "--offload_embedding", "true"]) == 0
+    assert plan_run.main([*words[:-1], "9", "--activation_offloading", "true"]) == 1
+    page = capsys.readouterr().out
+    assert "activation_offloading is not in the plan" in page
+    assert re.search(r"with offload_embedding: true NF4, checkpointing fits, .* up to [\d,]+ tokens", page)
     assert "NF4, checkpointing fits, with batches of up to" in page
     assert max(map(len, page.splitlines())) <= 100
 

@@ -234,6 +234,8 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny_base, demo_d
 def test_an_embedding_in_the_hosts_memory_changes_no_weight(tiny_base, demo_data, tmp_path, settings):
     plain = train(tiny_base, demo_data, tmp_path / "plain", **settings)
     assert_same_weights(plain, train(tiny_base, demo_data, tmp_path / "host", offload_embedding="true", **settings))
+    facts = [json.loads((tmp_path / name / "facts.json").read_text()) for name in ("plain", "host")]
+    assert facts[0]["parameters"] == facts[1]["parameters"]
 
 
 @pytest.mark.slow  # a minute of compiling

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from common.yaml_files import read_yaml
 from training.config import DEFAULT_RECIPE, RENAMED, parse_config
-from training.config_checks import ABOVE_ZERO, AT_LEAST, WITHOUT_EFFECT
+from training.config_checks import ABOVE_ZERO, AT_LEAST, WITHOUT_EFFECT, check_device
 from training.inheritance import SWITCHES
 from training.settings import DataArguments, TrainingSettings
 from training.short_help import OWN_WORDS, SETTINGS
@@ -126,10 +126,6 @@ def test_options_override_the_recipe(parse):
         (
             "shard_base: true\nuse_dora: true\n",
             "use_dora: DoRA needs complete weights; set it to false, or shard_base",
-        ),
-        (
-            "activation_offloading: true\n",
-            "activation_offloading: needs a GPU, whose memory it spares; set it to false",
         ),
         ("fsdp: full_shard\n", "fsdp: would have no effect; set shard_base: true"),
         ("lora_target_modules: [q_proj, 5]\n", "lora_target_modules: did not expect the list ['q_proj', 5]"),
@@ -438,3 +434,10 @@ def test_the_home_folder_is_found_in_a_recipe_and_in_quoted_options(parse, monke
     settings = parse("image_dir: ~/images\nrun_name: a~/b", "--dataset_path", "~/data", "--output_dir=~/out")
     assert (settings.data.dataset_path, settings.data.image_dir) == ("/home/me/data", "/home/me/images")
     assert (settings.output_dir, settings.training.run_name) == (Path("/home/me/out"), "a~/b")
+
+
+def test_activations_are_moved_off_a_gpu_alone_and_a_plan_needs_none():
+    words = ["--config", "configs/demo.yaml", "--dataset_path", "x", "--activation_offloading", "true"]
+    settings = parse_config([*words, "--model_name_or_path", "y"])
+    with pytest.raises(ValueError, match="activation_offloading: needs a GPU, whose memory it spares; set it to f"):
+        check_device(settings.training)
