@@ -10,6 +10,7 @@ from demo.tiny_model import save_tiny_model
 from helpers.runs import TEXTS
 from helpers.sharded_states import compare_states
 from models.attention import _try_gqa, run_by_length, run_kernel, takes_gqa
+from models.host_embedding import HostEmbedding
 from models.nf4_linear import pack_state, weight_of
 
 needs_gpu = pytest.mark.skipif(
@@ -57,6 +58,13 @@ def test_weights_come_out_of_4_bit_as_bitsandbytes_has_them(double, dtype):
         state.dtype = dtype
         found = weight_of(pack_state(weight.data, state), shape, dtype)
         assert torch.equal(found, dequantize_4bit(weight.data, state))
+
+
+@needs_gpu
+def test_an_embedding_on_the_host_returns_its_rows_on_the_gpu():
+    embedding = torch.nn.Embedding(512, 64, dtype=torch.bfloat16, device="cuda")
+    for ids in torch.randint(512, (3, 1, 4096), device="cuda"):
+        assert torch.equal(HostEmbedding(embedding.weight)(ids), embedding(ids))
 
 
 @needs_gpu
