@@ -375,9 +375,10 @@ def print_verdict(
     fitting, offloaded = [], "with offload_embedding: true "
     if chosen.total(batch) - spare <= gpu * GB:
         fitting, spare = [f"{offloaded}it fits as it is"], 0
-    for condition, more in {"": 0, offloaded: spare}.items():
-        best = max(plans, key=lambda plan: plan.largest(gpu * GB + more))
-        if (tokens := best.largest(gpu * GB + more)) >= needed and (more or not condition):
+    rooms = {"": gpu * GB, offloaded: gpu * GB + spare} if spare else {"": gpu * GB}
+    for condition, room in rooms.items():
+        best = max(plans, key=lambda plan: plan.largest(room))
+        if (tokens := best.largest(room)) >= needed:
             fitting.append(f"{condition}{best.name} fits, with batches of up to {tokens:,} tokens")
     for line in fitting or ["nothing in the table fits: use a smaller model, or lower max_pixels and max_length"]:
         print(f"           {line}")
