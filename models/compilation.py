@@ -6,6 +6,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from models.attention import uses_varlen
 from models.compat import set_up_compiler
 from models.families import family_of
 from models.nf4_linear import fuse_lora, is_plain_nf4, make_opaque
@@ -66,7 +67,15 @@ def tokens_to_repay(weights: int) -> int:
 
 
 def takes_whole_layers(model: torch.nn.Module) -> bool:
-    """Return whether the compiler sees through complete layers: it does not see into linear attention and experts."""
+    """Return whether the compiler sees through complete layers: those of attention and MLP, with `use_varlen`.
+
+    With other attention the tower loops over its windows, whose lengths are data.
+    """
+    return has_plain_layers(model) and uses_varlen(model)
+
+
+def has_plain_layers(model: torch.nn.Module) -> bool:
+    """Return whether the language layers are attention and MLP, without linear attention or experts."""
     family = family_of(model)
     return not (family.linear_attention or family.experts)
 

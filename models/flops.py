@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from models.compilation import language_layers, takes_whole_layers
+from models.compilation import has_plain_layers, language_layers
 from models.experts import WEIGHTS, count_active, expert_layers, nf4_name
 from models.families import family_of
 from models.recomputation import is_wide
@@ -157,7 +157,7 @@ def _shape(lengths: Sequence[int], patches: Sequence[int]) -> BatchShape:
 
 
 def _last_mlp(base: nn.Module) -> int:
-    if not takes_whole_layers(base):
+    if not has_plain_layers(base):
         return 0
     return sum(module_weights(x) for x in language_layers(base)[-1].mlp.modules() if is_frozen_linear(x))
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from models.compilation import language_layers, takes_whole_layers
+from models.compilation import has_plain_layers, language_layers
 
 
 def spare_last_layer(model: PreTrainedModel) -> None:
@@ -17,7 +17,7 @@ def spare_last_layer(model: PreTrainedModel) -> None:
     Args:
         model: also with LoRA; before its layers are compiled.
     """
-    if takes_whole_layers(model):
+    if has_plain_layers(model):
         last = language_layers(model)[-1]
         kind = type(last)
         last.__class__ = type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from data_prep import join_folds, load_splits
-from models.compilation import language_layers, takes_whole_layers
+from models.attention import VARLEN
+from models.compilation import has_plain_layers, language_layers
 from models.experts import format_experts
 from models.families import family_of
 from models.flops import recomputed_flop, shape_of_samples, useful_flop, wide_share, work_of
@@ -264,7 +265,8 @@ def plan_memory(
     sizes = {"tokens": batch, "text_share": 1 - share}
     sizes |= {"hidden": config.text_config.hidden_size, "itemsize": dtype.itemsize}
     kinds = {False: (traced[False], {}), True: (traced[True], {"recomputed": 1.0})}
-    if compiled and takes_whole_layers(model) and not settings.training.shard_base:
+    whole = settings.model.attn_implementation == VARLEN and has_plain_layers(model)
+    if compiled and whole and not settings.training.shard_base:
         kinds = plan_whole_layers(model, traced[True], batch, dtype)
     return {
         (quantized, kind): MemoryPlan(PLAN_NAMES[quantized, kind], fixed[quantized], activations, **sizes, **extra)

@@ -96,6 +96,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")
     if training.gradient_checkpointing == "selective" and training.compile_layers is False:
         raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
+    if training.gradient_checkpointing == "selective" and model.attn_implementation != VARLEN:
+        raise ValueError(f"gradient_checkpointing: selective needs attn_implementation: {VARLEN}; else set it to auto")
     _check_targets(model.lora_target_modules)
     if model.model_revision != "main" and Path(model.model_name_or_path or "").is_dir():
         raise ValueError(f"model_revision: would have no effect, as {model.model_name_or_path} is a folder")

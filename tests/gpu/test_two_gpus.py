@@ -16,10 +16,11 @@ from helpers.sharded_loading import load_in_two
 ROOT = Path(__file__).parents[2]
 TOWER = {"freeze_vision_encoder": "false", "train_merger": "true"}
 SHARDED = {"shard_base": "true"}
+COMPILED = {"compile_layers": "true", "gradient_checkpointing": "true", "attn_implementation": "varlen"}
 FORMS = {
     "ddp": TOWER,
     "sharded": {**SHARDED, **TOWER},
-    "sharded, frozen tower, compiled": {**SHARDED, "compile_layers": "true", "gradient_checkpointing": "true"},
+    "sharded, frozen tower, compiled": {**SHARDED, **COMPILED},
 }
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes two GPUs or more")
 

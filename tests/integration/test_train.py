@@ -256,6 +256,21 @@ def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path, checkpoi
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_layers_compiled_with_another_attention_take_any_number_of_images(
+    tiny_base, mixed_data, tmp_path, checkpointing
+):
+    """Samples one by one with an image or none, then an evaluation of several at once."""
+    settings = {"per_device_train_batch_size": 1, "gradient_checkpointing": checkpointing, "lora_dropout": "0.0"}
+    plain, compiled = (
+        train(tiny_base, mixed_data, tmp_path / name, compile_layers=name, **settings) for name in ("false", "true")
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_8bit"])
 def test_optimizers_in_8_bit_learn_too(tiny_base, demo_data, tmp_path, optimizer):
     settings = {"learning_rate": 5e-3, "warmup_steps": 0, "eval_strategy": "no", "max_steps": 12}

@@ -7,6 +7,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from demo.tiny_model import save_tiny_model
 from helpers.runs import TEXTS
 from models import compilation
+from models.attention import VARLEN
 from models.compilation import (
     compile_layers,
     compiled_class,
@@ -45,7 +46,7 @@ def test_a_compiled_layer_is_recomputed_only_when_checkpointing_is_on(monkeypatc
 def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_set_back(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     save_tiny_model(tmp_path, TEXTS, hidden_size=64, num_layers=3)
-    model = load_model(str(tmp_path), dtype="float32", quantization=None)
+    model = load_model(str(tmp_path), dtype="float32", quantization=None, attn_implementation=VARLEN)
     compile_layers(model, keep=NARROW)
     layers = language_layers(model)
     narrow = [type(layer) for layer in layers]
@@ -56,6 +57,16 @@ def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_s
     assert [type(layer) for layer in layers] == [wide, *narrow[1:]]
     keep_wide_products(model, 0)
     assert [type(layer) for layer in layers] == narrow
+
+
+def test_with_another_attention_parts_of_layers_are_compiled(tmp_path):
+    """The tower's loops over its windows would not compile for batches of other numbers of images."""
+    save_tiny_model(tmp_path, TEXTS, hidden_size=64, num_layers=1)
+    model = load_model(str(tmp_path), dtype="float32", quantization=None)
+    compile_layers(model, keep=NARROW)
+    layer = language_layers(model)[0]
+    assert type(layer).forward.__name__ != "compile_wrapper" and type(layer).__base__ is GradientCheckpointingLayer
+    assert layer._compiled_call_impl is None and layer.mlp._compiled_call_impl is not None
 
 
 def test_layers_that_kept_their_products_may_keep_none(monkeypatch):

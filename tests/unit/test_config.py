@@ -113,6 +113,10 @@ def test_options_override_the_recipe(parse):
             "use_liger_kernel: would have no effect; the loss is fused already, comp",
         ),
         ("torch_compile: true\n", "torch_compile: would have no effect; use compile_layers"),
+        (
+            "gradient_checkpointing: selective\n",
+            "gradient_checkpointing: selective needs attn_implementation: varlen; else set it to auto",
+        ),
         ("lora_r: [8]\n", "recipe.yaml: lora_r: did not expect the list [8]"),
         ("seed: 1\nseed: 2\n", 'duplicate key "seed"'),
         ("eval_strategy: stepps\n", "stepps is not a valid IntervalStrategy"),
