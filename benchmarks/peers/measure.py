@@ -41,12 +41,25 @@ def count_tokens(collate: Callable, seen: list[int]) -> Callable:
     return counting
 
 
-def report(clock: Clock, seen: list[int], model: torch.nn.Module) -> None:
-    """Print the figures as a line of JSON, with the attention and the number of layers that the side recomputed."""
+def note_held(model: torch.nn.Module) -> list[int]:
+    """Return a list to which each forward pass on a GPU adds the bytes that it leaves there for the backward pass."""
+    before, held = [], []
+
+    def start(*args):
+        before[:] = [torch.cuda.memory_allocated()]
+
+    if torch.cuda.is_available():
+        model.register_forward_pre_hook(start)
+        model.register_forward_hook(lambda *args: held.append(torch.cuda.memory_allocated() - before[0]))
+    return held
+
+
+def report(clock: Clock, seen: list[int], held: list[int], model: torch.nn.Module) -> None:
+    """Print the figures as a line of JSON, with the attention that ran; what is held says what a side recomputes."""
     seconds = statistics.median(b - a for a, b in pairwise(clock.ends[-TIMED - 1 :]))
     tokens = statistics.mean(seen) * clock.batches
     memory = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
-    recomputed = sum(1 for module in model.modules() if getattr(module, "gradient_checkpointing", False))
-    ran = {"attention": str(model.config._attn_implementation), "recomputed_modules": recomputed}
+    ran = {"attention": str(model.config._attn_implementation)}
+    ran |= {"held_gb": statistics.median(held[-TIMED:]) / 1e9} if held else {}
     speed = {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "memory_gb": memory}
     print(json.dumps({**speed, **ran}), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
-from measure import Clock, count_tokens, report
+from measure import Clock, count_tokens, note_held, report
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -50,8 +50,9 @@ def main(settings: dict) -> None:
         data_collator=count_tokens(DataCollatorForVisionLanguageModeling(processor), seen),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=LANGUAGE, task_type="CAUSAL_LM"),
     )  # fmt: skip
+    held = note_held(trainer.model)
     trainer.train()
-    report(clock, seen, trainer.model)
+    report(clock, seen, held, trainer.model)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_OFFLINE": "1"}
 from unsloth import FastVisionModel  # isort: skip  # first: it changes what the others do
 from unsloth.trainer import UnslothVisionDataCollator  # isort: skip
 
-from measure import Clock, count_tokens, report
+from measure import Clock, count_tokens, note_held, report
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
@@ -46,8 +46,9 @@ def main(settings: dict) -> None:
         model=model, processing_class=processor.tokenizer, data_collator=collate, train_dataset=data, args=args,
         callbacks=[clock],
     )  # fmt: skip
+    held = note_held(trainer.model)
     trainer.train()
-    report(clock, seen, trainer.model)
+    report(clock, seen, held, trainer.model)
 
 
 def to_messages(row: dict, folder: Path) -> dict:
