@@ -7,6 +7,7 @@ import pytest
 from benchmarks import first_answer, gpu_7b, gpu_answers, gpu_fsdp, gpu_peers, train_step
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, capsys):
     out = tmp_path / "results.json"
     gpu_7b.main(["--tiny", "--steps", "4", "--out", str(out)])

@@ -175,9 +175,12 @@ SHARDED_FORMS = {
         "offload_embedding": "true",
     },
 }
+OFTEN = ("whole weights, packed, tower trains", "simple scales, recomputed, embedding on the host")
 
 
-@pytest.mark.parametrize("form", SHARDED_FORMS)
+@pytest.mark.parametrize(
+    "form", [form if form in OFTEN else pytest.param(form, marks=pytest.mark.slow) for form in SHARDED_FORMS]
+)
 def test_a_sharded_model_learns_as_in_one_process_and_with_ddp(train, tmp_path, form):
     plain = {**SAVED, **SHARDED_FORMS[form], "eval_strategy": "steps", "eval_steps": 6}
     done(train(tmp_path / "one", {**plain, "gradient_accumulation_steps": 2}))

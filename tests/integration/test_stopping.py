@@ -83,7 +83,10 @@ def assert_saved_at_once(out, seen, text):
     return saved
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [name if "accelerate with two" in name else pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS],
+)
 def test_sigterm_to_a_launcher_saves_within_a_step(tiny_base, demo_data, tmp_path, launcher):
     out = tmp_path / "run"
     process = start(launcher, tiny_base, demo_data, out)

@@ -286,8 +286,8 @@ def test_workers_make_the_same_batches(tiny_base, demo_data, tmp_path):
 
 
 def test_the_start_table_says_what_the_run_will_do(tiny_base, demo_data, tmp_path, capsys):
-    settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3}
-    train(tiny_base, demo_data, tmp_path, **settings)
+    settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "eval_steps": 12}
+    train(tiny_base, demo_data, tmp_path, save_steps=12, **settings)
     out = capsys.readouterr().out
     assert "samples    32 train, 4 validation" in out
     assert "of them image; the longest sample has" in out
@@ -499,7 +499,7 @@ def test_a_packed_run_trains_counts_its_tokens_and_says_what_it_packs(tiny_base,
     assert epoch["num_tokens"] == total
 
 
-@pytest.mark.parametrize("stop", [4, 10, 13])
+@pytest.mark.parametrize("stop", [4, 10, pytest.param(13, marks=pytest.mark.slow)])
 def test_a_packed_run_that_was_stopped_ends_like_one_that_was_not(tiny_base, demo_data, tmp_path, stop):
     """In the middle of an epoch, at its end (10 packs) and in the middle of the second one; with workers."""
     settings = {**PACKED, "max_steps": 20, "save_steps": stop, "dataloader_num_workers": 2, "eval_strategy": "no"}

@@ -378,7 +378,7 @@ def large_file(path: Path, size: int) -> int:
     ("name", "size", "most"),
     [
         ("a.json", 40_000_000, 100),
-        ("a.jsonl", 40_000_000, 5),
+        pytest.param("a.jsonl", 40_000_000, 5, marks=pytest.mark.slow),
         pytest.param("a.jsonl", 2_000_000_000, 5, marks=pytest.mark.slow),
     ],
     ids=["an array of 40 MB", "40 MB of lines", "2 GB of lines"],

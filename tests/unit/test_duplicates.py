@@ -27,7 +27,7 @@ def test_close_hashes_equal_brute_force():
     assert close_hashes(hashes) == expected
 
 
-@pytest.mark.scale
+@pytest.mark.slow
 def test_a_hundred_thousand_hashes_take_less_than_a_minute():
     hashes, mirrored = hashes_with_neighbours(100_000, 1000), hashes_with_neighbours(100_000, 0, seed=1)
     start = time.perf_counter()

@@ -27,7 +27,7 @@ print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())  # 
     [
         ("eval_sft", {}, True),
         ("predict", {"OMP_WAIT_POLICY": "ACTIVE"}, False),
-        ("app", {"GOMP_SPINCOUNT": "7"}, False),
+        pytest.param("app", {"GOMP_SPINCOUNT": "7"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_threads_of_a_command_spin_for_a_moment_only_unless_asked_to(command, asked, expected):

@@ -157,7 +157,7 @@ def test_what_cannot_be_packed_is_refused():
         PackSampler([100, 100], 512, multiple=4)
 
 
-@pytest.mark.scale
+@pytest.mark.slow
 def test_a_million_lengths_are_packed_in_seconds():
     lengths = log_normal(1_000_000)
     start = time.perf_counter()
