@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import first_answer, gpu_7b, gpu_answers, gpu_fsdp, gpu_peers, train_step
+from benchmarks.peers.measure import note_held
 
 
 @pytest.mark.slow
@@ -78,6 +80,16 @@ def test_the_benchmark_of_training_steps_gives_each_side_every_sample_once(capsy
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-3:]] == ["ours", "stock TRL", "plain loop"]
     assert lines[-3].endswith(" 1.00")
+
+
+def test_what_a_forward_pass_leaves_on_the_gpu_is_noted(monkeypatch):
+    allocated = iter([1000, 1600, 900, 950])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    model = torch.nn.Linear(2, 2)
+    held = note_held(model)
+    model(model(torch.ones(2)))
+    assert held == [600, 50]
 
 
 @pytest.mark.slow
