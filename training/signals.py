@@ -80,17 +80,23 @@ def shield_workers(loader: DataLoader) -> DataLoader:
 def _start_shielded(worker: int, *, trainer: int, init: Callable[[int], None] | None) -> None:
     received = []  # when signals of others came
 
-    def bear(*_) -> None:
+    def bear() -> None:
         if received and time.monotonic() - received[0] > REPEAT_WINDOW:
             os._exit(0)  # as a second signal ends the trainer
         received.append(time.monotonic())
         signal.alarm(GRACE_PERIOD)
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    for number in SIGNALS:  # where a library has started threads before, one of these may get it, without its sender
-        signal.signal(number, bear)
+    # Where a library has started threads before, one of these may get it: the sender is unknown then, and Python calls
+    # its handler only when the main thread wakes, but writes to a pipe at once.
+    seen, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the thread that waits for them
     Thread(target=_survive, args=(trainer, bear), daemon=True).start()
+    Thread(target=_watch, args=(seen, bear), daemon=True).start()
     if init is not None:
         init(worker)
 
@@ -100,6 +106,11 @@ def _survive(trainer: int, bear: Callable[[], None]) -> None:
     while signal.sigwaitinfo(SIGNALS).si_pid != trainer:
         bear()
     os._exit(0)
+
+
+def _watch(pipe: int, bear: Callable[[], None]) -> None:
+    while os.read(pipe, 1):
+        bear()
 
 
 def end_early(stop: StopCallback, step: int, output_dir: Path, *, unsaved: str | None) -> int:

@@ -281,11 +281,8 @@ def test_optimizers_in_8_bit_learn_too(tiny_base, demo_data, tmp_path, optimizer
 
 
 def test_workers_make_the_same_batches(tiny_base, demo_data, tmp_path):
-    whole = {
-        "max_steps": -1,
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 8,
-    }  # workers that read all end at once
+    # Workers that have read a whole epoch end at once.
+    whole = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8}
     alone = train(tiny_base, demo_data, tmp_path / "alone", **whole)
     assert_same_weights(alone, train(tiny_base, demo_data, tmp_path / "workers", dataloader_num_workers=2, **whole))
 
