@@ -34,6 +34,8 @@ from training.resume import describe_identity
 ADAPTER = "adapter_model.safetensors"
 SAMPLES = {"train": 32, "validation": 4, "test": 4}
 
+needs_compiler = pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+
 
 def train(base, data, out, **settings):
     train_sft.main(train_args(base, data, out, **settings))
@@ -239,7 +241,7 @@ def test_an_embedding_in_the_hosts_memory_changes_no_weight(tiny_base, demo_data
 
 
 @pytest.mark.slow  # a minute of compiling
-@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+@needs_compiler
 @pytest.mark.parametrize("checkpointing", ["true", "selective"])
 def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path, checkpointing):
     settings = {**PACKED, "max_steps": 3, "lora_dropout": "0.0", "eval_strategy": "no"}
@@ -257,7 +259,7 @@ def test_compiled_layers_learn_the_same(tiny_base, demo_data, tmp_path, checkpoi
 
 
 @pytest.mark.slow  # a minute of compiling
-@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+@needs_compiler
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_layers_compiled_with_another_attention_take_any_number_of_images(
     tiny_base, mixed_data, tmp_path, checkpointing

@@ -59,8 +59,9 @@ def test_layers_that_keep_their_wide_products_are_not_compiled_anew_and_may_be_s
     assert [type(layer) for layer in layers] == narrow
 
 
-def test_with_another_attention_parts_of_layers_are_compiled(tmp_path):
+def test_with_another_attention_parts_of_layers_are_compiled(tmp_path, monkeypatch):
     """The tower's loops over its windows would not compile for batches of other numbers of images."""
+    monkeypatch.setattr(compilation, "check_compiler", lambda: None)  # nothing runs
     save_tiny_model(tmp_path, TEXTS, hidden_size=64, num_layers=1)
     model = load_model(str(tmp_path), dtype="float32", quantization=None)
     compile_layers(model, keep=NARROW)
