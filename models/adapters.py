@@ -1,5 +1,6 @@
 """A trained adapter on its base model, which is loaded as in training."""
 
+import math
 import os
 import re
 import sys
@@ -287,8 +288,19 @@ def check_config_file(adapter: str) -> None:
     for key in ("peft_type", "base_model_name_or_path"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"{path}: {key!r}: expected a text, found {config.get(key)!r:.60}")
-    if isinstance(alpha := config.get("lora_alpha"), int | float) and alpha <= 0:  # no effect, or a reversed one
-        raise ValueError(f"{path}: 'lora_alpha': expected a number above 0, found {alpha!r:.60}")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(found := config.get(key), bool | None):  # PEFT takes any text for true
+            raise ValueError(f"{path}: {key!r}: expected true or false, found {found!r:.60}")
+    _check_scales(path, config)
+
+
+def _check_scales(path: Path, config: dict) -> None:
+    """Raise ValueError for a scale that switches the adapter off, reverses it or makes its answers meaningless."""
+    patterns = config.get("alpha_pattern")
+    scales = {"lora_alpha": config.get("lora_alpha"), **(patterns if isinstance(patterns, dict) else {})}
+    for key, found in scales.items():
+        if isinstance(found, int | float) and not 0 < found < math.inf:
+            raise ValueError(f"{path}: {key!r}: expected a number above 0, found {found!r:.60}")
 
 
 def is_adapter(name: str) -> bool:

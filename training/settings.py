@@ -95,6 +95,8 @@ class TrainingSettings(SFTConfig):
             self.bf16 = False  # TRL would turn it on; a CPU computes in float32
         if not self.use_cpu:
             self._check_gpu()
+        if self.eval_steps == 0:  # transformers would take `logging_steps` instead
+            raise ValueError("eval_steps: expected a number above 0, found 0")
         super().__post_init__()
 
     @property

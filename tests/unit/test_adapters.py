@@ -1,6 +1,7 @@
 """An adapter is loaded onto a base that it fits completely, or one line says how much of it does not fit."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -302,11 +303,24 @@ def test_weights_of_a_dtype_that_no_adapter_has_are_refused(damaged, dtype):
         load_answering_model(str(folder))
 
 
-@pytest.mark.parametrize("alpha", [0, -32])
+@pytest.mark.parametrize("alpha", [0, -32, math.nan, math.inf])
 def test_a_scale_that_switches_the_adapter_off_or_round_is_refused(damaged, alpha):
     folder = damaged(lora_alpha=alpha)
     with pytest.raises(ValueError, match=f"'lora_alpha': expected a number above 0, found {alpha}"):
         load_answering_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"alpha_pattern": {"q_proj": 0}}, "'q_proj': expected a number above 0, found 0"),
+        ({"use_rslora": "false"}, "'use_rslora': expected true or false, found 'false'"),
+        ({"use_dora": 1}, "'use_dora': expected true or false, found 1"),
+    ],
+)
+def test_other_entries_that_would_change_the_scale_in_silence_are_refused(damaged, entries, message):
+    with pytest.raises(ValueError, match=message):
+        load_answering_model(str(damaged(**entries)))
 
 
 @pytest.mark.parametrize(
