@@ -1,5 +1,6 @@
 """Small models, data and runs that the tests share; all are made here, nothing is downloaded."""
 
+import gc
 import json
 import os
 import tempfile
@@ -19,6 +20,10 @@ from data_prep import load_splits, prepare_dataset
 from demo.draw import write_demo
 from helpers.processes import ForkServer
 from helpers.runs import TEXTS, train_args
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the libraries: each run ends with a collection, which would look at all of them
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from common.progress import LINE_SECONDS, Progress
 from publishing.hub import BackgroundPush
 from training.speed import format_speed
 
+DRAWING_SECONDS = 10  # at least, between two drawings of the curves: each takes half a second from the training
+
 
 class ProgressLine(TrainerCallback):
     """A bar on a terminal, and short lines instead of a dictionary for each log.
@@ -71,13 +73,19 @@ class CurvesCallback(TrainerCallback):
     and what a full disk refused is written at the next log.
     """
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.drawn = monotonic()
+
     def on_log(self, args, state, control, **kwargs):
         self._write(write_metrics, state, Path(args.output_dir) / "metrics.jsonl")
 
     def on_save(self, args, state, control, **kwargs):
-        self._write(plot_training, state, Path(args.output_dir) / "training_metrics.png")
+        if monotonic() - self.drawn >= DRAWING_SECONDS:
+            self.on_train_end(args, state, control)
 
-    on_train_end = on_save
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(plot_training, state, Path(args.output_dir) / "training_metrics.png")
+        self.drawn = monotonic()
 
     def _write(self, write: Callable[[list[dict], Path], None], state: TrainerState, path: Path) -> None:
         if not state.is_world_process_zero:

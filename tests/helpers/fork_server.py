@@ -5,6 +5,7 @@ numbers, the leaders of process groups of their own; one with `wait` is answered
 no model over CPUs; a request that pretends tells it, once the ranks can talk, that they are GPUs.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -122,6 +123,7 @@ def answer(request: dict) -> list[int | None]:
 
 
 def serve() -> None:
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

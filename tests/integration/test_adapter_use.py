@@ -159,6 +159,7 @@ def chat(server, model, image, **options):
         )
 
 
+@pytest.mark.slow
 def test_transformers_serve_answers_about_an_image_like_the_merged_model(server, merged, demo_raw):
     model = AutoModelForImageTextToText.from_pretrained(merged)
     processor = AutoProcessor.from_pretrained(merged)

@@ -23,8 +23,8 @@ def test_the_gpu_benchmark_measures_every_setting_on_a_tiny_model(tmp_path, caps
 @pytest.mark.parametrize(
     ("shapes", "setting"),
     [
-        ("Qwen3-VL-8B", "without packing"),
-        ("Qwen3.5-9B", "without packing"),
+        pytest.param("Qwen3-VL-8B", "without packing", marks=pytest.mark.slow),
+        pytest.param("Qwen3.5-9B", "without packing", marks=pytest.mark.slow),
         ("Qwen3-VL-30B-A3B", "LoRA on experts"),
     ],
 )

@@ -321,6 +321,7 @@ def test_the_adapters_folder_asks_as_its_training_did(adapter, processor, family
         assert len(prompts) == 1 and prompts.pop().endswith(f"<|im_start|>assistant\n{end}")
 
 
+@pytest.mark.slow
 def test_recomputed_activations_leave_the_same_adapter(base, demo_data, settings, adapter, tmp_path):
     train_sft.main(train_args(base, demo_data, tmp_path, **settings, gradient_checkpointing="true"))
     expected, recomputed = weights(adapter), weights(tmp_path)

@@ -364,6 +364,7 @@ def test_a_push_is_private_and_uploads_the_listed_files_only(adapter, fork_serve
     assert [name for name in MERGED_FILES if "*" in name] == ["model-*.safetensors"]
 
 
+@pytest.mark.slow
 def test_after_a_failed_push_the_printed_command_pushes_the_model(adapter, tmp_path, capsys, monkeypatch, hub):
     def fail(self, **options):
         raise ConnectionError("the line\nwent dead")

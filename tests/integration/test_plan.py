@@ -173,7 +173,7 @@ def test_memory_of_all_layers_follows_from_a_few(name, checkpointing, train_visi
     assert trace_model(config, lora, **step) == complete
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_of_layers_of_two_kinds_follows_from_two_periods(checkpointing):
     config = with_layers(published_config("Qwen3.5-0.8B"), 12)
     config.vision_config.depth = 2
@@ -256,12 +256,8 @@ def test_a_compiled_layer_stores_what_selective_recomputation_says():
     assert wide_share(model) == 2 * 18944 / (3 * 18944 + 2 * 3584 + 2 * 512)
 
 
-def choose_speed(path: Path):
-    """Return a recipe as a parameter: most take half a minute to plan."""
-    return path if path.stem in ("skin", "skin_16gb") else pytest.param(path, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("path", [choose_speed(path) for path in RECIPES], ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_fits_the_gpu_that_it_states(path):
     settings = parse_config(["--config", str(path), "--use_cpu", "true", "--fp16", "false"])
     _, training, model = settings

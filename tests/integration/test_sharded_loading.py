@@ -24,6 +24,7 @@ def test_the_parts_of_all_processes_are_the_model_that_one_process_loads(tmp_pat
         assert found["different"] == []
 
 
+@pytest.mark.slow
 def test_a_process_holds_its_share_and_loading_takes_one_unit_more(tmp_path):
     save_tiny_model(tmp_path, TEXTS, hidden_size=768, num_layers=24)
     for found in load_in_two(tmp_path):

@@ -23,7 +23,7 @@ from training.signals import EXIT_CODE, StopCallback, shield_workers
 
 BIN = Path(sys.executable).parent
 ADAPTER = "adapter_model.safetensors"
-SETTINGS = {"max_steps": 60, "save_steps": 50, "eval_strategy": "no", "lora_dropout": 0.1, "dataloader_num_workers": 2}
+SETTINGS = {"max_steps": 48, "save_steps": 40, "eval_strategy": "no", "lora_dropout": 0.1, "dataloader_num_workers": 2}
 LAUNCHERS = {
     "accelerate with one process": [str(BIN / "accelerate"), "launch", "--num_processes", "1"],
     "accelerate with two processes": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"],

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SPINS = "GOMP_SPINCOUNT"
 UNUSED = ("torch._inductor.compile_fx", "sklearn", "nltk", "trl", "gradio")
+
+
+def run_python(code, **asked):
+    """Run Python with these variables, and none else that is about OpenMP's threads."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", SPINS)}
+    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **asked}  # OpenMP prints what it has read when it is loaded
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
 
 
 def test_commands_that_answer_import_neither_the_compiler_nor_libraries_of_the_tests():
@@ -18,27 +28,21 @@ print([name for name in {UNUSED} if name in sys.modules], os.environ.get("TORCHD
 import torch
 print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())  # the compiler is still there
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python(code)
     assert done.stdout.splitlines() == ["[] None", "2.0"]
+    assert f"{SPINS} = '20000'" in done.stderr  # threads that wait spin for a moment only
 
 
-@pytest.mark.parametrize(
-    ("command", "asked", "expected"),
-    [
-        ("eval_sft", {}, True),
-        ("predict", {"OMP_WAIT_POLICY": "ACTIVE"}, False),
-        pytest.param("app", {"GOMP_SPINCOUNT": "7"}, False, marks=pytest.mark.slow),
-    ],
-)
-def test_threads_of_a_command_spin_for_a_moment_only_unless_asked_to(command, asked, expected):
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"OMP_DISPLAY_ENV": "VERBOSE", **asked}  # OpenMP prints what it has read when it is loaded
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {command}"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert "GOMP_SPINCOUNT = " in done.stderr
-    assert ("GOMP_SPINCOUNT = '20000'" in done.stderr) is expected
+@pytest.mark.parametrize("asked", [{"OMP_WAIT_POLICY": "ACTIVE"}, {SPINS: "7"}], ids=str)
+def test_threads_spin_as_long_as_they_are_asked_to(asked):
+    done = run_python("import common.cli, torch", **asked)
+    assert f"{SPINS} = " in done.stderr and f"{SPINS} = '20000'" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["eval_sft", "predict", "app"])
+def test_threads_of_each_command_spin_for_a_moment_only(command):
+    assert f"{SPINS} = '20000'" in run_python(f"import {command}").stderr
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ from bitsandbytes.nn import Params4bit
 from models.nf4_kernel import dequantise
 from models.nf4_linear import BLOCK, SCALES_BLOCK, pack_state
 
-KINDS = [((128, 64), torch.uint8), ((7, 64), torch.bfloat16), ((2, 257 * 64), torch.uint8), ((3, 22), torch.uint8)]
+KINDS = [((128, 64), torch.uint8), ((7, 64), torch.bfloat16), ((1, 257 * 64), torch.uint8), ((3, 22), torch.uint8)]
 for double in (True, False):
     for shape, storage in KINDS:  # the last two: several blocks of scales, and half a block of weights
         options = {"quant_type": "nf4", "compress_statistics": double, "quant_storage": storage}

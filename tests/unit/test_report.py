@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import TrainerState
 
 from common.plots import plot_training, smooth
+from training import callbacks
 from training.callbacks import CurvesCallback, write_metrics
 
 
@@ -58,11 +59,24 @@ def test_write_metrics_replaces_the_file_atomically(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_curves_are_drawn_at_saves_ten_seconds_apart_and_at_the_end(tmp_path, monkeypatch):
+    clock, drawn = [1.0], []
+    monkeypatch.setattr(callbacks, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(callbacks, "plot_training", lambda log_history, path: drawn.append((clock[0], path.name)))
+    curves, state = CurvesCallback(), TrainerState(is_world_process_zero=True)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    curves.on_train_begin(args, state, None)
+    for clock[0] in (10.9, 11.0, 20.9, 21.5, 22.0):
+        curves.on_save(args, state, None)
+    curves.on_train_end(args, state, None)
+    assert drawn == [(second, "training_metrics.png") for second in (11.0, 21.5, 22.0)]
+
+
 def test_a_failed_write_of_the_curves_is_a_warning(tmp_path, capsys):
     state = TrainerState(log_history=[{"step": 1, "loss": 2.0}], is_world_process_zero=True)
     args = SimpleNamespace(output_dir=str(tmp_path / "gone"))
     CurvesCallback().on_log(args, state, None)
-    CurvesCallback().on_save(args, state, None)
+    CurvesCallback().on_train_end(args, state, None)
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line] == [
         f"warning: {name} was not written: No such file or directory; training continues"
