@@ -14,6 +14,7 @@ from helpers.runs import TEXTS, rows_of, train_args
 from helpers.sharded_loading import load_in_two
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = "280"  # s; a run that takes longer hangs, and its processes end with it
 TOWER = {"freeze_vision_encoder": "false", "train_merger": "true"}
 SHARDED = {"shard_base": "true"}
 COMPILED = {"compile_layers": "true", "gradient_checkpointing": "true", "attn_implementation": "varlen"}
@@ -32,7 +33,7 @@ def train(base, data, out, *, processes, **settings):
     options = ["--num_processes", "1"] if processes == 1 else ["--config_file", str(ROOT / "accelerate_config.yaml")]
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {})}
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", *options, "train_sft.py"]
-    words = [*command, *train_args(base, data, out, **{**defaults, **settings})]
+    words = ["timeout", "--kill-after=10", TIMEOUT, *command, *train_args(base, data, out, **{**defaults, **settings})]
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
 
