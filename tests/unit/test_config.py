@@ -141,6 +141,8 @@ def test_options_override_the_recipe(parse):
         ("learning_rate: nan\n", "learning_rate: expected a number, found nan"),
         ("learning_rate: -1.0\n", "learning_rate: expected a number above 0, found -1.0"),
         ("save_steps: 0\n", "save_steps: expected a number above 0, found 0"),
+        ("eval_accumulation_steps: 0\n", "eval_accumulation_steps: expected at least 1, found 0"),
+        ("neftune_noise_alpha: -1.0\n", "neftune_noise_alpha: expected at least 0, found -1.0"),
         ("eval_steps: 0\n", "eval_steps: expected a number above 0, found 0"),
         ("max_steps: 0\n", "max_steps: expected a number above 0, or -1 to count epochs, found 0"),
         ("lora_dropout: 1.0\n", "lora_dropout: expected a share below 1, found 1.0"),
