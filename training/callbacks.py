@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from common.files import atomic_write
 from common.plots import plot_training
@@ -81,9 +81,12 @@ class CurvesCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if monotonic() - self.drawn >= DRAWING_SECONDS:
-            self.on_train_end(args, state, control)
+            self._draw(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._draw(args, state)
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
         self._write(plot_training, state, Path(args.output_dir) / "training_metrics.png")
         self.drawn = monotonic()
 

@@ -80,7 +80,7 @@ def shield_workers(loader: DataLoader) -> DataLoader:
 def _start_shielded(worker: int, *, trainer: int, init: Callable[[int], None] | None) -> None:
     received = []  # when signals of others came
 
-    def bear() -> None:
+    def on_signal() -> None:
         if received and time.monotonic() - received[0] > REPEAT_WINDOW:
             os._exit(0)  # as a second signal ends the trainer
         received.append(time.monotonic())
@@ -89,28 +89,29 @@ def _start_shielded(worker: int, *, trainer: int, init: Callable[[int], None] | 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Where a library has started threads before, one of these may get it: the sender is unknown then, and Python calls
     # its handler only when the main thread wakes, but writes to a pipe at once.
-    seen, written = os.pipe()
-    os.set_blocking(written, False)
-    signal.set_wakeup_fd(written)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for the thread that waits for them
-    Thread(target=_survive, args=(trainer, bear), daemon=True).start()
-    Thread(target=_watch, args=(seen, bear), daemon=True).start()
+    Thread(target=_survive, args=(trainer, on_signal), daemon=True).start()
+    Thread(target=_watch, args=(read_end, on_signal), daemon=True).start()
     if init is not None:
         init(worker)
 
 
-def _survive(trainer: int, bear: Callable[[], None]) -> None:
+def _survive(trainer: int, on_signal: Callable[[], None]) -> None:
     """End this worker at once on a signal of its trainer, which sends one when it ends, and later on one of others."""
     while signal.sigwaitinfo(SIGNALS).si_pid != trainer:
-        bear()
+        on_signal()
     os._exit(0)
 
 
-def _watch(pipe: int, bear: Callable[[], None]) -> None:
+def _watch(pipe: int, on_signal: Callable[[], None]) -> None:
+    """Call `on_signal` for each byte that Python's wake-up pipe gets."""
     while os.read(pipe, 1):
-        bear()
+        on_signal()
 
 
 def end_early(stop: StopCallback, step: int, output_dir: Path, *, unsaved: str | None) -> int:
