@@ -123,8 +123,8 @@ def set_up_compiler() -> None:
     """Let a compiled function have 64 variants, with the floats that it sees as constants, and say less.
 
     Coincidences of sizes make new variants; past 8 torch ends the run. Floats, which are rates and scales here, it
-    would first make inputs, find that they are constants, and compile everything a second time. Of sharded layers, which
-    it does not guard, it would make each width an input as well, and take twice as long to compile them.
+    would first make inputs, find that they are constants, and compile everything a second time. Of sharded layers,
+    which it does not guard, it would make each width an input as well, and compile them for twice as long.
     """
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.specialize_float = True

@@ -4,6 +4,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText
 from trl import chat_template_utils
 
@@ -197,4 +199,34 @@ def test_floats_are_constants_of_compiled_functions_once_that_is_set_up(constant
         compiled(torch.ones(3))
     inputs = [node.name for node in graphs[0].graph.nodes if node.op == "placeholder"]
     assert any("scale" in name for name in inputs) is not constant, "torch: specialize_float has another meaning"
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_sizes_of_sharded_layers_are_constants_of_compiled_functions_once_that_is_set_up(one_process_group, constant):
+    """Else each width of a layer is an input, and the layer compiles for twice as long."""
+
+    class Folded(torch.nn.Identity):
+        def forward(self, x):
+            return torch.sin(x.view(-1, self.width))
+
+    torch.compiler.reset()
+    graphs, config = [], torch._dynamo.config
+    layer = fully_shard(Folded(), mesh=init_device_mesh("cpu", (1,)))
+    layer.width = 4
+    with config.patch(skip_fsdp_guards=True):
+        if constant:
+            set_up_compiler()
+        run = torch.compile(Folded.forward, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True)
+        run(layer, torch.ones(12))
+    inputs = [node.meta["example_value"] for node in graphs[0].graph.nodes if node.op == "placeholder"]
+    found = [value for value in inputs if isinstance(value, torch.SymInt) and int(value) == layer.width]
+    assert (found != []) is not constant, "torch: skip_fsdp_guards has another meaning"
     torch.compiler.reset()
