@@ -190,7 +190,7 @@ def locked(path: Path, what: str) -> Iterator[str | None]:
         None, or why this storage has no locks.
 
     Raises:
-        ValueError: another process holds it; the message names it.
+        ValueError: another process holds it; the message names it. Or no file can be made there.
     """
     handle, problem = _open_locked(path, what)
     _HANDLES.add(handle)
@@ -229,7 +229,10 @@ def _digits(text: str) -> str:
 
 def _open_locked(path: Path, what: str) -> tuple[int, str | None]:
     while True:
-        handle, problem = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), None
+        try:
+            handle, problem = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), None
+        except OSError as error:
+            raise ValueError(f"{what}: cannot write there: {error.strerror}") from error
         try:
             _lock(handle)
         except OSError as error:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -47,12 +48,19 @@ class InvalidRecordsError(ValueError):
 
     def __init__(self, errors: list[DataError], num_records: int):
         self.errors = errors
-        lines = [f"{error.source}: {error}" for error in errors[:MAX_LISTED]]
+        alike = {}
+        for error in errors:
+            alike.setdefault((error.source, error.reason), []).append(error)
+        lines = []
+        for first, *others in islice(alike.values(), MAX_LISTED):
+            more = f"; so have {len(others)} more" if others else ""
+            lines.append(f"{first.source}: {first}{more}")
         if len(errors) > 1:
-            remedy = "`python -m data_prep convert --on-error drop` leaves them out"
-            lines.insert(0, f"{len(errors)} of {num_records} records have an error; {remedy}")
-        if len(errors) > MAX_LISTED:
-            lines.append(f"... and {len(errors) - MAX_LISTED} more")
+            some = len(errors) < num_records
+            remedy = "; `python -m data_prep convert --on-error drop` leaves them out" if some else ""
+            lines.insert(0, f"{len(errors)} of {num_records} records have an error{remedy}")
+        if unlisted := sum(map(len, islice(alike.values(), MAX_LISTED, None))):
+            lines.append(f"... and {unlisted} more")
         super().__init__("\n  ".join(lines))
 
 

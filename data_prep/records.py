@@ -45,6 +45,7 @@ INVISIBLE = regex.compile(r"[\s\p{Cf}\p{Default_Ignorable_Code_Point}\p{M}\u2800
 TO_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # rows of the Hub also contain dates and bytes
 MAX_TEXT = 1_000_000  # characters; several times the model's context
 MAX_ID = 500  # characters
+MAX_KEYS = 8  # that a message names
 
 
 class DataError(ValueError):
@@ -174,8 +175,10 @@ def _recognise(raw: dict) -> str:
     if len(formats) == 1:
         return formats[0]
     expected = ", ".join(f"'{key}' ({name})" for name, key in FORMAT_KEYS.items())
-    count = "more than one of" if formats else "none of"
-    raise FieldError(FORMAT_KEYS[formats[0]] if formats else "conversations", f"the record has {count} {expected}")
+    if formats:
+        raise FieldError(FORMAT_KEYS[formats[0]], f"the record has more than one of {expected}")
+    keys = ", ".join(repr(key) for key in list(raw)[:MAX_KEYS]) + (", ..." if len(raw) > MAX_KEYS else "")
+    raise FieldError("conversations", f"the record has none of {expected}; its keys are {keys or 'none':.300}")
 
 
 def _image_paths(raw: dict) -> list[str]:

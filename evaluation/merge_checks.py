@@ -47,12 +47,14 @@ def sample_logits(model: PreTrainedModel | PeftModel, processor: ProcessorMixin)
     """Return the logits of the prompt of each of `draw_samples`, shape (T, V), float32, on the CPU.
 
     Raises:
-        ValueError: logits that are not finite.
+        ValueError: logits that are not finite, or all equal.
     """
     prompts = [encode_prompts(model, processor, [sample]) for sample in draw_samples()]
     logits = [model(**prompt).logits[0].float().cpu() for prompt in prompts]
     if not all(rows.isfinite().all() for rows in logits):
         raise ValueError(f"--dtype: the model's logits are not finite in {model.dtype}; the largest float16 is 65,504")
+    if _sum_of_squares(logits) == 0:
+        raise ValueError("the model finds all tokens equally likely: weights of it or of the adapter are damaged")
     return logits
 
 

@@ -1,6 +1,5 @@
 """A trained adapter on its base model, which is loaded as in training."""
 
-import math
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from models.thinking import CHOICES
 CONFIG_NAME = "adapter_config.json"
 # What PEFT raises, besides ValueError, for values of a kind that an entry cannot have.
 ADAPTER_CONFIG_ERRORS = (*CONFIG_ERRORS, re.error)
+LARGEST = 1e4  # of LoRA's weights and scales: trained ones are below a hundred, damaged ones mostly far above
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of an adapter's weights
 MERGED_ADAPTER = "merged_adapter"  # entry in the configuration of a merged model: base's name, adapter's digest
 
@@ -130,7 +130,7 @@ def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
 
 
 def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
-    """Raise ValueError for NaN, infinity or whole numbers in an adapter's tensors: they make answers meaningless."""
+    """Raise ValueError for NaN, infinity, whole or absurd numbers in an adapter's tensors: answers are meaningless."""
     if other := [name for name, tensor in weights.items() if tensor.dtype not in DTYPES]:
         found = str(weights[other[0]].dtype).removeprefix("torch.")
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -139,6 +139,10 @@ def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
         raise ValueError(
             f"--adapter: {adapter}: {len(invalid)} tensors hold NaN or infinity, the first is {invalid[0]}"
         )
+    for name, tensor in weights.items():
+        if (largest := tensor.abs().max().item()) > LARGEST:
+            rule = f"expected at most {LARGEST:,.0f}; the file is damaged, or its training diverged"
+            raise ValueError(f"--adapter: {adapter}: a weight of {name} is {largest:.1e} in size, {rule}")
 
 
 def check_fits_base(adapter: str) -> None:
@@ -250,7 +254,8 @@ def read_adapter_config(adapter: str) -> PeftConfig:
             raise ValueError(_does_not_work(adapter, error)) from error
         complete = Path(adapter, "config.json").is_file()
         hint = "; it is a complete model: --model of eval_sft.py, --base of predict.py" if complete else ""
-        raise ValueError(f"--adapter: no adapter in {adapter!r}, neither a folder nor on the Hub{hint}") from error
+        where = f"the folder has no {CONFIG_NAME}" if Path(adapter).is_dir() else "neither a folder nor on the Hub"
+        raise ValueError(f"--adapter: no adapter in {adapter!r}, {where}{hint}") from error
     for warning in found:  # of entries that this PEFT does not know
         _print_once(f"warning: the {CONFIG_NAME} of {adapter}: {str(warning.message).partition('. ')[0]}")
     if find_file(adapter, ADAPTER_WEIGHTS):
@@ -299,8 +304,9 @@ def _check_scales(path: Path, config: dict) -> None:
     patterns = config.get("alpha_pattern")
     scales = {"lora_alpha": config.get("lora_alpha"), **(patterns if isinstance(patterns, dict) else {})}
     for key, found in scales.items():
-        if isinstance(found, int | float) and not 0 < found < math.inf:
-            raise ValueError(f"{path}: {key!r}: expected a number above 0, found {found!r:.60}")
+        if isinstance(found, int | float) and not 0 < found <= LARGEST:
+            rule = f"expected a number above 0 and at most {LARGEST:,.0f}"
+            raise ValueError(f"{path}: {key!r}: {rule}, found {found!r:.60}")
 
 
 def is_adapter(name: str) -> bool:

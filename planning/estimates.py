@@ -164,7 +164,7 @@ def steps_per_epoch(
 
 
 def find_warnings(
-    splits: DatasetDict | None, *, learning_rate: float, samples_per_step: float | None, warmup: int, steps: int | None
+    splits: DatasetDict | None, *, learning_rate: float, samples_per_step: float | None, warmup: int
 ) -> list[str]:
     """Return a line for each setting that is probably a mistake."""
     warnings = []
@@ -174,8 +174,6 @@ def find_warnings(
         warnings.append(f"learning_rate {learning_rate:g} is high for {case}: above {limit:g}")
     if warmup < 3:
         warnings.append(f"warmup_steps: {warmup} are few; Adam's averages need some steps before the full rate")
-    if steps is not None and warmup >= steps:
-        warnings.append(f"warmup_steps: {warmup} cover all {steps} steps of the run; the rate never reaches its peak")
     return warnings + _missing_labels(splits or {})
 
 

@@ -358,7 +358,8 @@ def print_time(
 
 def print_warnings(splits: DatasetDict | None, args: TrainingSettings, steps: Steps) -> None:
     options = {"learning_rate": args.learning_rate, "samples_per_step": steps.samples}
-    warnings = find_warnings(splits, **options, warmup=args.get_warmup_steps(steps.run or 1000), steps=steps.run)
+    warnings = find_warnings(splits, **options, warmup=args.get_warmup_steps(steps.run or 1000))
+    warnings += args.past_the_end(steps.run) if steps.run else []
     print(*(f"\nwarning    {text}" for text in warnings), sep="")
 
 

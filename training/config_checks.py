@@ -89,8 +89,8 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
             _check_setting(setting, getattr(settings, setting.name))
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         raise ValueError(f"min_pixels {data.min_pixels} is above max_pixels {data.max_pixels}")
-    if training.max_steps == 0:
-        raise ValueError("max_steps: expected a number above 0, or -1 to count epochs, found 0")
+    if training.max_steps != -1 and training.max_steps <= 0:
+        raise ValueError(f"max_steps: expected a number above 0, or -1 to count epochs, found {training.max_steps}")
     metric = training.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in EVALUATED:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(EVALUATED)}, found {metric!r}")

@@ -81,7 +81,8 @@ def tracked_facts(settings: Settings, base: dict, data_facts: dict) -> dict:
 
 
 def describe_run(trainer: SafeSFTTrainer, data: TrainingData, settings: Settings) -> list[str]:
-    """Return the table that is printed at the start of a run: its data, what it trains, its steps, its device."""
+    """Return the table that is printed at the start of a run: its data, what it trains, its steps, its device,
+    and which settings come too late for it."""
     args, lengths, pack_tokens = trainer.args, data.lengths["train"], settings.pack_tokens
     tokens, images = sum(lengths.total), sum(lengths.image)
     validation = f", {len(trainer.eval_dataset):,} validation" if trainer.eval_dataset is not None else ""
@@ -104,7 +105,8 @@ def describe_run(trainer: SafeSFTTrainer, data: TrainingData, settings: Settings
         "steps": f"{steps:,} ({steps / steps_per_epoch:.3g} epochs)",
         "device": f"{args.device}, weights in {dtype}, mixed precision {mixed_precision(trainer)}",
     }
-    return [f"{name:<10} {value}" for name, value in table.items()]
+    lines = [*table.items(), *(("warning", text) for text in args.past_the_end(steps))]
+    return [f"{name:<10} {value}" for name, value in lines]
 
 
 def mixed_precision(trainer: SafeSFTTrainer) -> str:

@@ -104,6 +104,17 @@ class TrainingSettings(SFTConfig):
         """False keeps the trainer from moving a sharded model, which is where it belongs."""
         return False if self.shard_base else super().place_model_on_device
 
+    def past_the_end(self, steps: int) -> list[str]:
+        """Return a line for each setting that has no effect, or not its own, in a run of so many steps."""
+        lines = []
+        if (warmup := self.get_warmup_steps(steps)) >= steps:
+            lines.append(f"warmup_steps: {warmup} cover all {steps} steps of the run; the rate never reaches its peak")
+        if self.logging_strategy == "steps" and self.logging_steps > steps:
+            lines.append(f"logging_steps: {self.logging_steps:g} is past the run's {steps} steps; no loss is logged")
+        if self.eval_strategy == "steps" and self.eval_delay > steps:
+            lines.append(f"eval_delay: {self.eval_delay:g} is past the run's {steps} steps; there is no validation")
+        return lines
+
     def _check_gpu(self) -> None:
         """Raise ValueError, with what to do, where mixed precision finds no GPU, or one without bfloat16."""
         wants_bf16 = self.bf16 or (self.bf16 is None and not self.fp16)

@@ -286,6 +286,13 @@ def test_another_first_token_is_refused_even_with_similar_logits():
         merge_checks.check_logits(weak, [theirs], tolerance=0.5)
 
 
+def test_a_model_that_finds_all_tokens_equally_likely_is_refused(tiny_base):
+    model = load_model(str(tiny_base), quantization=None, dtype="float32").eval()
+    model.get_output_embeddings().weight.data.zero_()
+    with pytest.raises(ValueError, match="all tokens equally likely"):
+        merge_checks.sample_logits(model, load_processor(str(tiny_base)))
+
+
 def test_an_untrained_or_broken_adapter_is_refused(damaged, tmp_path, capsys):
     def untrain(tensors):
         for name, tensor in tensors.items():

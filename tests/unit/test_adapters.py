@@ -271,6 +271,22 @@ def test_an_adapter_that_does_not_fit_is_not_pushed(damaged, capsys):
     assert "28 of its 28 tensors have no place there" in capsys.readouterr().err
 
 
+def test_an_adapter_with_absurd_weights_is_neither_loaded_nor_pushed(damaged):
+    def change(tensors):
+        next(iter(tensors.values()))[0, 0] = -1e36
+        return tensors
+
+    folder = damaged(change)
+    for load in (load_answering_model, check_fits_base):
+        with pytest.raises(ValueError, match=r"a weight of .* is 1\.0e\+36 in size, expected at most 10,000"):
+            load(str(folder))
+
+
+def test_a_folder_without_an_adapter_is_called_one(tmp_path):
+    with pytest.raises(ValueError, match=r"no adapter in .*, the folder has no adapter_config\.json$"):
+        load_answering_model(str(tmp_path))
+
+
 def test_an_adapter_with_nan_or_damaged_weights_is_neither_loaded_nor_pushed(damaged, capsys):
     folder = damaged(
         lambda tensors: {name: x / 0 if "layers.0.mlp.up_proj" in name else x for name, x in tensors.items()}
@@ -306,14 +322,14 @@ def test_weights_of_a_dtype_that_no_adapter_has_are_refused(damaged, dtype):
 @pytest.mark.parametrize("alpha", [0, -32, math.nan, math.inf])
 def test_a_scale_that_switches_the_adapter_off_or_round_is_refused(damaged, alpha):
     folder = damaged(lora_alpha=alpha)
-    with pytest.raises(ValueError, match=f"'lora_alpha': expected a number above 0, found {alpha}"):
+    with pytest.raises(ValueError, match=f"'lora_alpha': expected a number above 0 and at most 10,000, found {alpha}"):
         load_answering_model(str(folder))
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"alpha_pattern": {"q_proj": 0}}, "'q_proj': expected a number above 0, found 0"),
+        ({"alpha_pattern": {"q_proj": 0}}, "'q_proj': expected a number above 0 and at most 10,000, found 0"),
         ({"use_rslora": "false"}, "'use_rslora': expected true or false, found 'false'"),
         ({"use_dora": 1}, "'use_dora': expected true or false, found 1"),
     ],

@@ -87,6 +87,25 @@ def test_thinking_is_off_or_on(parse):
         parse("thinking: true\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("warmup_steps: 9\nlogging_steps: 10\n", []),
+        ("warmup_steps: 10\n", ["warmup_steps: 10 cover all 10 steps of the run; the rate never reaches its peak"]),
+        ("warmup_steps: 0.1\n", []),
+        ("logging_steps: 11\n", ["logging_steps: 11 is past the run's 10 steps; no loss is logged"]),
+        ("logging_strategy: epoch\nlogging_steps: 11\n", []),
+        (
+            "eval_strategy: steps\neval_delay: 11\n",
+            ["eval_delay: 11 is past the run's 10 steps; there is no validation"],
+        ),
+    ],
+)
+def test_settings_that_come_too_late_for_the_run_are_said(parse, text, found):
+    given = "" if "logging" in text else "logging_steps: 1\n"
+    assert parse(text + given)[1].past_the_end(10) == found
+
+
 def test_two_processes_prepare_images_unless_the_recipe_says_otherwise(parse):
     assert parse()[1].dataloader_num_workers == 2
     assert parse("dataloader_num_workers: 0\n")[1].dataloader_num_workers == 0
@@ -145,6 +164,7 @@ def test_options_override_the_recipe(parse):
         ("neftune_noise_alpha: -1.0\n", "neftune_noise_alpha: expected at least 0, found -1.0"),
         ("eval_steps: 0\n", "eval_steps: expected a number above 0, found 0"),
         ("max_steps: 0\n", "max_steps: expected a number above 0, or -1 to count epochs, found 0"),
+        ("max_steps: -5\n", "max_steps: expected a number above 0, or -1 to count epochs, found -5"),
         ("lora_dropout: 1.0\n", "lora_dropout: expected a share below 1, found 1.0"),
         ("gradient_accumulation_steps: 0\n", "gradient_accumulation_steps: expected at least 1"),
         ("metric_for_best_model: acc\n", "metric_for_best_model: expected one of loss, mean_token_accuracy"),

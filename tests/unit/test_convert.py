@@ -69,6 +69,25 @@ def test_all_problems_are_collected_and_raised_once(write_records):
     assert "'cut.jpg': broken image: image file is truncated" in reasons[7]
 
 
+def test_records_with_the_same_problem_are_one_line_and_no_remedy_leaves_all_out(write_records):
+    path, images = write_records([{"img": "red.jpg", "Question": "What?"}] * 30)
+    with pytest.raises(InvalidRecordsError) as error:
+        prepare_dataset(path, images, **ALL_TRAIN)
+    first, second = str(error.value).split("\n")
+    assert first == "30 of 30 records have an error" and len(error.value.errors) == 30
+    assert second.startswith("  a.json: record 0, field 'conversations': the record has none of")
+    assert second.endswith("its keys are 'img', 'Question'; so have 29 more")
+
+
+def test_of_many_problems_twenty_are_listed(write_records):
+    path, images = write_records([flat(f"gone{n}.jpg") for n in range(30)] + [flat("red.jpg")])
+    with pytest.raises(InvalidRecordsError) as error:
+        prepare_dataset(path, images, **ALL_TRAIN)
+    first, *listed, last = str(error.value).split("\n")
+    assert first.startswith("30 of 31 records have an error; `python")
+    assert len(listed) == 20 and last == "  ... and 10 more"
+
+
 def test_one_problem_is_one_line(write_records):
     path, images = write_records([flat("gone.jpg", id="ham_0031")])
     with pytest.raises(InvalidRecordsError) as error:

@@ -145,6 +145,13 @@ def test_a_lock_refuses_others_names_its_process_and_leaves_no_file(tmp_path):
     assert in_child(lambda: refused(path)) == 0 and not path.exists()
 
 
+def test_a_place_that_takes_no_file_is_said_without_the_name_of_the_lock(tmp_path):
+    (tmp_path / "file").touch()
+    message = pytest.raises(ValueError, match=r"^--out: m: cannot write there: Not a directory$")
+    with message, locked(tmp_path / "file" / ".m.lock", "--out: m"):
+        pass
+
+
 def test_a_process_that_is_killed_leaves_no_lock_even_if_its_child_lives(tmp_path):
     path, (read, write) = tmp_path / "training.lock", os.pipe()
 

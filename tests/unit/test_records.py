@@ -110,6 +110,9 @@ def test_a_named_format_wins_over_recognition():
 
 BAD = [
     ({"id": "x"}, "record 3 (id 'x'), field 'conversations': the record has none of"),
+    ({"img": "a.jpg", "Question": "What?"}, "'question' (flat); its keys are 'img', 'Question'"),
+    ({}, "'question' (flat); its keys are none"),
+    ({f"k{n}": n for n in range(9)}, "its keys are 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7', ..."),
     ({"image": "a.jpg", "conversations": "hello"}, "field 'conversations': expected a list of turns, found a text"),
     ({"image": "a.jpg", "conversations": []}, "field 'conversations': expected a list of turns"),
     ({"image": "a.jpg", "conversations": turns("no marker <image><image>")}, "2 <image> marker(s) for 1 image(s)"),
