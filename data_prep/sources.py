@@ -234,7 +234,8 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, Mapping |
         mapping = load_mapping(source.mapping)
         return read_rows(source.data, mapping), mapping
     if source.data.suffix.lower() in TABLE_ENDINGS:
-        raise ValueError(f"{source.data} is a table: name the mapping that says what its columns are (--mapping)")
+        rule = "`python -m data_prep convert --mapping NAME` says what its columns are"
+        raise ValueError(f"{source.data} is a table: {rule}, see docs/data.md")
     return iter_annotations(source.data), None
 
 

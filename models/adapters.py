@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json, suggest_file
+from models.attention import IMPLEMENTATIONS
 from models.experts import add_stand_ins
 from models.families import FAMILIES, family_of
 from models.loading import CONFIG_ERRORS, is_path, load_config, load_model, readable_out_of_memory
@@ -322,7 +323,7 @@ def read_run_facts(adapter: str) -> dict:
         "quantization": (None, "nf4", STORED),
         "dtype": ("bfloat16", "float16", "float32"),
         "double_quant": (True, False),
-        "attn_implementation": str | None,
+        "attn_implementation": (None, *IMPLEMENTATIONS),
         "revision": str | None,
         "thinking": CHOICES,
         "stored_layers": dict,

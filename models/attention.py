@@ -14,10 +14,19 @@ from models.compat import get_attention, set_attention
 from models.linear_attention import keep_samples_apart
 
 VARLEN = "varlen"  # in recipes
+# What recipes and files may name. Any other name transformers takes for code on the Hub, which it fetches and runs.
+IMPLEMENTATIONS = (VARLEN, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # transformers passes all windows of the tower in one call only to implementations with "flash" in their name.
 REGISTERED = "varlen_flash"
 # torch 2.12 and later want to be told of fewer heads of keys and values; 2.11 takes them as they are.
 GQA_OPTION = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def check_attention(name: str | None, where: str = "") -> None:
+    """Raise ValueError for the name of an attention that is none of `IMPLEMENTATIONS`."""
+    if name is not None and name not in IMPLEMENTATIONS:
+        rule = f"expected one of {', '.join(IMPLEMENTATIONS)}"
+        raise ValueError(f"{where}attn_implementation: {rule}, found {name!r:.60}")
 
 
 def use_varlen(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig
 
-from models.attention import VARLEN
+from models.attention import VARLEN, check_attention
 from models.families import family_of
 from models.quantization import stored_quantization
 from training.settings import DataArguments, TrainingSettings
@@ -21,7 +21,7 @@ AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps", "eval_accumulation_steps"), 1),
     **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"), 0),
 }
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2")
@@ -98,6 +98,7 @@ def check_settings(data: DataArguments, training: TrainingSettings, model: Model
         raise ValueError("gradient_checkpointing: selective needs compile_layers: true; else set it to auto or true")
     if training.gradient_checkpointing == "selective" and model.attn_implementation != VARLEN:
         raise ValueError(f"gradient_checkpointing: selective needs attn_implementation: {VARLEN}; else set it to auto")
+    check_attention(model.attn_implementation)
     _check_targets(model.lora_target_modules)
     if model.model_revision != "main" and Path(model.model_name_or_path or "").is_dir():
         raise ValueError(f"model_revision: would have no effect, as {model.model_name_or_path} is a folder")

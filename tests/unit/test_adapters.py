@@ -176,6 +176,7 @@ def test_an_entry_that_cannot_work_is_said_in_a_line(damaged, demo_raw, capsys, 
         ('{"dtype": ["x"]}', "run.json: 'dtype': expected"),
         ('{"revision": 5}', "run.json: 'revision': expected a text, found 5"),
         ('{"nope": 1}', "run.json: unknown entry 'nope'"),
+        ('{"attn_implementation": "x/kernel"}', "run.json: 'attn_implementation': expected"),
     ],
 )
 def test_a_damaged_run_record_is_named(damaged, content, message):

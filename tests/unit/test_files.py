@@ -153,22 +153,24 @@ def test_a_place_that_takes_no_file_is_said_without_the_name_of_the_lock(tmp_pat
 
 
 def test_a_process_that_is_killed_leaves_no_lock_even_if_its_child_lives(tmp_path):
-    path, (read, write) = tmp_path / "training.lock", os.pipe()
+    path, (read, write), (started, starting) = tmp_path / "training.lock", os.pipe(), os.pipe()
 
     def hold_and_die():
         with locked(path, "x"):
             if not os.fork():  # as a DataLoader's worker does
+                os.write(starting, b"x")
                 os.close(write)
                 os.read(read, 1)
                 os._exit(0)
+            os.read(started, 1)
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(hold_and_die) == -signal.SIGKILL
     assert path.exists()
     with locked(path, "x") as problem:
         assert problem is None and json.loads(path.read_text())["process"] == os.getpid()
-    os.close(write)
-    os.close(read)
+    for end in (read, write, started, starting):
+        os.close(end)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -1,5 +1,6 @@
 """Exactly the language model's linear layers are in NF4, exactly the LoRA weights train, and all else raises."""
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -186,9 +187,20 @@ def test_a_missing_base_model_gives_one_line(name, reason):
 
 
 def test_what_keeps_a_folder_from_being_loaded_is_not_called_a_missing_model(tiny_base, tmp_path):
-    with pytest.raises(ValueError, match=f"^no model in '{tiny_base}' that can be loaded: .*nosuch"):
-        load(tiny_base, attn_implementation="nosuch")
     with pytest.raises(ValueError, match=f"^no model in '{tmp_path}' that can be loaded: .*config.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_code_on_the_hub_is_no_attention(tiny_base, tmp_path, part, key):
+    """transformers would fetch it and run it, if the package kernels is there."""
+    with pytest.raises(ValueError, match=r"^attn_implementation: expected one of varlen, .*, found 'some/kernel'$"):
+        load(tiny_base, attn_implementation="some/kernel")
+    config = json.loads((tiny_base / "config.json").read_text())
+    (config[part] if part else config)[key] = "some/kernel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^the config.json of {tmp_path}: attn_implementation: expected one of"):
         load(tmp_path)
 
 

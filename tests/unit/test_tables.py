@@ -253,7 +253,7 @@ def test_sources_mix_by_their_weights(tmp_path):
 
 def test_a_table_without_a_mapping_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is a table: name the mapping that says what its columns are"):
+    with pytest.raises(ValueError, match="is a table: `python -m data_prep convert --mapping NAME` says"):
         prepare([Source(tmp_path / "t.csv")], show_progress=False)
 
 
