@@ -191,14 +191,14 @@ def test_what_keeps_a_folder_from_being_loaded_is_not_called_a_missing_model(tin
         load(tmp_path)
 
 
-@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("part", [None, "", "text_config", "vision_config"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_code_on_the_hub_is_no_attention(tiny_base, tmp_path, part, key):
     """transformers would fetch it and run it, if the package kernels is there."""
     with pytest.raises(ValueError, match=r"^attn_implementation: expected one of varlen, .*, found 'some/kernel'$"):
         load(tiny_base, attn_implementation="some/kernel")
     config = json.loads((tiny_base / "config.json").read_text())
-    (config[part] if part else config)[key] = "some/kernel"
+    config[key] = "some/kernel" if part is None else {part: "some/kernel"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"^the config.json of {tmp_path}: attn_implementation: expected one of"):
         load(tmp_path)
