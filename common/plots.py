@@ -9,6 +9,7 @@ from matplotlib import font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from common.files import atomic_write
 
@@ -16,6 +17,7 @@ from common.files import atomic_write
 # its contrast is under 3.
 BLUE, ORANGE, GREEN, PURPLE, BROWN = "#0072B2", "#D55E00", "#009E73", "#A3487F", "#7A5A00"
 GREY, GRID = "#8C8C8C", "#EEEEEE"
+FEW_DECADES = 300  # ratio of the largest to the smallest value
 DPI = 160  # for screens with two pixels to a point, and for print
 
 
@@ -131,7 +133,14 @@ def _draw_line(axes, log_history: list[dict], key: str, colour: str) -> None:
 
 def _set_scale(axes, values: list[float]) -> None:
     """Let the axis be logarithmic for values of very different size, else start at 0."""
-    axes.set(yscale="log") if _is_steep(values) else axes.set_ylim(bottom=0)
+    if not _is_steep(values):
+        axes.set_ylim(bottom=0)
+        return
+    axes.set(yscale="log")
+    axes.yaxis.set_minor_formatter(NullFormatter())  # labels between the powers of ten lie over each other
+    if max(values) < FEW_DECADES * min(values):  # of which an axis may show one power, or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _is_steep(values: list[float]) -> bool:

@@ -1,8 +1,10 @@
-"""Texts of a figure have a font that has their characters, or a number with a legend."""
+"""Texts of a figure have a font that has their characters, or a number with a legend; labels of ticks lie apart."""
 
 import warnings
+from itertools import pairwise
 
 import pytest
+from matplotlib.figure import Figure
 
 from common import plots
 from common.html import encode_figure
@@ -51,3 +53,20 @@ def test_subgroups_get_numbers_too(only_the_default_font):
     groups = {"头皮": {"samples": 3, "suppressed": True}, "hand": {"samples": 3, "suppressed": True}}
     summary = {"cluster_unit": "samples", "subgroups": {"site": {"groups": groups}}}
     assert encode_figure(draw_subgroups(summary, 0.5), "x")["legend"] == "[1] 头皮  (3)"
+
+
+@pytest.mark.parametrize("ratio", [21, 50, 150, 299, 301, 3e3, 1e6])
+@pytest.mark.parametrize("least", [1e-3, 0.07, 0.4, 2, 30])
+def test_labels_of_a_low_logarithmic_axis_are_two_or_more_and_lie_apart(least, ratio):
+    figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
+    axes = figure.subplots(3, 1, height_ratios=(3, 1, 1))[1]
+    values = [least, least * ratio]
+    axes.plot(values)
+    plots._set_scale(axes, values)
+    figure.draw_without_rendering()
+    bottom, top = axes.get_ylim()
+    labels = [*axes.yaxis.get_majorticklabels(), *axes.yaxis.get_minorticklabels()]
+    shown = [label for label in labels if label.get_text() and bottom <= label.get_position()[1] <= top]
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.y0)
+    assert len(boxes) > 1
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
