@@ -181,7 +181,7 @@ def prepare(sources: list[Source], **options) -> Prepared:
     limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
     if options.scale_boxes is not None:
         _reject(collected, partial(scale_coordinates, convention=options.scale_boxes, **limits))
-    collected.num_renamed = _make_ids_unique(collected.samples)
+    collected.renamed = _make_ids_unique(collected.samples)
     picture_of, copies = find_copies(infos)
     findings = _check_samples(collected.samples, infos, picture_of, copies, options.labels)
     findings = [*check.check_records(collected.errors), *findings]
@@ -310,10 +310,10 @@ def _download_links(collected: Collected, show_progress: bool) -> None:
     _reject_images(collected, fetch_links(links, show_progress=show_progress))
 
 
-def _make_ids_unique(samples: list[dict]) -> int:
-    """Number the second and later samples of one id (`x`, `x#2`); return how many were renamed."""
+def _make_ids_unique(samples: list[dict]) -> list[str]:
+    """Number the second and later samples of one id (`x`, `x#2`); return the new ids."""
     taken = {sample["id"] for sample in samples}
-    seen, renamed = Counter(), 0
+    seen, renamed = Counter(), []
     for sample in samples:
         base = sample["id"]
         seen[base] += 1
@@ -323,7 +323,7 @@ def _make_ids_unique(samples: list[dict]) -> int:
             seen[base] += 1
         taken.add(name)
         sample["id"] = name
-        renamed += 1
+        renamed.append(name)
     return renamed
 
 

@@ -17,10 +17,14 @@ def log_skipped(collected: Collected) -> None:
     """Warn about records that are skipped or renamed, and keys that are not read."""
     if collected.errors:
         logger.warning("%d of %d records rejected", len(collected.errors), collected.num_records)
+    first_of = {error.reason: error for error in reversed(collected.skipped)}
     for reason, count in Counter(error.reason for error in collected.skipped).most_common(5):
-        logger.warning("%d rows skipped by the mapping: %s", count, reason)
-    if collected.num_renamed:
-        logger.warning("%d records repeat an id and were renamed, 'x' to 'x#2'", collected.num_renamed)
+        first = first_of[reason]
+        place = f"{first.source}: record {first.record}"
+        logger.warning("%d rows skipped by the mapping: %s (the first is %s)", count, reason, place)
+    if collected.renamed:
+        count, first = len(collected.renamed), collected.renamed[0]
+        logger.warning("%d records repeat an id and were renamed; the first is %.80r now", count, first)
     keys = sorted(collected.unused_keys.items(), key=lambda item: (meant_key(item[0]) is None, -item[1]))
     for key, count in keys[:MAX_KEYS]:
         near = f"; use {meant!r}" if (meant := meant_key(key)) else suggest(key.lower(), READ_KEYS)

@@ -59,7 +59,7 @@ class Collected:
         samples: usable samples.
         errors: records that cannot be used.
         num_records: records in all.
-        num_renamed: samples that got another id, as theirs was taken.
+        renamed: new ids of samples whose id was taken.
         unused_keys: how many records have each key that is not read.
         skipped: rows that the mapping says to skip.
     """
@@ -67,7 +67,7 @@ class Collected:
     samples: list[dict] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
     num_records: int = 0
-    num_renamed: int = 0
+    renamed: list[str] = field(default_factory=list)
     unused_keys: Counter = field(default_factory=Counter)
     skipped: list[DataError] = field(default_factory=list)
 

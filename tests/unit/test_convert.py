@@ -115,7 +115,7 @@ def test_drop_keeps_the_rest_and_says_so(write_records, caplog):
 def test_repeated_ids_are_made_unique_and_counted(write_records, caplog):
     path, images = write_records([flat("red.jpg", id="a"), flat("blue.jpg", id="a"), flat("red.jpg", id="a#2")])
     assert prepare_dataset(path, images, **ALL_TRAIN)["train"]["id"] == ["a", "a#3", "a#2"]
-    assert "1 records repeat an id" in caplog.text
+    assert "1 records repeat an id and were renamed; the first is 'a#3' now" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,16 @@ def test_a_table_without_a_mapping_is_refused(tmp_path):
         prepare([Source(tmp_path / "t.csv")], show_progress=False)
 
 
+def test_the_first_row_that_a_mapping_skips_is_named(tmp_path, caplog):
+    for number in range(3):
+        draw(tmp_path / f"{number}.png", ("red", "blue", "green")[number])
+    mapping = "images: ['{f}.png']\nquestions: What?\nanswer: This is {dx}.\nlabel: {columns: [dx]}\n"
+    (tmp_path / "m.yaml").write_text(mapping + "skip: {column: dx, matching: bad}\n")
+    (tmp_path / "t.csv").write_text("f,dx\n0,nevus\n1,bad\n2,bad\n")
+    prepare([Source(tmp_path / "t.csv", tmp_path, str(tmp_path / "m.yaml"))], show_progress=False)
+    assert "2 rows skipped by the mapping: dx is 'bad' (the first is t.csv: record 1)" in caplog.text
+
+
 def test_recipe_is_an_alias_of_mapping(tmp_path, capsys):
     for number in range(2):
         draw(tmp_path / f"{number}.png", ("red", "blue")[number])
