@@ -20,6 +20,7 @@ AT_LEAST = {
     **dict.fromkeys(("min_pixels", "max_pixels", "max_length", "pack_tokens", "lora_r", "lora_alpha"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
     **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps", "eval_accumulation_steps"), 1),
+    "ddp_timeout": 1,
     **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"), 0),
 }
@@ -58,6 +59,10 @@ WITHOUT_EFFECT = {
     "completion_only_loss": "the loss is always on the answers, and on nothing else",
     "assistant_only_loss": "the loss is always on the answers, and on nothing else",
     "save_only_model": "a run could not resume from such a checkpoint",
+    "prediction_loss_only": "validation computes the loss and two metrics of tokens; eval_sft.py scores answers",
+    "batch_eval_metrics": "validation computes the loss and two metrics of tokens; eval_sft.py scores answers",
+    "eval_do_concat_batches": "validation keeps no logits",
+    "length_column_name": "lengths are measured as the model gets the samples",
     "do_train": "training is what this command does",
     "do_predict": "predict.py answers the test split",
     "hub_strategy": "the adapter is pushed at every save and at the end",

@@ -164,6 +164,8 @@ def test_options_override_the_recipe(parse):
         ("neftune_noise_alpha: -1.0\n", "neftune_noise_alpha: expected at least 0, found -1.0"),
         ("eval_steps: 0\n", "eval_steps: expected a number above 0, found 0"),
         ("max_steps: 0\n", "max_steps: expected a number above 0, or -1 to count epochs, found 0"),
+        ("ddp_timeout: -1\n", "ddp_timeout: expected at least 1, found -1"),
+        ("batch_eval_metrics: true\n", "batch_eval_metrics: would have no effect; validation computes the loss and"),
         ("adam_epsilon: -1.0\n", "adam_epsilon: expected at least 0, found -1.0"),
         ("attn_implementation: x/kernel\n", "attn_implementation: expected one of varlen, sdpa, eager, flash_atten"),
         ("max_steps: -5\n", "max_steps: expected a number above 0, or -1 to count epochs, found -5"),
