@@ -47,6 +47,7 @@ from models.tower import multiply_patches, speed_up_frozen_tower
 
 # What transformers raises, besides ValueError, for values of a kind that an entry of a configuration cannot have.
 CONFIG_ERRORS = (ArithmeticError, AttributeError, LookupError, TypeError, StrictDataclassError)
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")  # the second is of older versions
 
 
 def load_processor(
@@ -97,6 +98,8 @@ def is_path(name: str) -> bool:
 def _not_found(what: str, name: str, error: Exception) -> str:
     first_line = str(error).strip().split("\n")[0]
     if Path(name).is_dir():
+        if what == "processor" and not any(Path(name, file).is_file() for file in PROCESSOR_CONFIGS):
+            return f"no processor in {name!r}: the folder has no {PROCESSOR_CONFIGS[0]}"
         return f"no {what} in {name!r} that can be loaded: {first_line}"
     if is_path(name):
         return f"no {what} in {name!r}: no such folder"
@@ -196,7 +199,6 @@ def load_model(
         ValueError: no model there or one of an unknown family, an unknown quantization, or a layer has another
             precision than requested, or than its config.json says.
     """
-    check_attention(attn_implementation)
     name, device = model_name_or_path, PartialState().device
     config = load_config(name, revision=revision)
     _announce_loading(name)
@@ -280,6 +282,7 @@ def check_readable(folder: Path) -> None:
 
 def _load_weights(name: str, options: dict) -> PreTrainedModel:
     check_readable(Path(name))
+    check_attention(options.get("attn_implementation"))
     options = {**options, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with _without_load_report():

@@ -189,6 +189,8 @@ def test_a_missing_base_model_gives_one_line(name, reason):
 def test_what_keeps_a_folder_from_being_loaded_is_not_called_a_missing_model(tiny_base, tmp_path):
     with pytest.raises(ValueError, match=f"^no model in '{tmp_path}' that can be loaded: .*config.json"):
         load(tmp_path)
+    with pytest.raises(ValueError, match=f"^no processor in '{tmp_path}': the folder has no processor_config.json$"):
+        load_processor(str(tmp_path))
 
 
 @pytest.mark.parametrize("part", [None, "", "text_config", "vision_config"])
