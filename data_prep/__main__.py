@@ -37,6 +37,7 @@ EXAMPLES = {
 MAX_PRINTED = 10  # findings of one kind
 # Findings that `convert` shows: what they are about makes splits or figures wrong, and the user has to decide
 SHOWN = ("ungrouped", "other label", "unread label")
+LONGEST = 60  # characters of a label
 MAX_SHOWN = 3
 
 
@@ -212,7 +213,8 @@ def convert(args: argparse.Namespace) -> None:
         for number, finding in enumerate(matches[:MAX_SHOWN], 1):
             print(f"WARNING    {finding}" + (f" ({number} of {len(matches)} such)" if len(matches) > 1 else ""))
     if args.balance != "none":
-        counts = ", ".join(f"{label} {count:.0f}" for label, count in sorted(prepared.effective.items(), key=str))
+        effective = sorted(prepared.effective.items(), key=str)
+        counts = ", ".join(f"{_shown(label)} {count:.0f}" for label, count in effective)
         print(f"an epoch draws, balanced by {args.balance}: {counts}")
     if args.scale_boxes == "resized":
         limits = f"min_pixels {args.min_pixels}, max_pixels {args.max_pixels}"
@@ -268,9 +270,14 @@ def _summary(splits: DatasetDict) -> str:
     for name, dataset in splits.items():
         images = sum(len(sizes) for sizes in dataset["image_sizes"])
         labels = Counter(label for label in dataset["label"] if label is not None)
-        shares = ", ".join(f"{label} {count}" for label, count in sorted(labels.items()))
+        shares = ", ".join(f"{_shown(label)} {count}" for label, count in sorted(labels.items()))
         lines.append(f"{name:<11}{len(dataset):>7} samples {images:>7} images" + (f"   {shares}" if shares else ""))
     return "\n".join(lines)
+
+
+def _shown(label: str | None) -> str:
+    text = " ".join(str(label).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def main(argv: list[str] | None = None) -> int | None:

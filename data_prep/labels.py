@@ -132,7 +132,9 @@ def _compile_name(name: str, label: str, changes: Changes, exact: LabelMap) -> r
             raise ValueError(f"labels: {label!r}: {name!r} is not a regular expression: {error}") from error
     words = split_name(name)
     if not words:
-        raise ValueError(f"labels: {label!r}: an empty name would match every answer")
+        whose = "a label" if name == label else f"a name of {label!r}"
+        rule = "has no letter or digit and would be found in every answer; rename it, or leave it out"
+        raise ValueError(f"labels: {name!r}, {whose}, {rule}")
     parts = []
     for number, word in enumerate(words):
         changed = {form: " ".join([*words[:number], form, *words[number + 1 :]]) for form in changes.forms(word)}

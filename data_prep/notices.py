@@ -36,7 +36,9 @@ def log_empty_splits(splits: list[str], wanted: list[str], samples: list[dict], 
     if empty := [name for name in wanted if name not in splits]:
         free = {group for sample, group in zip(samples, groups, strict=True) if not sample["split"]}
         whose = "samples without a given split" if any(sample["split"] for sample in samples) else "samples"
-        reason = f"the {whose} are of {len(free)} independent group(s), never divided, and too few for such shares"
+        most = max(Counter(sample["label"] for sample in samples if not sample["split"]).values(), default=0)
+        reason = f"the {whose} are of {len(free)} independent group(s), never divided, at most {most} of a label, and "
+        reason += "too few for such shares"
         if all(sample["split"] for sample in samples):
             reason = "every record names its split, and such splits are kept"
         logger.warning("no sample is in %s: %s", " and ".join(empty), reason)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TextIO
 
 MAX_BYTES_IN_MEMORY = 500_000_000  # of a file that is not read line by line
 PACKED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")  # first bytes
+UTF_16 = (b"\xff\xfe", b"\xfe\xff", b"[\0", b"\0[", b"{\0", b"\0{")  # first bytes: its mark, or a bracket
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -36,7 +38,7 @@ def iter_json(path: Path) -> Iterator:
     """
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         check_not_packed(path, file.buffer.peek(4))
-        if b"\0" in file.buffer.peek(2)[:2]:
+        if file.buffer.peek(2)[:2] in UTF_16:
             raise ValueError(f"{path}: not UTF-8, most likely UTF-16; save the file as UTF-8")
         try:
             yield from _read(file, path)
@@ -146,7 +148,7 @@ class _Decoder(json.JSONDecoder):
         except JSONDecodeError:
             raise
         except ValueError as error:  # a whole number of thousands of digits
-            raise JSONDecodeError(str(error), text, at) from error
+            raise JSONDecodeError(f"a number of over {sys.get_int_max_str_digits():,} digits", text, at) from error
 
     def _make_object(self, pairs: list[tuple]) -> dict:
         value = dict(pairs)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json, suggest_file
@@ -85,13 +85,17 @@ def _peft_errors(adapter: str) -> Iterator[None]:
             warnings.simplefilter("ignore", UserWarning)
             yield
     except SafetensorError as error:
-        raise ValueError(f"--adapter: {adapter}: unreadable weights: {error}") from error
+        raise ValueError(_unreadable(adapter, error)) from error
     except ValueError as error:  # no layer has the name of a target
         raise ValueError(
             f"adapter {adapter} does not fit its base model: {str(error).partition('. Please')[0]}"
         ) from error
     except ADAPTER_CONFIG_ERRORS as error:
         raise ValueError(_does_not_work(adapter, error)) from error
+
+
+def _unreadable(adapter: str, error: Exception) -> str:
+    return f"--adapter: {adapter}: unreadable weights in {ADAPTER_WEIGHTS}: {error}"
 
 
 def _does_not_work(adapter: str, error: Exception) -> str:
@@ -259,11 +263,21 @@ def read_adapter_config(adapter: str) -> PeftConfig:
         raise ValueError(f"--adapter: no adapter in {adapter!r}, {where}{hint}") from error
     for warning in found:  # of entries that this PEFT does not know
         _print_once(f"warning: the {CONFIG_NAME} of {adapter}: {str(warning.message).partition('. ')[0]}")
-    if find_file(adapter, ADAPTER_WEIGHTS):
+    if path := find_file(adapter, ADAPTER_WEIGHTS):
+        _check_complete(adapter, path)
         return config
     if os.path.lexists(weights := Path(adapter, ADAPTER_WEIGHTS)):
         raise ValueError(f"--adapter: {weights} is no file{suggest_file(weights)}")
     raise ValueError(f"--adapter: {adapter} has no {ADAPTER_WEIGHTS}; weights of another format are not loaded")
+
+
+def _check_complete(adapter: str, path: Path) -> None:
+    """Raise ValueError for a file of weights that is cut off; only its header is read, before the base is loaded."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_unreadable(adapter, error)) from error
 
 
 @cache

@@ -96,7 +96,7 @@ def is_path(name: str) -> bool:
 
 
 def _not_found(what: str, name: str, error: Exception) -> str:
-    first_line = str(error).strip().split("\n")[0]
+    first_line = str(error).strip().split("\n")[0].partition(". If you were trying to load it from")[0]
     if Path(name).is_dir():
         if what == "processor" and not any(Path(name, file).is_file() for file in PROCESSOR_CONFIGS):
             return f"no processor in {name!r}: the folder has no {PROCESSOR_CONFIGS[0]}"
@@ -112,15 +112,21 @@ def _does_not_work(what: str, name: str, error: Exception) -> str:
 
 
 def _check_processor(name: str, processor: ProcessorMixin) -> None:
-    """Raise ValueError for sizes and a chat template that would fail at each sample."""
+    """Raise ValueError for what a processor lacks, and sizes and a chat template that would fail at each sample."""
+    if not processor.chat_template:
+        raise ValueError(f"processor of {name!r}: no chat template; chat_template.jinja holds it")
+    if not processor.tokenizer.encode("What is shown?", add_special_tokens=False):
+        raise ValueError(f"processor of {name!r}: the tokenizer knows no words; tokenizer.json holds them")
+    for key in ("pad_token", "eos_token"):
+        if getattr(processor.tokenizer, key) is None:
+            raise ValueError(f"processor of {name!r}: the tokenizer has no {key}; tokenizer_config.json names it")
     for key in ("patch_size", "merge_size", "temporal_patch_size"):
         if type(size := getattr(processor.image_processor, key, None)) is not int or size < 1:
             raise ValueError(f"processor of {name!r}: {key}: expected a whole number above 0, found {size!r}")
-    if processor.chat_template:
-        try:
-            processor.apply_chat_template([{"role": "user", "content": "?"}])
-        except (TemplateError, *CONFIG_ERRORS) as error:
-            raise ValueError(f"processor of {name!r}: the chat template does not work: {error}") from error
+    try:
+        processor.apply_chat_template([{"role": "user", "content": "?"}])
+    except (TemplateError, *CONFIG_ERRORS) as error:
+        raise ValueError(f"processor of {name!r}: the chat template does not work: {error}") from error
 
 
 def _unknown_family(name: str, reason: str) -> str:

@@ -302,10 +302,10 @@ def test_an_untrained_or_broken_adapter_is_refused(damaged, tmp_path, capsys):
     folder = damaged(lambda tensors: next(iter(tensors.values())).fill_(float("inf")))
     assert "1 tensors hold NaN or infinity, the first is base_model." in refused(capsys, folder, tmp_path / "m")
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert "missing or unreadable weights: Error while" in refused(capsys, folder, tmp_path / "m")
+    assert "unreadable weights in adapter_model.safetensors: Error while" in refused(capsys, folder, tmp_path / "m")
     (folder / "adapter_model.safetensors").unlink()
     assert f"--adapter: {folder} has no adapter_model.safetensors" in refused(capsys, folder, tmp_path / "m")
-    (folder / "adapter_model.safetensors").touch()
+    save_file({}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": "x"}))
     assert f"{folder}: expected a LoRA adapter, found IA3" in refused(capsys, folder, tmp_path / "m")
 

@@ -26,6 +26,7 @@ from models.adapters import (
     load_adapters,
     load_answering_model,
     loading_settings,
+    read_adapter_config,
 )
 from models.loading import load_model, load_processor, readable_out_of_memory
 from models.lora import build_lora_config
@@ -283,6 +284,28 @@ def test_an_adapter_with_absurd_weights_is_neither_loaded_nor_pushed(damaged):
             load(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("chat_template.jinja", "no chat template; chat_template.jinja holds it"),
+        ("tokenizer.json", "the tokenizer knows no words; tokenizer.json holds them"),
+        ("tokenizer_config.json", "the tokenizer has no pad_token; tokenizer_config.json names it"),
+    ],
+)
+def test_a_file_that_a_processor_lacks_is_named(trained, tmp_path, file, message):
+    shutil.copytree(trained, tmp_path / "copy", ignore=shutil.ignore_patterns(file))
+    with pytest.raises(ValueError, match=f"^processor of '{tmp_path}/copy': {message}$"):
+        load_processor(str(tmp_path / "copy"))
+
+
+def test_weights_that_are_cut_off_are_found_before_the_base_is_read(damaged):
+    folder = damaged()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"unreadable weights in adapter_model\.safetensors: "):
+        read_adapter_config(str(folder))
+
+
 def test_a_folder_without_an_adapter_is_called_one(tmp_path):
     with pytest.raises(ValueError, match=r"no adapter in .*, the folder has no adapter_config\.json$"):
         load_answering_model(str(tmp_path))
@@ -299,7 +322,7 @@ def test_an_adapter_with_nan_or_damaged_weights_is_neither_loaded_nor_pushed(dam
             load(str(folder))
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert run(lambda: push_adapter.main([str(folder), "you/skin"])) == 1
-    assert "unreadable weights: " in capsys.readouterr().err.splitlines()[-1]
+    assert "unreadable weights in adapter_model.safetensors: " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("base", ["/gone/base", "outputs/gone/base", "../base"])

@@ -49,7 +49,8 @@ UNREADABLE = [
     ("a text", "a.json", '"x"', ": expected a list of records, found a text 'x'"),
     ("an object", "a.json", '{"data": []}', ": expected a list of records, found an object with the keys ['data']"),
     ("prose", "a.json", "Dear reader,", ", line 1, column 1: not JSON: Expecting value"),
-    ("UTF-16", "a.json", LIST.encode("utf-16"), ": not UTF-8 at byte 0; save the file as UTF-8"),
+    ("UTF-16", "a.json", LIST.encode("utf-16"), ": not UTF-8, most likely UTF-16; save the file as UTF-8"),
+    ("no text", "a.json", bytes(range(256)), ": not UTF-8 at byte 128; save the file as UTF-8"),
     ("gzip", "a.jsonl.gz", gzip.compress(LINES.encode()), ": is compressed, or an archive; unpack it first"),
     ("UTF-16, no mark", "a.json", LIST.encode("utf-16-le"), ": not UTF-8, most likely UTF-16; save the file as UTF-8"),
     ("UTF-16, lines", "a.jsonl", LINES.encode("utf-16-be"), ": not UTF-8, most likely UTF-16; save the file as UTF-8"),
@@ -68,7 +69,12 @@ UNREADABLE = [
     ("a comment", "a.json", "// x\n[]", ", line 1, column 1: not JSON: Expecting value"),
     ("deep nesting", "a.json", f"[{DEEP}]", ", record 0, line 1, column 2: not JSON: nested too deeply"),
     ("deep nesting alone", "a.json", "[" * 100_000, ", record 0, line 1, column 2: not JSON: nested too deeply"),
-    ("a number of 5,000 digits", "a.json", "[" + "1" * 5000 + "]", ", record 0, line 1, column 2: not JSON: Exceeds"),
+    (
+        "a number of 5,000 digits",
+        "a.json",
+        "[" + "1" * 5000 + "]",
+        ", record 0, line 1, column 2: not JSON: a number of over 4,300 digits",
+    ),
 ]
 
 # (name, the file's name, what it holds, the record that is refused, its reason); all other records are read

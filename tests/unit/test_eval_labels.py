@@ -9,6 +9,7 @@ from common.cli import run
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 import eval_sft
 from common.files import read_json_lines
@@ -52,7 +53,7 @@ def evaluate(write_records, tmp_path):
     """Return a function that evaluates on three samples with the given answers and gives the folder."""
     adapter, out = tmp_path / "adapter", tmp_path / "eval"
     LoraConfig(base_model_name_or_path="none", target_modules=["q_proj"]).save_pretrained(adapter)
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    save_file({}, adapter / "adapter_model.safetensors")
 
     def call(answers, *options, labels=TRUE):
         files = {"red": "red.jpg", "green": "green.png", "blue": "blue.jpg"}

@@ -55,7 +55,8 @@ def test_synonyms_and_regular_expressions_name_their_label():
         (["nevus", "acne"], {"nevus": []}, "the data have the label 'acne', and the label map does not"),
         (["nevus"], {"nevus": ["re:("]}, r"'nevus': 're:\(' is not a regular expression"),
         (["nevus"], {"nevus": ["re:(?R)"]}, r"'nevus': 're:\(\?R\)' calls itself without an end"),
-        (["nevus"], {"nevus": [" "]}, "an empty name"),
+        (["nevus"], {"nevus": [" "]}, "labels: ' ', a name of 'nevus', has no letter or digit and would be found in"),
+        (["nevus", "-"], None, "labels: '-', a label, has no letter or digit"),
         (["nevus"], ["nevus"], "expected lines of the form"),
     ],
 )
