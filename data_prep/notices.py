@@ -38,7 +38,7 @@ def log_empty_splits(splits: list[str], wanted: list[str], samples: list[dict], 
         whose = "samples without a given split" if any(sample["split"] for sample in samples) else "samples"
         most = max(Counter(sample["label"] for sample in samples if not sample["split"]).values(), default=0)
         reason = f"the {whose} are of {len(free)} independent group(s), never divided, at most {most} of a label, and "
-        reason += "too few for such shares"
+        reason += "too few for such shares (--split)"
         if all(sample["split"] for sample in samples):
             reason = "every record names its split, and such splits are kept"
         logger.warning("no sample is in %s: %s", " and ".join(empty), reason)
