@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.integrations.moe import ExpertsInterface, _grouped_mm
@@ -26,6 +26,11 @@ def set_attention(model: PreTrainedModel, name: str, function: Callable) -> None
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
     model.config._attn_implementation = name
+
+
+def attention_names(config: PreTrainedConfig) -> list[str | None]:
+    """Return the attention that a configuration names: for the model, its text part and its tower."""
+    return [part._attn_implementation for part in (config, config.get_text_config(), config.vision_config)]
 
 
 def get_attention(model: PreTrainedModel) -> str:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from models.attention import VARLEN, check_attention, use_varlen
-from models.compat import keep_trainable_on_cpu
+from models.compat import attention_names, keep_trainable_on_cpu
 from models.experts import WEIGHTS, expert_layers, nf4_name, use_frozen_experts, with_experts
 from models.families import FAMILIES, NAMES, Family, families_of, family_of
 from models.host_embedding import move_embedding_to_host
@@ -165,8 +165,8 @@ def load_config(
         raise ValueError(_not_found("model", model_name_or_path, error)) from error
     if config.model_type not in FAMILIES:
         raise ValueError(_unknown_family(model_name_or_path, f"its model_type is {config.model_type}"))
-    for part in (config, config.get_text_config(), config.vision_config):
-        check_attention(part._attn_implementation, f"the config.json of {model_name_or_path}: ")
+    for attention in attention_names(config):
+        check_attention(attention, f"the config.json of {model_name_or_path}: ")
     check_stored(model_name_or_path, config)
     return config
 
