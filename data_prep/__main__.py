@@ -23,7 +23,7 @@ from data_prep.labels import check_names
 from data_prep.mapping import shipped
 from data_prep.output import claim, resolve_out, save
 from data_prep.publish import publish
-from data_prep.reading import describe, suggest
+from data_prep.reading import describe, shorten, suggest
 from data_prep.records import FORMATS
 from data_prep.report import write_report
 from data_prep.sources import Source, is_hub
@@ -276,8 +276,7 @@ def _summary(splits: DatasetDict) -> str:
 
 
 def _shown(label: str | None) -> str:
-    text = " ".join(str(label).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shorten(" ".join(str(label).split()), LONGEST)
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from common.files import suggest_file
+from data_prep.reading import shorten
 
+LONGEST = 100  # characters of a name in a message
 MAX_SEARCHED = 200_000  # files below a folder
 FOLLOW = "`python -m data_prep convert --follow-links` reads such files, in folders that you trust"
 
@@ -28,7 +30,7 @@ def resolve_image(name: str, image_dir: Path, *, follow_links: bool = False) -> 
     Raises:
         ValueError: the name is an address, or the path is outside the folder.
     """
-    quoted = repr(name if len(name) <= 100 else name[:100] + "...")
+    quoted = repr(shorten(name, LONGEST))
     if is_link(name) or name.startswith("data:"):
         raise ValueError(f"{quoted} is an address, expected a path inside the image folder")
     if "\0" in name:
@@ -76,8 +78,9 @@ def check_exists(name: str, path: Path, image_dir: Path, *, suggest: bool = True
     The message has the path and, if `suggest`, the nearest name in the folder.
     """
     if _is_missing(path):
-        shown = name if len(name) <= 100 else name[:100] + "..."
-        raise ValueError(f"{shown!r}: no such file {path}{_nearest(name, image_dir) if suggest else ''}")
+        raise ValueError(
+            f"{shorten(name, LONGEST)!r}: no such file {path}{_nearest(name, image_dir) if suggest else ''}"
+        )
 
 
 def _is_missing(path: Path) -> bool:

@@ -172,6 +172,10 @@ def describe(value) -> str:
     return f"{name} {value!r}" if isinstance(value, str | int | float) and len(str(value)) <= 60 else name
 
 
+def shorten(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error message that names the nearest of the known names, whatever its case, or ""."""
     folded = {name.casefold(): name for name in known}

@@ -1,11 +1,10 @@
 """Merging a LoRA adapter into its base model."""
 
 from peft import load_peft_weights
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from evaluation.merge_checks import Expected, hash_weights, logit_distance, sample_logits
-from models.adapters import attach_adapter, base_of, check_finite, read_adapter_config
+from models.adapters import attach_adapter, base_of, check_values, read_adapter_config
 from models.experts import WEIGHTS
 from models.loading import load_config
 from models.quantization import stored_quantization
@@ -35,17 +34,13 @@ def read_target_weights(adapter: str) -> set[str]:
     configuration.
 
     Raises:
-        ValueError: weights missing, unreadable, not finite, or never trained.
+        ValueError: see `read_adapter_config` and `check_values`; or they were never trained.
     """
-    try:
-        tensors = load_peft_weights(adapter, device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--adapter: {adapter}: missing or unreadable weights: {reason}") from error
-    check_finite(tensors, adapter)
+    experts = read_adapter_config(adapter).target_parameters or ()
+    tensors = load_peft_weights(adapter, device="cpu")
+    check_values(tensors, adapter)
     if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
         raise ValueError(f"--adapter: {adapter}: every lora_B is zero; this adapter was never trained")
-    experts = read_adapter_config(adapter).target_parameters or ()
     return {_target_weight(name, {path.rpartition(".")[0] for path in experts}) for name in tensors}
 
 

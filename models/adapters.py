@@ -131,10 +131,10 @@ def check_fit(model: PeftModel, adapter: str, *, name: str = "default") -> None:
     if problems:
         base = Path(model.get_base_model().config.name_or_path).name
         raise ValueError(f"adapter {adapter} does not fit the base model {base}: {'; '.join(problems)}")
-    check_finite(weights, adapter)
+    check_values(weights, adapter)
 
 
-def check_finite(weights: dict[str, torch.Tensor], adapter: str) -> None:
+def check_values(weights: dict[str, torch.Tensor], adapter: str) -> None:
     """Raise ValueError for NaN, infinity, whole or absurd numbers in an adapter's tensors: answers are meaningless."""
     if other := [name for name, tensor in weights.items() if tensor.dtype not in DTYPES]:
         found = str(weights[other[0]].dtype).removeprefix("torch.")

@@ -117,9 +117,8 @@ def _check_processor(name: str, processor: ProcessorMixin) -> None:
         raise ValueError(f"processor of {name!r}: no chat template; chat_template.jinja holds it")
     if not processor.tokenizer.encode("What is shown?", add_special_tokens=False):
         raise ValueError(f"processor of {name!r}: the tokenizer knows no words; tokenizer.json holds them")
-    for key in ("pad_token", "eos_token"):
-        if getattr(processor.tokenizer, key) is None:
-            raise ValueError(f"processor of {name!r}: the tokenizer has no {key}; tokenizer_config.json names it")
+    if processor.tokenizer.pad_token is None:
+        raise ValueError(f"processor of {name!r}: the tokenizer has no pad_token; tokenizer_config.json names it")
     for key in ("patch_size", "merge_size", "temporal_patch_size"):
         if type(size := getattr(processor.image_processor, key, None)) is not int or size < 1:
             raise ValueError(f"processor of {name!r}: {key}: expected a whole number above 0, found {size!r}")

@@ -71,8 +71,6 @@ def make_opaque(layer: Linear4bit) -> None:
     layer.__class__ = OpaqueLinear4bit
     layer.state_tensors = pack_state(layer.weight.data, layer.weight.quant_state)
     layer.state_dtype = layer.weight.quant_state.dtype
-    for tensor in layer.state_tensors:  # as of all parameters; each size as a variable would take seconds to trace
-        torch._dynamo.mark_static(tensor)
 
 
 def is_plain_nf4(state: QuantState) -> bool:
@@ -86,7 +84,10 @@ def pack_state(weight: torch.Tensor, state: QuantState) -> Tensors:
     if not is_plain_nf4(state):
         raise ValueError(f"expected NF4 in blocks of 64, found {state.quant_type} in blocks of {state.blocksize}")
     nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [weight, state.absmax, state.code, *nested]
+    tensors = [weight, state.absmax, state.code, *nested]
+    for tensor in tensors:  # as of all parameters; each size as a variable would take seconds to trace
+        torch._dynamo.mark_static(tensor)
+    return tensors
 
 
 def unpack_state(tensors: Tensors, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:

@@ -151,8 +151,6 @@ def join_scales(unit: nn.Module) -> None:
     for linear in [module for module in unit.modules() if type(module) is Linear4bit]:
         state = linear.weight.quant_state
         packed, scales, *constants = pack_state(linear.weight.data, state)
-        for constant in constants:
-            torch._dynamo.mark_static(constant)  # as `make_opaque` does
         parts = [part.as_subclass(torch.Tensor).flatten().view(torch.uint8) for part in (packed, scales)]
         joined = torch.cat(parts)
         padded = nn.functional.pad(joined, (0, -joined.numel() % CARRIER.itemsize))

@@ -19,8 +19,7 @@ from training.trackers import TRACKERS
 AT_LEAST = {
     **dict.fromkeys(("min_pixels", "max_pixels", "max_length", "pack_tokens", "lora_r", "lora_alpha"), 1),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps", "eval_accumulation_steps"), 1),
-    "ddp_timeout": 1,
+    **dict.fromkeys(("gradient_accumulation_steps", "max_skipped_steps", "eval_accumulation_steps", "ddp_timeout"), 1),
     **dict.fromkeys(("lora_dropout", "max_grad_norm", "weight_decay", "warmup_steps", "dataloader_num_workers"), 0),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"), 0),
 }

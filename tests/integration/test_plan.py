@@ -396,6 +396,14 @@ def test_probable_mistakes_give_warnings():
     assert find_warnings(None, learning_rate=2e-4, samples_per_step=32, warmup=10) == []
 
 
+def test_the_plan_says_which_settings_come_too_late_for_the_run(capsys):
+    args = parse_config(["--config", "configs/demo.yaml", "--warmup_steps", "3", "--logging_steps", "3"]).training
+    page.print_warnings(None, args, page.Steps(run=3, epochs=1, samples=32))
+    page.print_warnings(None, args, page.Steps(run=None, epochs=None, samples=32))
+    line = "warning    warmup_steps: 3 cover all 3 steps of the run; the rate never reaches its peak"
+    assert [text for text in capsys.readouterr().out.splitlines() if "warmup" in text] == [line]
+
+
 def test_an_unreachable_model_is_planned_from_its_published_shapes(demo_data, capsys):
     words = ["--config", "configs/skin.yaml", "--dataset_path", str(demo_data), "--gpu", "10"]
     assert plan_run.main(words) == 1

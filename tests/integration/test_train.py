@@ -292,9 +292,10 @@ def test_workers_make_the_same_batches(tiny_base, demo_data, tmp_path):
 
 def test_the_start_table_says_what_the_run_will_do(tiny_base, demo_data, tmp_path, capsys):
     settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 3, "eval_steps": 12}
-    train(tiny_base, demo_data, tmp_path, save_steps=12, **settings)
+    train(tiny_base, demo_data, tmp_path, save_steps=12, warmup_steps=12, **settings)
     out = capsys.readouterr().out
     assert "samples    32 train, 4 validation" in out
+    assert "warning    warmup_steps: 12 cover all 12 steps of the run; the rate never reaches its peak" in out
     assert "of them image; the longest sample has" in out
     assert "batch      6 samples a step = 2 x 3 accumulated x 1 process(es)" in out
     assert "steps      12 (2 epochs)" in out
