@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from common.files import suggest_file
-from data_prep.reading import shorten
+
+from .reading import shorten
 
 LONGEST = 100  # characters of a name in a message
 MAX_SEARCHED = 200_000  # files below a folder
