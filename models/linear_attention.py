@@ -16,6 +16,9 @@ WRONG_TRITON, HOPPER = ("3.4.0", "3.7.1"), 9
 # Rows are a multiple of so many tokens: behind the convolution the gradient's tokens lie side by side in memory, and
 # an H100 multiplies 16-bit matrices whose rows do not start at 16 bytes at 150 TFLOP/s, a quarter of its speed.
 ALIGNED = 8
+TUNING_LINE = (
+    "the kernels of linear attention are tuned when they first run, which takes minutes, and less the next time"
+)
 
 
 def check_kernels(family: Family, *, packed: bool) -> None:
@@ -26,13 +29,18 @@ def check_kernels(family: Family, *, packed: bool) -> None:
     """
     if not family.linear_attention:
         return
-    if is_flash_linear_attention_available():
+    if has_kernels(family):
         check_triton(family, version("triton"), torch.cuda.get_device_capability())
     elif packed:
         raise ValueError(
             f"packing: in {family.name}, samples of a pack stay apart only on a GPU with flash-linear-attention: "
             "pip install flash-linear-attention, or set packing: false and train_sampling_strategy: group_by_length"
         )
+
+
+def has_kernels(family: Family) -> bool:
+    """Return whether layers of the family run flash-linear-attention's kernels here."""
+    return bool(family.linear_attention) and is_flash_linear_attention_available()
 
 
 def is_installed(package: str) -> bool:

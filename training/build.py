@@ -17,6 +17,7 @@ from models.experts import add_stand_ins, format_experts, stand_ins
 from models.families import family_of
 from models.flops import matmul_ceiling, work_of
 from models.last_layer import spare_last_layer
+from models.linear_attention import TUNING_LINE, has_kernels
 from models.loading import load_config, load_model, resolve_dtype
 from models.lora import build_lora_config, check_targets, check_trainable, count_trainable
 from models.quantization import describe_stored, format_stored, resolve_quantization
@@ -94,6 +95,8 @@ def decide(
         Settings without `auto`, and whether activations are recomputed: True, False, "selective" or `EVERYTHING`.
     """
     settings = choose_compiling(model, data, settings)
+    if has_kernels(family_of(model)):
+        print_rank0(TUNING_LINE)
     recompute = choose_recomputation(model, settings)
     speed_up_frozen_tower(model.get_base_model())
     spare_last_layer(model)

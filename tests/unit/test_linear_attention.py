@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.families import FAMILIES
-from models.linear_attention import check_kernels, check_triton, row_length, spread_layout
+from models.linear_attention import check_kernels, check_triton, has_kernels, row_length, spread_layout
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_packing_is_refused_only_where_it_would_leak(monkeypatch):
         monkeypatch.setattr("models.linear_attention.is_flash_linear_attention_available", lambda: available)  # noqa: B023
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
         for kind, family in FAMILIES.items():
+            assert has_kernels(family) is (available and kind.startswith("qwen3_5"))
             if family.linear_attention and not available:
                 with pytest.raises(
                     ValueError, match=r"packing: in .*Qwen3.5.*, .* pip install flash-linear-attention"
