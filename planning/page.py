@@ -241,7 +241,7 @@ def plan_memory(
     """Return the plans of a batch of so many tokens, a share of them image; print how many parameters train.
 
     A base that comes in 4 bit has no plans without quantisation. Complete compiled layers alone recompute selectively.
-    With `shard_base`, so many processes share the base, and only parts of its layers are compiled.
+    With `shard_base`, so many processes share the base, and layers recompute everything.
     """
     announce("tracing the model's memory", "5 to 30 s")
     dtype, lora, nested = plan_dtype(settings), settings.lora_options(), settings.model.use_bnb_nested_quant

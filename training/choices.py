@@ -79,8 +79,6 @@ def repays_compiling(model: PeftModel, lengths: SampleLengths, settings: Setting
 
 def never_compiled(settings: Settings) -> str:
     """Return why `compile_layers: auto` compiles nothing, however long the run is; empty where it may."""
-    if settings.training.shard_base:
-        return "not with shard_base: true, unless compile_layers: true"
     return "not with lora_target_experts: true" if settings.data.lora_target_experts else ""
 
 

@@ -164,11 +164,14 @@ def launcher(config, *options):
     return _validate_launch_command(args)[0]
 
 
+WHOLE = {**PACKED, **TOWER, "load_in_4bit": "false"}
 # what is quantised, how the batches are made, and what trains
 SHARDED_FORMS = {
     "4 bit, packed": PACKED,
+    "4 bit, packed, compiled": {**PACKED, "compile_layers": "true"},
     "4 bit, padded, tower trains": TOWER,
-    "whole weights, packed, tower trains": {**PACKED, **TOWER, "load_in_4bit": "false"},
+    "whole weights, packed, tower trains": WHOLE,
+    "whole weights, packed, tower trains, compiled": {**WHOLE, "compile_layers": "true"},
     "simple scales, recomputed, embedding on the host": {
         "use_bnb_nested_quant": "false",
         "gradient_checkpointing": "true",

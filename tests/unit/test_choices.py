@@ -78,6 +78,7 @@ def seven_billion():
         (on_gpu(), 3200, True, "1.0 million tokens on each GPU, and it pays from 0.9 million on"),
         (on_gpu(), 2500, False, "0.8 million tokens on each GPU, and it pays from 0.9 million on"),
         (on_gpu(world_size=2), 3200, False, "0.5 million tokens on each GPU"),
+        (on_gpu("--shard_base", world_size=2), 6400, True, "1.0 million tokens on each GPU, and it pays from"),
         (on_gpu(device=torch.device("cpu")), 6400, False, "there is no GPU"),
         (on_gpu("--gradient_checkpointing", "selective"), 1, True, "selective needs it"),
         (on_gpu("--gradient_checkpointing", "selective", device=torch.device("cpu")), 1, True, "selective needs it"),
