@@ -91,7 +91,7 @@ def train(settings: Settings) -> int | None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         barrier_and_shutdown()
-        return end_early(stop, trainer.state.global_step, settings.output_dir, unsaved=trainer.unsaved)
+        return end_early(stop, trainer.state.global_step, settings, unsaved=trainer.unsaved)
     return save_and_publish(trainer, background, settings)
 
 

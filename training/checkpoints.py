@@ -21,7 +21,12 @@ TORCH_WRITE_ERRORS = ("inline_container.cc", "PytorchStreamWriter", "iostream er
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints in `output_dir`, the newest step first."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(NAME.fullmatch(path.name).group(1)), reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, which its name has."""
+    return int(NAME.fullmatch(path.name).group(1))
 
 
 def seal(path: Path, identity: dict) -> None:
@@ -39,7 +44,7 @@ def seal(path: Path, identity: dict) -> None:
         fsync(file)
     for folder in filter(Path.is_dir, path.rglob("*")):
         fsync(folder)
-    content = {"step": int(NAME.fullmatch(path.name).group(1)), "files": files, "run": identity}
+    content = {"step": step_of(path), "files": files, "run": identity}
     content["sha256"] = _digest_of(content)
     atomic_write(path / MANIFEST, json.dumps(content, indent=1), durable=True)
     fsync(path.parent)
@@ -58,10 +63,20 @@ def describe_write_error(error: Exception) -> str:
     return f"the disk is full or fails ({text})" if isinstance(error, RuntimeError) else text
 
 
-def describe_restart(output_dir: Path) -> str:
-    """Return a phrase that says where the same command will start again."""
-    complete = [path.name for path in list_checkpoints(output_dir) if (path / MANIFEST).is_file()]
-    return f"the same command {f'resumes from {complete[0]}' if complete else 'starts from the beginning'}"
+def describe_restart(output_dir: Path, resume: str | None, step: int) -> str:
+    """Return a phrase that says which command will go on, and where.
+
+    Args:
+        output_dir: the run's folder.
+        resume: as in `choose_checkpoint`.
+        step: at which the run ended: newer checkpoints are those that it skipped as damaged.
+    """
+    checkpoints = [path for path in list_checkpoints(output_dir) if step_of(path) <= step]
+    complete = [path.name for path in checkpoints if (path / MANIFEST).is_file()]
+    if complete:
+        command = "the same command" if resume == "auto" else "--resume_from_checkpoint auto"
+        return f"{command} resumes from {complete[0]}"
+    return f"the same command starts from {'the beginning' if resume in (None, 'auto') else f'{resume} again'}"
 
 
 def read_manifest(path: Path) -> dict:
@@ -113,7 +128,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         resume: "auto" takes the newest complete checkpoint, or none; a path takes that one; None starts a new run.
 
     Raises:
-        ValueError: the named checkpoint is not complete, or a new run would write into the folder of an earlier one.
+        ValueError: the named checkpoint is not complete, or the run would mix its checkpoints with those of another.
     """
     checkpoints = list_checkpoints(output_dir)
     if resume is None and checkpoints:
@@ -126,6 +141,7 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         return None, []
     if resume != "auto":
         read_manifest(Path(resume))
+        _check_newest(output_dir, Path(resume))
         return Path(resume), []
     skipped = []
     for path in checkpoints:
@@ -135,6 +151,16 @@ def choose_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None
         except ValueError as error:
             skipped.append(str(error))
     return None, skipped
+
+
+def _check_newest(output_dir: Path, chosen: Path) -> None:
+    """Raise ValueError for newer checkpoints, which `auto` would take instead of those that the run will save."""
+    for path in list_checkpoints(output_dir):
+        if step_of(path) > step_of(chosen) and (path / MANIFEST).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {output_dir} holds {path.name}, which is newer than {chosen.name}; resume "
+                "with auto, move the newer ones away, or choose another output_dir"
+            )
 
 
 def _check_foreign(output_dir: Path) -> None:
@@ -147,16 +173,21 @@ def _check_foreign(output_dir: Path) -> None:
             raise ValueError(f"output_dir: {output_dir} holds a {name} that no run wrote, {rule}")
 
 
-def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
-    """Delete all but the newest `limit` complete checkpoints, and older incomplete ones.
+def rotate(newest: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete the checkpoints before `newest`, which is complete, but for the last complete ones.
 
-    The newest complete checkpoint and everything newer stay, and so does the best one.
+    What is newer stays: `auto` skipped it as damaged. So does the best one.
+
+    Args:
+        newest: the checkpoint that was just saved.
+        limit: how many stay, at least `newest`; None for all.
+        best: None without one.
     """
-    checkpoints = list_checkpoints(output_dir)
-    complete = [path for path in checkpoints if (path / MANIFEST).is_file()]
-    if limit is None or not complete:
+    if limit is None:
         return
-    kept = {*complete[: max(limit, 1)], *checkpoints[: checkpoints.index(complete[0])], best}
+    checkpoints = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
+    complete = [path for path in checkpoints if (path / MANIFEST).is_file()]
+    kept = {*complete[: max(limit, 1)], best}
     for path in checkpoints:
         if path not in kept:
             delete(path)

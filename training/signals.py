@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from training.checkpoints import describe_restart
+from training.settings import Settings
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 MARKER = "UNSAVED_MARKER"  # names a file to make when a stop could not save; launchers hide the exit code
@@ -62,9 +64,9 @@ class StopCallback(TrainerCallback):
 
 def terminate_with_launcher() -> None:
     """Have Linux send SIGTERM when `accelerate launch` dies: with one process, it does not forward a signal itself."""
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if sys.platform == "linux" and b"accelerate" in parent.read_bytes():
-        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
+    with suppress(OSError):  # a parent outside of this container has no entry
+        if sys.platform == "linux" and b"accelerate" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
 
 
 def shield_workers(loader: DataLoader) -> DataLoader:
@@ -114,21 +116,22 @@ def _watch(pipe: int, on_signal: Callable[[], None]) -> None:
         on_signal()
 
 
-def end_early(stop: StopCallback, step: int, output_dir: Path, *, unsaved: str | None) -> int:
+def end_early(stop: StopCallback, step: int, settings: Settings, *, unsaved: str | None) -> int:
     """Print how to resume, once for all processes, and return the exit code.
 
     Args:
         stop: of the run.
         step: at which it stopped.
-        output_dir: of the run.
+        settings: of the run.
         unsaved: why there is no checkpoint of this step; None if there is one.
     """
     if PartialState().is_main_process:
         said = f"stopped by {stop.signal} at step {step}"
+        restart = describe_restart(settings.output_dir, settings.training.resume_from_checkpoint, step)
         if unsaved is not None:
-            print(f"error: {said}; {unsaved}; {describe_restart(output_dir)}", file=sys.stderr, flush=True)
+            print(f"error: {said}; {unsaved}; {restart}", file=sys.stderr, flush=True)
             if marker := os.environ.get(MARKER):
                 Path(marker).touch()
         else:
-            print(f"{said}; the same command resumes from checkpoint-{step}", flush=True)
+            print(f"{said}; {restart}", flush=True)
     return EXIT_CODE if unsaved is None else 1

@@ -232,9 +232,8 @@ class SafeSFTTrainer(HookTrainer):
             if not was_there:
                 (folder / ADAPTER_WEIGHTS).unlink(missing_ok=True)
             reason = describe_write_error(error)
-            raise ValueError(
-                f"output_dir: the adapter could not be saved in {folder}: {reason}; {describe_restart(folder)}"
-            ) from error
+            restart = describe_restart(folder, self.args.resume_from_checkpoint, self.state.global_step)
+            raise ValueError(f"output_dir: the adapter could not be saved in {folder}: {reason}; {restart}") from error
 
     def _clear_and_check_space(self, path: Path) -> str | None:
         """Delete what an earlier run left at `path`; return a message, the same in all processes, when a checkpoint of
@@ -258,7 +257,7 @@ class SafeSFTTrainer(HookTrainer):
             share_weights(path, CONFIG_NAME)
             seal(path, self.identity)
             best = self.state.best_model_checkpoint
-            rotate(path.parent, self.keep_checkpoints, Path(best) if best else None)
+            rotate(path, self.keep_checkpoints, Path(best) if best else None)
 
 
 def pin_trainable_to_float32(model: torch.nn.Module) -> None:

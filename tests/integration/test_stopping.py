@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from helpers.runs import train_args
 from training import signals
 from training.checkpoints import read_manifest
-from training.signals import EXIT_CODE, StopCallback, shield_workers
+from training.signals import EXIT_CODE, StopCallback, shield_workers, terminate_with_launcher
 
 BIN = Path(sys.executable).parent
 ADAPTER = "adapter_model.safetensors"
@@ -190,3 +190,9 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         assert killed == [(os.getpid(), signal.SIGINT)]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_parent_outside_of_the_container_is_no_launcher(monkeypatch):
+    for number in (0, 2**31 - 1):
+        monkeypatch.setattr(os, "getppid", lambda: number)  # noqa: B023
+        terminate_with_launcher()

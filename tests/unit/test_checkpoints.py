@@ -6,7 +6,15 @@ import re
 import pytest
 
 from training import checkpoints
-from training.checkpoints import MANIFEST, choose_checkpoint, list_checkpoints, read_manifest, rotate, seal
+from training.checkpoints import (
+    MANIFEST,
+    choose_checkpoint,
+    describe_restart,
+    list_checkpoints,
+    read_manifest,
+    rotate,
+    seal,
+)
 from training.resume import check_resumable, differences
 
 RUN = {
@@ -142,6 +150,25 @@ def test_a_named_checkpoint_must_exist(output_dir):
         choose_checkpoint(output_dir, str(output_dir / "nowhere"))
 
 
+def test_a_named_checkpoint_is_not_resumed_beside_newer_ones(output_dir, tmp_path):
+    newer = r"holds checkpoint-100, which is newer than checkpoint-10; resume with auto, move the newer ones away, or"
+    with pytest.raises(ValueError, match=newer):
+        choose_checkpoint(output_dir, str(output_dir / "checkpoint-10"))
+    (output_dir / "checkpoint-100" / MANIFEST).unlink()  # does not count
+    for folder in (output_dir, tmp_path / "another"):
+        assert choose_checkpoint(folder, str(output_dir / "checkpoint-10"))[0] == output_dir / "checkpoint-10"
+
+
+def test_where_a_run_goes_on_is_where_a_command_would(tmp_path):
+    assert describe_restart(tmp_path, "auto", 5) == "the same command starts from the beginning"
+    assert describe_restart(tmp_path, "x/checkpoint-3", 5) == "the same command starts from x/checkpoint-3 again"
+    make(tmp_path, 4)
+    make(tmp_path, 6)
+    assert describe_restart(tmp_path, "auto", 5) == "the same command resumes from checkpoint-4"
+    for resume in (None, "x/checkpoint-3"):
+        assert describe_restart(tmp_path, resume, 5) == "--resume_from_checkpoint auto resumes from checkpoint-4"
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -194,13 +221,16 @@ def test_rotation_keeps_the_newest_whole_ones_the_best_and_what_is_newer(tmp_pat
         steps, whole = layout(rng, output_dir)
         limit = rng.choice([None, 0, 1, 2, 3])
         best = rng.choice([None, *sorted(steps)])
-        rotate(output_dir, limit, None if best is None else output_dir / f"checkpoint-{best}")
+        if not whole:
+            continue
+        saved = rng.choice([max(whole), *sorted(whole)])  # what is newer and whole is damaged
+        rotate(output_dir / f"checkpoint-{saved}", limit, None if best is None else output_dir / f"checkpoint-{best}")
         left = {int(path.name[11:]) for path in output_dir.iterdir()}
-        if limit is None or not whole:
+        if limit is None:
             assert left == steps
             continue
-        newest = sorted(whole)[-max(limit, 1) :]
-        assert left == {*newest, *(step for step in steps if step > max(whole)), *([] if best is None else [best])}
+        kept = sorted(step for step in whole if step <= saved)[-max(limit, 1) :]
+        assert left == {*kept, *(step for step in steps if step > saved), *([] if best is None else [best])}
 
 
 @pytest.mark.parametrize("limit", [1, None])
@@ -210,7 +240,7 @@ def test_of_a_link_to_a_checkpoint_of_another_run_only_the_link_is_deleted(outpu
     before = read_manifest(make(other, 7))
     (output_dir / "checkpoint-7").symlink_to(other / "checkpoint-7")
     if limit:
-        rotate(output_dir, limit)
+        rotate(output_dir / "checkpoint-100", limit)
         assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-100"]
     else:
         checkpoints.delete(output_dir / "checkpoint-7")
