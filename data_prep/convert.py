@@ -311,20 +311,26 @@ def _download_links(collected: Collected, show_progress: bool) -> None:
 
 
 def _make_ids_unique(samples: list[dict]) -> list[str]:
-    """Number the second and later samples of one id (`x`, `x#2`); return the new ids."""
-    taken = {sample["id"] for sample in samples}
-    seen, renamed = Counter(), []
-    for sample in samples:
-        base = sample["id"]
-        seen[base] += 1
-        if seen[base] == 1:
-            continue
-        while (name := f"{base}#{seen[base]}") in taken:
-            seen[base] += 1
-        taken.add(name)
+    """Give the second and later samples of one id another; return the new ids."""
+    renamed = []
+    for sample, name in zip(samples, unique_ids([sample["id"] for sample in samples]), strict=True):
+        if sample["id"] != name:
+            renamed.append(name)
         sample["id"] = name
-        renamed.append(name)
     return renamed
+
+
+def unique_ids(ids: list[str]) -> list[str]:
+    """Return the ids, the second and later ones of one name numbered: `x`, `x#2`."""
+    taken, seen, unique = set(ids), Counter(), []
+    for name in ids:
+        seen[name] += 1
+        new = name
+        while seen[name] > 1 and (new := f"{name}#{seen[name]}") in taken:
+            seen[name] += 1
+        taken.add(new)
+        unique.append(new)
+    return unique
 
 
 def merge_label_spellings(samples: list[dict]) -> dict[str, Counter]:

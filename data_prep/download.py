@@ -7,15 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from datasets import ClassLabel, DatasetDict, Image, List, load_dataset
+from datasets import ClassLabel, DatasetDict, Features, Image, List, config, load_dataset
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from common.files import atomic_write, suggest_file
 from common.progress import progress
+
+from .images import check_file
+from .reading import Flaw
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MAX_BYTES = 50_000_000  # of one linked image
 TIMEOUT = 20  # seconds without an answer
 CONNECTIONS = 16
+# Where files of a Hub data set are
+DOWNLOADS = (
+    HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH,
+)  # fmt: skip
 
 
 def link_path(link: str, folder: Path) -> Path:
@@ -53,7 +61,7 @@ def _download(link: str, path: Path) -> str | None:
     return None
 
 
-def read_hub(dataset_id: str, folder: Path) -> list[dict]:
+def read_hub(dataset_id: str, folder: Path) -> list[dict | Flaw]:
     """Return the records of a Hub data set, see `load_hub`; its images become files in `folder`."""
     return records_of(load_hub(dataset_id), folder)
 
@@ -67,8 +75,11 @@ def load_hub(dataset_id: str) -> DatasetDict:
         raise FileNotFoundError(f"{dataset_id!r} is no local path, and the Hub says: {error}{near}") from error
 
 
-def records_of(splits: DatasetDict, folder: Path) -> list[dict]:
-    """Return a data set's rows as records: images as file names, classes as names, `split` if there are several."""
+def records_of(splits: DatasetDict, folder: Path) -> list[dict | Flaw]:
+    """Return a data set's rows as records: images as file names, classes as names, `split` if there are several.
+
+    A `Flaw` takes the place of a row with an image that is none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for name, dataset in splits.items():
@@ -79,19 +90,23 @@ def records_of(splits: DatasetDict, folder: Path) -> list[dict]:
                 dataset = dataset.cast_column(column, List(Image(decode=False)))
         given = {"split": name} if len(splits) > 1 else {}
         for number, row in enumerate(dataset):
-            row_id = f"{name}-{number:06d}"
-            values = {
-                key: _value(value, dataset.features[key], folder, f"{row_id}-{key}") for key, value in row.items()
-            }
-            records.append({"id": row_id, **given, **values})
+            records.append(_record(row, dataset.features, folder, {"id": f"{name}-{number:06d}", **given}))
     return records
+
+
+def _record(row: dict, features: Features, folder: Path, given: dict) -> dict | Flaw:
+    try:
+        values = {key: _value(value, features[key], folder, f"{given['id']}-{key}") for key, value in row.items()}
+    except (ValueError, OSError) as error:
+        return Flaw(str(error))
+    return {**given, **values}
 
 
 def _value(value, feature, folder: Path, name: str):
     if value is None:
         return None
     if isinstance(feature, ClassLabel):
-        return feature.int2str(value)
+        return class_name(feature, value)
     if isinstance(feature, Image):
         return _to_file(value, folder / name)
     if isinstance(feature, List) and isinstance(feature.feature, Image):
@@ -99,7 +114,28 @@ def _value(value, feature, folder: Path, name: str):
     return value
 
 
+def class_name(feature: ClassLabel, value: int | None) -> str | None:
+    """Return the name of a class; None for -1, which the Hub's data sets have where it is not known."""
+    return None if value is None or value < 0 else feature.int2str(value)
+
+
 def _to_file(image: dict, path: Path) -> str:
     """Write an undecoded image and return its file's name, without a suffix: its content tells the format."""
+    check_origin(image)
     path.write_bytes(image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes())
     return path.name
+
+
+def check_origin(image: dict | None) -> None:
+    """Raise ValueError unless an undecoded image of a Hub data set has its bytes, or is a file that came with it.
+
+    A row may name any file of this machine, which would be learnt from, and uploaded with what is made of the data.
+    """
+    if image is None or (image["bytes"] is None and not image["path"]):
+        raise ValueError("an image is empty")
+    if image["bytes"] is not None:
+        return
+    path = Path(image["path"])
+    if not any(path.resolve().is_relative_to(Path(folder).resolve()) for folder in DOWNLOADS):
+        raise ValueError(f"image {image['path']!r:.200} is a path, and no file that came with the data set")
+    check_file(path)

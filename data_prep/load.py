@@ -3,18 +3,22 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Image, List, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, concatenate_datasets
 
 from common.files import suggest_file
 
-from .convert import FEATURES, prepare_dataset
-from .download import HUB_ID, load_hub
+from .convert import FEATURES, prepare_dataset, unique_ids
+from .download import HUB_ID, check_origin, class_name, load_hub
+from .groups import is_no_group
 from .images import load_image
 from .labels import merge_spellings
-from .records import ATTRIBUTES, DataError, FieldError, normalise_messages
+from .reading import describe
+from .records import DataError, FieldError, attributes_of, normalise_messages
 from .storage import load_folder, undecoded
 
 logger = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
         splits = _load_folder(path)
     elif HUB_ID.fullmatch(dataset_path) and path.suffix not in (".json", ".jsonl"):
         splits = load_hub(dataset_path)
-        splits = DatasetDict({name: standardise(dataset, name) for name, dataset in splits.items()})
+        splits = _with_unique_ids({name: standardise(dataset, name) for name, dataset in splits.items()})
     else:
         rule = f"no file, no folder and no Hub data set id{suggest_file(path)}"
         raise FileNotFoundError(f"no data at {dataset_path!r}: {rule}")
@@ -57,11 +61,26 @@ def _merge_label_spellings(splits: DatasetDict) -> DatasetDict:
     if not spelling_of:
         return splits
     logger.warning("labels that are one, spelled in several ways: %s", ", ".join(sorted(spelling_of)))
-    merged = DatasetDict()
-    for name, split in splits.items():
-        labels = [spelling_of.get(label, label) for label in split["label"]]
-        merged[name] = split.remove_columns("label").add_column("label", labels, feature=FEATURES["label"])
-    return merged
+    labels = {name: [spelling_of.get(label, label) for label in split["label"]] for name, split in splits.items()}
+    return DatasetDict({name: _with_column(split, "label", labels[name]) for name, split in splits.items()})
+
+
+def _with_column(split: Dataset, name: str, values: list) -> Dataset:
+    return split.remove_columns(name).add_column(name, values, feature=FEATURES[name])
+
+
+def _with_unique_ids(splits: dict[str, Dataset]) -> DatasetDict:
+    """Return the splits with repeated ids numbered, as `convert` does."""
+    ids = [name for split in splits.values() for name in split["id"]]
+    unique = unique_ids(ids)
+    if renamed := [new for old, new in zip(ids, unique, strict=True) if old != new]:
+        logger.warning("%d samples repeat an id and were renamed; the first is %.80r now", len(renamed), renamed[0])
+    else:
+        return DatasetDict(splits)
+    names = iter(unique)
+    return DatasetDict(
+        {name: _with_column(split, "id", list(islice(names, len(split)))) for name, split in splits.items()}
+    )
 
 
 def fingerprint(rows: Iterable[dict]) -> str:
@@ -125,21 +144,35 @@ def standardise(dataset: Dataset, name: str) -> Dataset:
         dataset = dataset.cast_column("images", List(Image(decode=False)))
     if "image" in columns:
         dataset = dataset.cast_column("image", Image(decode=False))
+    classes = {column: feature for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
     return dataset.map(
-        _standard_row, with_indices=True, fn_kwargs={"split": name}, features=FEATURES,
+        _standard_row, with_indices=True, fn_kwargs={"split": name, "classes": classes}, features=FEATURES,
         remove_columns=[column for column in columns if column not in FEATURES],
     )  # fmt: skip
 
 
-def _standard_row(row: dict, index: int, split: str) -> dict:
+def _standard_row(row: dict, index: int, split: str, classes: dict[str, ClassLabel]) -> dict:
+    row |= {column: class_name(feature, row[column]) for column, feature in classes.items()}
     images = list(row.get("images") or ([row["image"]] if row.get("image") else []))
     sample_id = str(row.get("id") or f"{split}-{index:06d}")
     try:
         messages = normalise_messages(row["messages"], images)
+        for image in images:
+            check_origin(image)
         sizes = [list(load_image(image).size) for image in images]
+        texts, weight = attributes_of(row), _weight(row)
     except (FieldError, ValueError, OSError) as error:
         raise DataError(str(error), record=index, sample_id=sample_id) from error
-    keys = [key for key in (*ATTRIBUTES, "source") if key in FEATURES]
-    texts = {key: None if row.get(key) is None else str(row[key]) for key in keys}
-    weight = row.get("weight") or 1.0
+    texts["group"] = None if is_no_group(texts["group"]) else texts["group"]
+    source = None if row.get("source") is None else str(row["source"])
+    texts = {key: value for key, value in texts.items() if key in FEATURES} | {"source": source}
     return {"id": sample_id, "images": images, "messages": messages, **texts, "image_sizes": sizes, "weight": weight}
+
+
+def _weight(row: dict) -> float:
+    """Return a row's sampling weight, 1 without one."""
+    if (weight := row.get("weight")) is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise FieldError("weight", f"expected a number above 0, found {describe(weight)}")
+    return float(weight)

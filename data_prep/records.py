@@ -167,7 +167,7 @@ def _parse_fields(raw: dict, format: str | None) -> dict:
         names, turns = None, raw.get(FORMAT_KEYS[format])
     messages = normalise_messages(turns, images, system=raw.get("system"), field=FORMAT_KEYS[format], names=names)
     _check_no_image_is_lost(raw, images, messages, FORMAT_KEYS[format])
-    return {"images": images, "messages": messages, **{name: _text(raw, name) for name in ATTRIBUTES}}
+    return {"images": images, "messages": messages, **attributes_of(raw)}
 
 
 def _recognise(raw: dict) -> str:
@@ -205,9 +205,14 @@ def _check_no_image_is_lost(raw: dict, images: list[str], messages: list[dict], 
             raise FieldError(field, f"the user's text names {files[0][-80:]!r}, {rule}")
 
 
+def attributes_of(raw: dict) -> dict[str, str | None]:
+    """Return the `ATTRIBUTES` of a record; FieldError for one that is no text, or holds what no text may."""
+    return {name: _text(raw, name) for name in ATTRIBUTES}
+
+
 def _text(raw: dict, field: str) -> str | None:
     value = raw.get(field)
-    if value is None:
+    if value is None or value != value:  # NaN: where pandas wrote a table, a number is missing
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise FieldError(field, f"expected a text, found {describe(value)}")

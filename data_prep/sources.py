@@ -239,15 +239,15 @@ def _read_raw(source: Source, hub_dir: Path | None) -> tuple[Iterable, Mapping |
     return iter_annotations(source.data), None
 
 
-def _with_given_split(mapping: Mapping, rows: list[dict]) -> Mapping:
+def _with_given_split(mapping: Mapping, rows: list[dict | Flaw]) -> Mapping:
     """Return the mapping with the splits that folders or the Hub give, unless it names a column of its own."""
-    given = {(row.get("split") or "").lower() for row in rows}
+    given = {(row.get("split") or "").lower() for row in rows if isinstance(row, dict)}
     if mapping.split or not given - {""} or not given <= {"", *GIVEN_SPLITS}:
         return mapping
     return mapping.model_copy(update={"split": ["split"]})
 
 
-def _with_embedded_images(mapping: Mapping, records: list[dict], hub_dir: Path) -> Mapping:
+def _with_embedded_images(mapping: Mapping, records: list[dict | Flaw], hub_dir: Path) -> Mapping:
     """Return the mapping with a Hub data set's image columns in place of names of files that are not there."""
     columns = _embedded_columns(records, hub_dir)
     if not columns or set(columns) & set(mapping.image_columns()):
@@ -262,11 +262,11 @@ def _check_columns_are_read(name: Path, columns: list[str]) -> None:
         )
 
 
-def _embedded_columns(records: list[dict], hub_dir: Path) -> list[str]:
+def _embedded_columns(records: list[dict | Flaw], hub_dir: Path) -> list[str]:
     """Return the columns of a Hub data set whose images became files in `hub_dir`."""
     files, columns = {path.name for path in hub_dir.iterdir()}, set()
     for row in records:
-        for name, value in row.items():
+        for name, value in row.items() if isinstance(row, dict) else ():
             if {item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)} & files:
                 columns.add(name)
     return sorted(columns)

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -248,6 +248,77 @@ def test_a_foreign_data_set_is_brought_into_the_schema():
         standardise(bad, "train")
     with pytest.raises(ValueError, match="none is 'messages'"):
         standardise(Dataset.from_dict({"text": ["a"]}), "train")
+
+
+def foreign(features=None, **columns):
+    """Return a data set of other people's: as many chats as a column has values; `features` of some columns."""
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A nevus."}]
+    dataset = Dataset.from_dict({"messages": [turns] * len(next(iter(columns.values()))), **columns})
+    for name, feature in (features or {}).items():
+        dataset = dataset.cast_column(name, feature)
+    return dataset
+
+
+def test_attributes_of_a_foreign_data_set_are_those_that_convert_would_give_it():
+    dataset = foreign(
+        {"label": ClassLabel(names=["acne", "nevus"])},
+        label=[1, 0, -1],
+        group=[" P 1 ", "n/a", "\t"],
+        age=[45.5, float("nan"), None],
+        weight=[2.0, 1.0, None],
+    )
+    rows = standardise(dataset, "train")
+    assert rows["label"] == ["nevus", "acne", None]
+    assert rows["group"] == ["P 1", None, None]
+    assert rows["age"] == ["45.5", None, None]
+    assert rows["weight"] == [2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("weight", [0.0, -3.0, float("inf"), float("nan")])
+def test_a_weight_that_no_sample_can_have_is_refused(weight):
+    with pytest.raises(
+        DataError, match=r"record 1 \(id 'train-000001'\), field 'weight': expected a number above 0, f"
+    ):
+        standardise(foreign(weight=[1.0, weight]), "train")
+
+
+def test_repeated_ids_of_a_hub_data_set_are_numbered_in_all_splits(monkeypatch, caplog):
+    splits = {"train": foreign(id=["a", "b", "a"]), "test": foreign(id=["a", "c", "a#2"])}
+    monkeypatch.setattr("data_prep.load.load_hub", lambda name: DatasetDict(splits))
+    found = load_splits("someone/skin")
+    assert {name: split["id"] for name, split in found.items()} == {
+        "train": ["a", "b", "a#3"],
+        "test": ["a#4", "c", "a#2"],
+    }
+    assert "2 samples repeat an id and were renamed; the first is 'a#3' now" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["images", "image", "plain text"])
+def test_a_foreign_data_set_cannot_name_files_of_this_machine(tmp_path, kind):
+    Image.new("RGB", (30, 50)).save(tmp_path / "private.png")
+    named = {"bytes": None, "path": str(tmp_path / "private.png")}
+    dataset = {
+        "images": foreign({"images": List(ImageFeature(decode=False))}, images=[[named]]),
+        "image": foreign({"image": ImageFeature(decode=False)}, image=[named]),
+        "plain text": foreign(images=[[named["path"]]]),
+    }[kind]
+    with pytest.raises(DataError, match=r"private.png' is a path, and no file that came with the data set"):
+        standardise(dataset, "train")
+
+
+def test_a_file_that_was_downloaded_with_a_foreign_data_set_is_its_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.download.DOWNLOADS", (tmp_path / "hub",))
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    Image.new("RGB", (30, 50)).save(tmp_path / "hub" / "blobs" / "0f", "PNG")
+    (tmp_path / "hub" / "a.png").symlink_to(tmp_path / "hub" / "blobs" / "0f")  # as in the Hub's cache
+    named = {"bytes": None, "path": str(tmp_path / "hub" / "a.png")}
+    dataset = foreign({"image": ImageFeature(decode=False)}, image=[named])
+    rows = standardise(dataset, "train")
+    assert rows["image_sizes"] == [[[30, 50]]]
+    (tmp_path / "hub" / "a.png").unlink()
+    (tmp_path / "hub" / "a.png").symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match="is a path, and no file that came with the data set"):
+        standardise(dataset.select([0]), "test")
 
 
 def test_folds_hold_everything_but_test_and_join_again(demo_raw):

@@ -1,6 +1,8 @@
 """Links and Hub data sets come in when asked for, and only then."""
 
 import http.server
+import io
+import os
 import threading
 from functools import partial
 
@@ -149,6 +151,36 @@ def test_a_hub_data_set_of_chats_needs_no_mapping(tmp_path, monkeypatch):
     assert row["image_sizes"] == [[30, 50], [40, 50]]
     assert row["messages"][0]["content"] == "<image><image>What?"
     assert (row["images"][0].size, row["source"]) == ((30, 50), "chats")
+
+
+@pytest.mark.parametrize("image", ["private", "fifo", None])
+def test_a_row_of_the_hub_cannot_name_a_file_of_this_machine(tmp_path, monkeypatch, image):
+    Image.new("RGB", (30, 50)).save(tmp_path / "private", "PNG")
+    os.mkfifo(tmp_path / "fifo")
+    good, out = io.BytesIO(), tmp_path / "out"
+    Image.new("RGB", (30, 50)).save(good, "PNG")
+    images = [{"bytes": good.getvalue(), "path": None}, image and {"bytes": None, "path": str(tmp_path / image)}]
+    rows = {"images": [[one] for one in images], "question": ["What?"] * 2, "answer": ["Acne."] * 2}
+    features = Features({"images": List(ImageFeature()), "question": Value("string"), "answer": Value("string")})
+    splits = DatasetDict({"train": Dataset.from_dict(rows, features=features)})
+    monkeypatch.setattr(download, "load_dataset", lambda name: splits)
+    words = [
+        "convert",
+        "--annotations",
+        "someone/x",
+        "--out",
+        str(out),
+        "--split",
+        "1",
+        "0",
+        "0",
+        "--on-error",
+        "drop",
+    ]
+    data_prep(words)
+    assert DatasetDict.load_from_disk(str(out))["train"]["id"][:] == ["train-000000"]
+    problem = (out / "rejected.jsonl").read_text()
+    assert ("is a path, and no file" if image else "an image is empty") in problem
 
 
 def test_a_hub_data_set_that_is_not_there_is_named(tmp_path):
