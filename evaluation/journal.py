@@ -10,7 +10,13 @@ from common.files import atomic_write, error_names, read_json
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
 RESULTS = ("metrics.json", "report.html")
-DIGESTS = {"adapter": "of other weights", "questions": "to other questions"}  # settings whose values say nothing
+DIGESTS = {  # settings whose values say nothing
+    "adapter": "of other weights",
+    "questions": "to other questions",
+    "images": "about other images",
+    "validation": "to other questions of the validation split",
+}
+OPTIONAL = ("images", "validation")  # files of earlier versions have neither; not each data set has a second split
 UNANSWERED = ("validation",)  # runs whose candidates are only scored
 REMEDY = "add --overwrite to answer all questions again"
 
@@ -62,7 +68,7 @@ class Journal:
             answered = any(self.folder.glob("predictions*.jsonl"))
             if not answered and write:  # of a run that ended before its first answer
                 atomic_write(path, json.dumps(settings, indent=1))
-            elif changed := [key for key in settings if settings[key] != previous.get(key)]:
+            elif changed := [key for key in settings if _differs(key, settings[key], previous.get(key))]:
                 old, new = previous.get(changed[0]), settings[changed[0]]
                 values = DIGESTS.get(changed[0], f"made with other settings, {changed[0]} was {old!r} and is {new!r}")
                 rule = "add --overwrite to delete them, or choose another folder"
@@ -113,6 +119,10 @@ class Journal:
             atomic_write(self.folder / PREDICTIONS_FILE, "".join(lines))
         for path in self.folder.glob("predictions.*.jsonl"):
             path.unlink()
+
+
+def _differs(key: str, value, before) -> bool:
+    return value != before and not (key in OPTIONAL and None in (value, before))
 
 
 def _with_columns(row: dict, columns: dict) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
+from common.files import digest_of_file
 from common.yaml_files import read_yaml
 from data_prep import load_splits
 from data_prep.labels import LabelMap, build_label_map, named_labels, references_of
@@ -52,6 +53,10 @@ class Questions:
         ids = [(row["id"], row["turn"]) for row in self.rows]
         return _digest([ids, self.messages, self.images["image_sizes"][:]])
 
+    def image_digest(self) -> str:
+        """Return a digest of the samples' images, whose files are read for it."""
+        return _digest([[_digest_of(image) for image in images] for images in self.images["images"]])
+
     def columns(self, index: int) -> dict:
         """Return the columns of a sample, with a digest of the answers to score as `candidates` if there are any."""
         scored = self.candidates[index] if self.candidates else {}
@@ -63,6 +68,12 @@ class Questions:
         markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
         images = shown["images"][:markers]
         return {"id": self.rows[index]["id"], "images": images, "messages": messages, "image_of": shown["id"]}
+
+
+def _digest_of(image: dict) -> str:
+    return (
+        digest_of_file(Path(image["path"])) if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+    )
 
 
 def _digest(content) -> str:

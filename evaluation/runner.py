@@ -39,12 +39,15 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
     elif state.is_main_process:
         Journal.clear(out)
     state.wait_for_everyone()
+    validation = runs.get("validation")
     names = ("split", "batch_size", "max_new_tokens", "min_pixels", "max_pixels")
     settings = {
         **{name: getattr(args, name) for name in names},
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
         "questions": runs["adapter"].content_digest(),
+        "images": runs["adapter"].image_digest(),
+        "validation": validation and validation.content_digest() + validation.image_digest(),
         "adapter": _weights_digest(args.adapter or args.model),
         "engine": None if args.engine == ENGINES[0] else args.engine,  # None: as in files of before there were two
     }

@@ -75,3 +75,14 @@ def test_other_settings_are_refused_only_where_there_are_answers(tmp_path):
     Journal(tmp_path, {"batch_size": 4}, 0).add([GOOD])  # the run before it was out of memory
     with pytest.raises(ValueError, match="batch_size was 4 and is 2; add --overwrite"):
         Journal(tmp_path, {"batch_size": 2}, 0)
+
+
+@pytest.mark.parametrize(("name", "what"), [("images", "about other images"), ("validation", "the validation split")])
+def test_answers_about_other_pictures_are_refused_where_it_is_known(tmp_path, name, what):
+    Journal(tmp_path, {"a": 1}, 0).add([GOOD])  # an earlier version wrote neither
+    Journal(tmp_path, {"a": 1, name: "0f"}, 0)
+    (tmp_path / "settings.json").write_text(json.dumps({"a": 1, name: "0f"}))
+    Journal(tmp_path, {"a": 1, name: None}, 0)
+    Journal(tmp_path, {"a": 1, name: "0f"}, 0)
+    with pytest.raises(ValueError, match=f"holds answers .*{what}; add --overwrite"):
+        Journal(tmp_path, {"a": 1, name: "1e"}, 0)

@@ -129,3 +129,13 @@ def test_a_data_set_may_have_no_training_split(write_records, tmp_path, shares):
     assert set(load_splits(str(out))) == expected
     data_prep(["inspect", str(out)])
     data_prep(["check", "--annotations", str(path), "--images", str(images), "--split", *map(str, shares)])
+
+
+def test_edited_pictures_of_the_same_size_have_another_digest(args_of):
+    args = args_of([flat("a", "red.jpg"), flat("b", "other.png")])
+    questions = load_runs(args)[0]["adapter"]
+    content, images = questions.content_digest(), questions.image_digest()
+    assert load_runs(args)[0]["adapter"].image_digest() == images
+    Image.effect_noise((60, 60), 50).save(f"{args.image_dir}/other.png")
+    edited = load_runs(args)[0]["adapter"]
+    assert edited.content_digest() == content and edited.image_digest() != images
