@@ -81,11 +81,12 @@ def _print_help(parser: RecipeParser, argv: list[str]) -> None:
 def normalize(argv: list[str], switches: set[str]) -> list[str]:
     """Return a command line with one form of each option: underscores, and a value for each switch.
 
-    `--bf16` becomes `--bf16 true`, and `--no-bf16` becomes `--bf16 false`. `--debug` is left out: `cli.run` reads it.
+    `--bf16` becomes `--bf16 true`, and `--no-bf16` becomes `--bf16 false`. `--debug` without a value is left out:
+    `cli.run` reads it.
     """
     words = []
     for word, following in zip_longest(argv, argv[1:], fillvalue="--"):
-        if word == "--debug":
+        if word == "--debug" and following.startswith("--"):
             continue
         if not word.startswith("--"):
             words.append(word)

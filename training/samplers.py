@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -56,7 +56,7 @@ class PaddedSampler(Sampler[list[int]]):
     """Batches for padding: consecutive samples of an order, the same ones in each step for any number of processes.
 
     Process p of P takes batches p, p + P, ... The last samples of an epoch are shared evenly by all processes; where
-    there are fewer samples than processes, the first ones of the order are added, as accelerate does.
+    there are fewer samples than processes, the first ones of the order are added, as accelerate does, in turn.
 
     Args:
         order: the samples' order.
@@ -77,7 +77,7 @@ class PaddedSampler(Sampler[list[int]]):
         for start in range(0, len(self) // self.processes * self.step, self.step):
             samples = order[start : start + self.step]
             missing = max(0, self.processes - len(samples))
-            yield from split_evenly(samples + order[:missing], self.processes)
+            yield from split_evenly([*samples, *islice(cycle(order), missing)], self.processes)
 
 
 def split_evenly(samples: list[int], parts: int) -> list[list[int]]:

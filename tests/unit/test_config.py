@@ -118,6 +118,11 @@ def test_options_override_the_recipe(parse):
     assert (model.lora_r, data.freeze_vision_encoder, training.max_steps) == (32, False, 7)
 
 
+def test_debug_without_a_value_is_the_commands_and_with_one_the_trainers(parse):
+    assert parse("", "--debug", "--lora_r", "4")[1].debug == []
+    assert parse("", "--debug", "underflow_overflow")[1].debug == ["underflow_overflow"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,6 +1,6 @@
 """Batches for padding: the same samples in each step for any number of processes, another order in each epoch."""
 
-from itertools import chain
+from itertools import chain, cycle, islice
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_a_step_of_several_processes_holds_the_samples_of_one_process_with_a_lar
     for one, many in zip(whole, shared, strict=True):
         assert many[: len(one)] == one
         # fewer samples than processes: each process needs one
-        assert many[len(one) :] == order[: max(0, processes - len(one))]
+        assert many[len(one) :] == list(islice(cycle(order), max(0, processes - len(one))))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -65,3 +65,8 @@ def test_samples_of_similar_length_share_a_step_of_all_processes():
 def test_parts_differ_by_one_at_most():
     assert split_evenly([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
     assert split_evenly([1, 2], 2) == [[1], [2]]
+
+
+def test_no_batch_is_empty_however_few_samples_there_are():
+    assert list(PaddedSampler(EpochOrder(1, seed=0), 1, processes=4)) == [[0]] * 4
+    assert list(PaddedSampler(EpochOrder(3, seed=0, shuffle=False), 2, processes=8)) == [[n % 3] for n in range(8)]
