@@ -38,6 +38,7 @@ from evaluation.summary import SUBGROUP_COLUMNS, summarise
 from models.adapters import is_adapter, read_adapter_config
 from models.loading import load_config
 from publishing.hub import push_adapter
+from publishing.metric_notes import trained_note
 from publishing.model_card import write_card
 
 LOCK = "evaluation.lock"
@@ -102,6 +103,8 @@ def evaluate(args: argparse.Namespace, out: Path, state: PartialState) -> None:
     """Answer the questions, with the answers that `out` holds already, and write the results there."""
     runs, label_map, counts = load_runs(args)
     print_rank0(describe_counts(counts, args.split))
+    if state.is_main_process and (note := trained_note(counts)):
+        print(f"WARNING: {note}", file=sys.stderr, flush=True)
     check_labels(args.sensitivity_of, label_map)
     if state.is_main_process and (unread := describe_unread_rows(runs["adapter"].rows, label_map)):
         print(f"WARNING: {unread}", file=sys.stderr, flush=True)  # before hours of answering

@@ -19,6 +19,7 @@ OTHER_ENDINGS = {
     *(".html", ".htm", ".pdf", ".doc", ".docx", ".ini", ".db", ".log", ".py", ".ipynb", ".npy", ".mat", ".zip"),
     *(".parquet", ".arrow", ".aae", ".xmp", ".lnk", ".url"),
 }
+DATA_ENDINGS = (".json", ".jsonl", ".csv", ".tsv", ".tab", ".xlsx", ".parquet")
 LAYOUT = "CLASS/FILE, or SPLIT/CLASS/FILE where every SPLIT is called train, validation or test"
 MAX_NAMED = 5  # files in a warning
 
@@ -36,8 +37,8 @@ def read_folders(root: Path) -> list[dict[str, str]]:
     Hidden and system files are passed over. So are files that are no images by their ending, with a warning.
 
     Raises:
-        ValueError: no images, images at another depth, a name that is not UTF-8, a link to a folder, or an
-            unreadable one.
+        ValueError: no images, images at another depth, one class beside an annotation file, a name that is not UTF-8,
+            a link to a folder, or an unreadable one.
     """
     images, others, empty = [], [], []
     for folder, files, is_leaf in _walk(root):
@@ -52,7 +53,19 @@ def read_folders(root: Path) -> list[dict[str, str]]:
     for path in images:
         _check_encodable(path)
     depth = _depth(root, images)
-    return [_row(path, depth) for path in sorted(images)]
+    rows = [_row(path, depth) for path in sorted(images)]
+    if len(classes := {row["folder"] for row in rows}) == 1 and not empty:
+        _refuse_annotations(root, others, classes.pop())
+    return rows
+
+
+def _refuse_annotations(root: Path, others: list[Path], name: str) -> None:
+    """Raise ValueError for a folder with an annotation file and its images, which are no class of that name."""
+    for path in sorted(others):
+        if len(path.parts) == 1 and path.suffix.lower() in DATA_ENDINGS:
+            rule = f"did you mean {root / path}? A folder of class folders has several"
+            raise ValueError(f"{root}: one class alone, {name!r}, beside {path.name}; {rule}")
+    logger.warning("%s has one class alone: %r", root, name)
 
 
 def _check_encodable(path: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from common.files import digest_of_file
+from common.files import TRAINING_FACTS, digest_of_file, read_json
 from common.yaml_files import read_yaml
-from data_prep import load_splits
+from data_prep import fingerprint, join_folds, load_splits
 from data_prep.labels import LabelMap, build_label_map, named_labels, references_of
 from data_prep.records import IMAGE_MARKER
 from evaluation.clusters import image_keys
 from evaluation.label_matching import LABEL_PLACEHOLDER, answer_templates, asks_for_label, label_forms
+from models.adapters import find_file
 
 ALL = "all"  # as `--split`: every sample
 SAMPLE_COLUMNS = ("id", "label", "group", "skin_type", "age", "sex", "site", "source")  # written with each answer
@@ -118,7 +119,7 @@ def question_text(messages: list[dict]) -> str:
 
 
 def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict, dict]:
-    """Return the questions of each run, the label map, and how many of how many samples are evaluated.
+    """Return the questions of each run, the label map, and how many of how many samples are evaluated, and trained on.
 
     The runs are "adapter" (with `--model` that model), "validation" (only scored, to fit the temperature), and "base"
     and "shuffled", which `--baseline` asks for. "base" needs an adapter, and "shuffled" two samples with images.
@@ -140,7 +141,23 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict, dic
     if (image_rows := shuffle_images(questions)) != questions.image_rows:
         runs["shuffled"] = Questions(*shared, image_rows)
     counts = {"samples": len(split), "of": sum(map(len, splits.values())), "questions": len(questions.rows)}
+    if trained := count_trained(args.adapter, splits, split) if args.adapter else 0:
+        counts["trained"] = trained
     return runs, label_map, counts
+
+
+def count_trained(adapter: str, splits: DatasetDict, split: Dataset) -> int:
+    """Return how many samples of a split the adapter was trained on, by the fingerprint of the data in its facts."""
+    path = find_file(adapter, TRAINING_FACTS, f"../{TRAINING_FACTS}")  # a checkpoint's are in the run's folder
+    trained_on = ((read_json(path) if path else None) or {}).get("data") or {}
+    folds = [int(name.removeprefix("fold_")) for name in splits if name.startswith("fold_")]
+    for train in [splits[name] for name in splits if name == "train"] or [
+        join_folds(splits, fold)["train"] for fold in folds
+    ]:
+        if fingerprint(train) == trained_on.get("fingerprint"):
+            ids = set(train["id"])
+            return sum(name in ids for name in split["id"])
+    return 0
 
 
 def read_questions(split: Dataset, *, generate: bool = True) -> Questions:

@@ -27,12 +27,26 @@ def describe_size(samples: int, clusters: int, unit: str) -> str:
     return f"{samples:,} {SAMPLES}" + ("" if unit == SAMPLES else f" of {clusters:,} {unit}")
 
 
+def trained_note(counts: dict) -> str:
+    """Return what samples of the training among the evaluated ones mean, "" without them; see `load_runs`."""
+    if not counts.get("trained"):
+        return ""
+    return (
+        f"{counts['trained']:,} of these {counts['samples']:,} samples were in the training: the figures say how well "
+        "they were learnt, and not how new ones will be answered."
+    )
+
+
 def interval_notes(metrics: dict) -> list[str]:
-    """Return what the intervals are of, or why there are none; `metrics` is the content of `metrics.json`."""
+    """Return what the intervals are of, or why there are none, after what comes before all figures.
+
+    Args:
+        metrics: the content of `metrics.json`.
+    """
+    notes = [note] if (note := trained_note(metrics.get("evaluated", {}))) else []
     if "clusters" not in metrics:  # of an earlier version
-        return []
+        return notes
     clusters, unit, needed = (metrics[key] for key in ("clusters", "cluster_unit", "clusters_needed"))
-    notes = []
     if metrics["diagnosed"] and clusters < needed:
         notes.append(f"No intervals: they need at least {needed} {unit}, and the answers are of {clusters}.")
     elif metrics["diagnosed"]:

@@ -136,20 +136,23 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
 
 def front_matter(base: dict, data: dict | None, metrics: dict | None) -> ModelCardData:
     """Return the card's YAML block; a base model or data set that is not on the Hub is left out."""
-    dataset = data["dataset"] if data else None
+    dataset, results = data["dataset"] if data else None, _hub_results(metrics) if metrics else []
     return ModelCardData(
         base_model=base["name"] if base["on_hub"] else None,
         datasets=[dataset] if dataset else None,
         library_name="peft",
         pipeline_tag="image-text-to-text",
         tags=["lora", "sft", "medical", "dermatology", "not-for-diagnosis"],
-        model_name=f"{base['name'].split('/')[-1]}, LoRA for skin images" if metrics else None,
-        eval_results=_hub_results(metrics) if metrics else None,
+        model_name=f"{base['name'].split('/')[-1]}, LoRA for skin images" if results else None,
+        eval_results=results or None,
         **{"license": UNKNOWN, **base["licence"]},
     )
 
 
 def _hub_results(metrics: dict) -> list[EvalResult]:
+    """Return the figures that the Hub lists; none of samples that were trained on."""
+    if metric_notes.trained_note(metrics.get("evaluated", {})):
+        return []
     diagnosis = metrics["runs"]["adapter"].get("diagnosis", {})
     return [
         EvalResult(

@@ -76,6 +76,10 @@ class CurvesCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.drawn = monotonic()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:  # a row has means since the one before, and a run that resumes knows none of them
+            control.should_log = True
+
     def on_log(self, args, state, control, **kwargs):
         self._write(write_metrics, state, Path(args.output_dir) / "metrics.jsonl")
 

@@ -58,7 +58,7 @@ class StopCallback(TrainerCallback):
         received = torch.tensor(float(self.received_at is not None), device=args.device)
         if reduce(received, "sum") > 0:  # a signal to one process stops all
             self.signal = self.signal or "a signal to another process"
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
 

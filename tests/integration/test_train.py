@@ -134,7 +134,7 @@ def test_accumulation_gives_the_loss_and_gradients_of_one_batch(tiny_base, demo_
     ids=["nf4", "not quantised", "accumulation and dropout"],
 )
 def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(tiny_base, demo_data, tmp_path, settings):
-    settings = {"max_steps": 20, "save_steps": 10, "eval_steps": 5, "logging_steps": 2, **settings}
+    settings = {"max_steps": 20, "save_steps": 10, "eval_steps": 5, "logging_steps": 3, **settings}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = train(tiny_base, demo_data, whole, **settings)
     stopped.mkdir()

@@ -185,3 +185,17 @@ def test_an_archive_is_no_image_folder(write_records, tmp_path):
     path, _ = write_records([{"image": "red.jpg", "question": "a", "answer": "b"}])
     with pytest.raises(ValueError, match=r"image_dir: .*a\.json is a file, expected a folder; unpack an"):
         prepare([Source(path, path)], show_progress=False)
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "labels.CSV", "data.parquet"])
+def test_the_folder_of_an_annotation_file_is_no_folder_of_classes(tmp_path, name, caplog):
+    touch(tmp_path, "images/1.jpg", "images/2.jpg", name)
+    with pytest.raises(
+        ValueError, match=rf"one class alone, 'images', beside {name}; did you mean {tmp_path}/{name}\?"
+    ):
+        read_folders(tmp_path)
+    (tmp_path / name).rename(tmp_path / "notes.txt")
+    assert len(read_folders(tmp_path)) == 2  # one of several sources, perhaps
+    assert "has one class alone: 'images'" in caplog.text
+    touch(tmp_path, name, "nevus/3.jpg")
+    assert len(read_folders(tmp_path)) == 3

@@ -1,11 +1,12 @@
 """Which questions an evaluation asks, with which images, and which of them count for the label."""
 
 import argparse
+import json
 
 import pytest
 from PIL import Image
 
-from data_prep import load_splits
+from data_prep import fingerprint, join_folds, load_splits
 from data_prep.__main__ import main as data_prep
 from evaluation.label_matching import asks_for_label
 from evaluation.questions import load_runs, load_split
@@ -129,6 +130,38 @@ def test_a_data_set_may_have_no_training_split(write_records, tmp_path, shares):
     assert set(load_splits(str(out))) == expected
     data_prep(["inspect", str(out)])
     data_prep(["check", "--annotations", str(path), "--images", str(images), "--split", *map(str, shares)])
+
+
+def apart(number):
+    """Return a record that may be in another split than the others."""
+    return {**flat(str(number), *(() if number else ("red.jpg",))), "question": f"What is number {number}?"}
+
+
+@pytest.mark.parametrize(("split", "found"), [("train", 3), ("all", 3), ("test", None)])
+@pytest.mark.parametrize("place", ["", "checkpoint-2"])
+def test_samples_that_the_adapter_was_trained_on_are_counted(args_of, tmp_path, split, found, place):
+    records = [{**apart(n), "split": "train" if n < 3 else "test"} for n in range(5)]
+    args = args_of(records, split=split, adapter=str(tmp_path / place))
+    (tmp_path / "checkpoint-2").mkdir()
+    assert "trained" not in load_runs(args)[2]  # nobody knows
+    facts = {"data": {"fingerprint": fingerprint(load_splits(args.dataset, args.image_dir)["train"])}}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert load_runs(args)[2].get("trained") == found
+    (tmp_path / "facts.json").write_text(json.dumps({"data": {"fingerprint": "of other data"}}))
+    assert "trained" not in load_runs(args)[2]
+
+
+def test_of_a_data_set_in_folds_all_folds_but_one_were_trained_on(args_of, tmp_path):
+    args = args_of([{**apart(n), "split": "train"} for n in range(6)])
+    words = ["convert", "--annotations", args.dataset, "--images", args.image_dir, "--out", str(tmp_path / "data")]
+    data_prep([*words, "--folds", "3", "--split", "1", "0", "0"])
+    folds = load_splits(str(tmp_path / "data"))
+    facts = {"data": {"fingerprint": fingerprint(join_folds(folds, 1)["train"])}}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    options = {"dataset": str(tmp_path / "data"), "image_dir": None, "adapter": str(tmp_path)}
+    for fold, trained in ((0, len(folds["fold_0"])), (1, None), (2, len(folds["fold_2"]))):
+        counts = load_runs(argparse.Namespace(**vars(args) | options | {"split": f"fold_{fold}"}))[2]
+        assert counts.get("trained") == trained
 
 
 def test_edited_pictures_of_the_same_size_have_another_digest(args_of):
