@@ -166,7 +166,8 @@ def run(main: Callable[[], int | None]) -> int:
             raise
         with suppress(OSError):
             _flush_stdout()
-        print(f"error: {_one_line(error)}{_cache_of(error)}", file=sys.stderr)
+        text, *details = getattr(error, "lines", None) or [_one_line(error)]  # of many records, each has its line
+        print(*details, f"error: {text}{_cache_of(error)}", sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

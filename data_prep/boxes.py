@@ -15,12 +15,12 @@ RELATIVE_SIDE = 1000  # of an image in the second convention
 MIN_PIXELS, MAX_PIXELS = 50176, 602112  # of configs/skin.yaml
 # The names of Qwen's own format, and others where they are keys of JSON; then numbers, in lists or lists of lists.
 # The older form of Qwen-VL and Qwen2-VL has thousandths always.
-NUMBERS = r"[\s\d.,()\[\]+-]*\d[\s\d.,()\[\]+-]*"
+NUMBERS = r"[\s\d.,()\[\]eE+-]*\d[\s\d.,()\[\]eE+-]*"
 COORDINATES = re.compile(
     r"""(?:\b(?:bbox|points?)_2d["']?|["'](?:bbox|bboxes|boxes|points?|polygon|coordinates)["'])\s*[:=]\s*"""
     rf"(?P<any>\[{NUMBERS}\])|<box>(?P<thousandths>{NUMBERS})</box>"
 )
-NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def find_coordinates(messages: list[dict]) -> list[str]:
@@ -107,7 +107,7 @@ def _read(match: re.Match, size: tuple[int, int]) -> tuple[list[float], tuple[in
             unit = "thousandths" if match["thousandths"] else "px"
             limits = f"{whole[0]} x {whole[1]} {unit}"
             raise ValueError(f"coordinates {text}: {value:g} is outside of the image of {limits}")
-    fractions = max(values) <= 1 and any(value % 1 for value in values) and not match["thousandths"]
+    fractions = max(values) <= 1 and re.search(r"[.eE]", text) and not match["thousandths"]  # 1.0 is all of a side
     return values, (1, 1) if fractions else whole
 
 

@@ -51,6 +51,7 @@ WARNINGS = {
     "shared group": "groups that several sources name: kept together",
 }
 NOTES = {
+    "attribute spelling": "skin types, sexes and sites written in several ways: taken as one",
     "group spelling": "groups written in several ways: taken as one",
     "short answer": "answers of one word",
     "turned": "images stored rotated or mirrored, turned upright by their EXIF orientation",
@@ -181,10 +182,10 @@ def check_grouped(samples: list[dict]) -> list[Finding]:
     return [about(first, "ungrouped", detail, others=[sample["id"] for sample in others])]
 
 
-def check_spellings(spellings: dict[str, Counter]) -> list[Finding]:
-    """Report labels with several spellings, from how often each was there, by the one that is kept."""
+def check_spellings(spellings: dict[str, Counter], kind: str) -> list[Finding]:
+    """Report values with several spellings, from how often each was there, by the one that is kept."""
     return [
-        Finding("spelling", f"{label!r}: " + ", ".join(f"{other!r} {count} times" for other, count in counts.items()))
+        Finding(kind, f"{label!r}: " + ", ".join(f"{other!r} {count} times" for other, count in counts.items()))
         for label, counts in spellings.items()
     ]
 

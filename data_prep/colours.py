@@ -34,6 +34,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BIT_MODES:  # convert("RGB") would clip all but the darkest 256 of 65,536 levels to white
         levels = (np.asarray(image) >> (used_bits(image) - 8)).astype(np.uint8)
         image = Image.fromarray(255 - levels if white_is_zero else levels)  # Pillow turns 8 bits round by itself
+    elif image.mode == "I" and image.format == "PPM":  # Pillow scales 16 bits to fill the range
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} have no defined white; save the image with 8 or 16 bits")
     if image.mode in ALPHA_MODES or "transparency" in image.info:

@@ -12,6 +12,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from . import check
+from .attributes import unify_attributes
 from .balance import effective_counts, sampling_weights
 from .boxes import CONVENTIONS, MAX_PIXELS, MIN_PIXELS, scale_coordinates
 from .download import fetch_links
@@ -44,7 +45,12 @@ logger = logging.getLogger(__name__)
 
 
 class InvalidRecordsError(ValueError):
-    """All the records with an error, in the order of their sources."""
+    """All the records with an error, in the order of their sources.
+
+    Attributes:
+        errors: of each record.
+        lines: the message: how many there are, if several, and the first ones, alike ones once.
+    """
 
     def __init__(self, errors: list[DataError], num_records: int):
         self.errors = errors
@@ -62,6 +68,7 @@ class InvalidRecordsError(ValueError):
         if unlisted := sum(map(len, islice(alike.values(), MAX_LISTED, None))):
             lines.append(f"... and {unlisted} more")
         super().__init__("\n  ".join(lines))
+        self.lines = lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,15 +221,17 @@ def prepare(sources: list[Source], **options) -> Prepared:
 def _check_samples(
     samples: list[dict], infos: dict[str, ImageInfo], picture_of: dict, copies: tuple, names: dict | None
 ) -> list[check.Finding]:
-    """Return the findings that do not depend on the split; give each label and each group one spelling."""
+    """Return the findings that do not depend on the split; give labels, groups and attributes one spelling."""
     spellings, shared = merge_label_spellings(samples), unify_groups(samples)
+    attributes = unify_attributes(samples)
     label_map, references = _label_map(samples, names)
     return [
         *check.check_texts(samples, label_map),
         *check.check_ages(samples),
         *check.check_answers([sample for sample in samples if sample["label"] is not None], references, label_map),
         *check.check_grouped(samples),
-        *check.check_spellings(spellings),
+        *check.check_spellings(spellings, "spelling"),
+        *check.check_spellings(attributes, "attribute spelling"),
         *check.check_readable(references, label_map),
         *check.check_images(samples, infos),
         *check.check_copies(samples, *copies),

@@ -4,6 +4,7 @@ import hashlib
 import re
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -51,9 +52,11 @@ def _download(link: str, path: Path) -> str | None:
     try:
         request = urllib.request.Request(link, headers={"User-Agent": "Mozilla/5.0 (data_prep)"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            data = answer.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        return f"cannot be downloaded: {error}"
+            data, promised = answer.read(MAX_BYTES + 1), answer.headers.get("Content-Length") or "0"
+    except (OSError, ValueError, HTTPException) as error:
+        return f"cannot be downloaded: {error!s:.200}"
+    if promised.isdecimal() and len(data) < min(int(promised), MAX_BYTES):
+        return f"cannot be downloaded: it ended after {len(data):,} of {int(promised):,} bytes"
     if len(data) > MAX_BYTES:
         return f"cannot be downloaded: over {MAX_BYTES:,} bytes"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,11 +129,13 @@ def _to_file(image: dict, path: Path) -> str:
     return path.name
 
 
-def check_origin(image: dict | None) -> None:
+def check_origin(image: dict | str | None) -> None:
     """Raise ValueError unless an undecoded image of a Hub data set has its bytes, or is a file that came with it.
 
     A row may name any file of this machine, which would be learnt from, and uploaded with what is made of the data.
     """
+    if isinstance(image, str):  # of a block within a message
+        image = {"bytes": None, "path": image}
     if image is None or (image["bytes"] is None and not image["path"]):
         raise ValueError("an image is empty")
     if image["bytes"] is not None:

@@ -1,7 +1,7 @@
 """Which label a text names: labels, their other spellings and names, in any script."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
 
@@ -216,20 +216,25 @@ def find_label(text: str, label: str, label_map: LabelMap) -> tuple[int, int]:
 
 
 def label_key(label: str) -> str:
-    """Return what labels that are one label have in common, whatever their case, white space and Unicode form."""
-    return " ".join(split_name(label)) or label
+    """Return what labels that are one label have in common, whatever their case, white space and Unicode form.
+
+    A dash at an end is a minus, as in `ER-`: only those between words are white space.
+    """
+    text = normalise(label).strip()
+    return "-" * text.startswith("-") + " ".join(split_name(label)) + "-" * text.endswith("-") or label
 
 
-def merge_spellings(labels: Iterable[str | None]) -> dict[str, str]:
-    """Return, for each label that is spelled in several ways, its most frequent spelling.
+def merge_spellings(values: Iterable[str | None], key: Callable[[str], str] = label_key) -> dict[str, str]:
+    """Return, for each value that is spelled in several ways, its most frequent spelling.
 
     Args:
-        labels: of each sample.
+        values: of each sample, such as its label.
+        key: what the spellings of one value share.
     """
     spellings = {}
-    for label, count in sorted(Counter(label for label in labels if label is not None).items()):
-        spellings.setdefault(label_key(label), Counter())[label] = count
-    return {label: counts.most_common(1)[0][0] for counts in spellings.values() if len(counts) > 1 for label in counts}
+    for value, count in sorted(Counter(value for value in values if value is not None).items()):
+        spellings.setdefault(key(value), Counter())[value] = count
+    return {value: counts.most_common(1)[0][0] for counts in spellings.values() if len(counts) > 1 for value in counts}
 
 
 def references_of(samples: Iterable[dict]) -> list[Reference]:

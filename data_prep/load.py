@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, List, concatenate_
 
 from common.files import suggest_file
 
+from .attributes import SPELLED, attribute_key
 from .convert import FEATURES, prepare_dataset, unique_ids
 from .download import HUB_ID, check_origin, class_name, load_hub
 from .groups import is_no_group
 from .images import load_image
-from .labels import merge_spellings
+from .labels import label_key, merge_spellings
 from .reading import describe
 from .records import DataError, FieldError, attributes_of, normalise_messages
 from .storage import load_folder, undecoded
@@ -52,17 +54,19 @@ def load_splits(dataset_path: str, image_dir: str | None = None, *, show_progres
         rule = f"no file, no folder and no Hub data set id{suggest_file(path)}"
         raise FileNotFoundError(f"no data at {dataset_path!r}: {rule}")
     splits = DatasetDict({name: undecoded(dataset) for name, dataset in splits.items()})
-    return _merge_label_spellings(splits)
+    return _merge_spellings(splits)
 
 
-def _merge_label_spellings(splits: DatasetDict) -> DatasetDict:
-    """Return the splits with one spelling for labels that are spelled in several ways, as `convert` does."""
-    spelling_of = merge_spellings(label for split in splits.values() for label in split["label"])
-    if not spelling_of:
-        return splits
-    logger.warning("labels that are one, spelled in several ways: %s", ", ".join(sorted(spelling_of)))
-    labels = {name: [spelling_of.get(label, label) for label in split["label"]] for name, split in splits.items()}
-    return DatasetDict({name: _with_column(split, "label", labels[name]) for name, split in splits.items()})
+def _merge_spellings(splits: DatasetDict) -> DatasetDict:
+    """Return the splits with one spelling for each label and attribute, as `convert` does."""
+    for column in ("label", *SPELLED):
+        key = label_key if column == "label" else partial(attribute_key, column)
+        spelling_of = merge_spellings((value for split in splits.values() for value in split[column]), key)
+        if spelling_of:
+            logger.warning("%ss that are one, spelled in several ways: %s", column, ", ".join(sorted(spelling_of)))
+            values = {name: [spelling_of.get(x, x) for x in split[column]] for name, split in splits.items()}
+            splits = DatasetDict({name: _with_column(split, column, values[name]) for name, split in splits.items()})
+    return splits
 
 
 def _with_column(split: Dataset, name: str, values: list) -> Dataset:
@@ -154,7 +158,7 @@ def standardise(dataset: Dataset, name: str) -> Dataset:
 def _standard_row(row: dict, index: int, split: str, classes: dict[str, ClassLabel]) -> dict:
     row |= {column: class_name(feature, row[column]) for column, feature in classes.items()}
     images = list(row.get("images") or ([row["image"]] if row.get("image") else []))
-    sample_id = str(row.get("id") or f"{split}-{index:06d}")
+    sample_id = f"{split}-{index:06d}" if row.get("id") in (None, "") else str(row["id"])
     try:
         messages = normalise_messages(row["messages"], images)
         for image in images:

@@ -88,6 +88,8 @@ def _check_out(out: Path, *, overwrite: bool, links_dir: Path | None) -> None:
     """Raise if there is something else in `out` than downloads of an earlier try, or a data set to be replaced."""
     if not out.exists():
         return
+    if out.is_dir() and out.stat().st_dev != out.parent.stat().st_dev:
+        raise ValueError(f"--out: {out} is a mount point, which no complete folder can replace; choose a folder in it")
     found = out.is_file() or any(not links_dir or path not in _and_parents(links_dir) for path in out.iterdir())
     if found and not is_data_set(out):
         raise ValueError(f"--out: {out} exists and is not a prepared data set; choose another folder")

@@ -14,6 +14,7 @@ from common.hub_client import open_repository
 from .check import Finding, read_findings
 from .convert import FEATURES
 from .folders import FINDINGS
+from .mapping import load_mapping, shipped
 from .storage import load_folder, make_images, replace_images
 
 CARD = """---
@@ -52,21 +53,29 @@ def publish(folder: Path, repo_id: str, *, private: bool = True) -> str:
     repo_id = open_repository(repo_id, private=private, repo_type="dataset")
     groups = sorted({group for split in splits.values() for group in split["group"] if group is not None})
     numbers = {group: f"group-{number:05d}" for number, group in enumerate(groups)}
-    splits = DatasetDict({name: _without_names(split, name, numbers) for name, split in splits.items()})
+    sources = {source: f"source-{number}" for number, source in enumerate(_private_sources(splits), start=1)}
+    splits = DatasetDict({name: _without_names(split, name, numbers, sources) for name, split in splits.items()})
     commit = splits.push_to_hub(repo_id, private=private)
     DatasetCard(make_card(repo_id, findings, splits)).push_to_hub(commit.repo_url.repo_id)
     return str(commit.repo_url)
 
 
-def _without_names(split: Dataset, name: str, numbers: dict[str, str]) -> Dataset:
-    """Replace ids and groups, which are often file names or patients, by numbers, and drop the image names.
+def _private_sources(splits: DatasetDict) -> list[str]:
+    """Return the sources whose name may be a file's: all but those of shipped mappings."""
+    public = {load_mapping(name).source for name in shipped()}
+    return sorted({source for split in splits.values() for source in split["source"]} - {None, *public})
+
+
+def _without_names(split: Dataset, name: str, numbers: dict[str, str], sources: dict[str, str]) -> Dataset:
+    """Replace ids, groups and sources, which are often file names or patients, by numbers, and drop the image names.
 
     Images in files keep their paths, named after their content: the push embeds them.
     """
-    info, key = split.info.copy(), Hasher.hash([name, split["id"][:], numbers])
+    info, key = split.info.copy(), Hasher.hash([name, split["id"][:], numbers, sources])
     info.features["images"] = FEATURES["images"]
     table = replace_images(split.with_format("arrow")[:], _drop_names)
     columns = {"id": [f"{name}-{index:06d}" for index in range(len(split))], "group": map(numbers.get, split["group"])}
+    columns["source"] = [sources.get(source, source) for source in split["source"]]
     for column, values in columns.items():
         table = table.set_column(table.column_names.index(column), column, pa.array(values, pa.string()))
     return Dataset(table, info=info, split=split.split, fingerprint=key)

@@ -286,6 +286,17 @@ def _turn(turn, images: list, name: str) -> dict:
     return {"role": ROLES[role], "content": content if ROLES[role] == "user" else content.strip()}
 
 
+def turn_keys(raw: dict) -> set[str]:
+    """Return the keys of a record's turns that are not read and hold something, as `messages[].reasoning_content`."""
+    return {
+        f"{key}[].{name}"
+        for key in FORMAT_KEYS.values()
+        for turn in (raw[key] if isinstance(raw.get(key), list) else ())
+        for name in (turn if isinstance(turn, dict) else ())
+        if name not in TURN_KEYS and name not in LOSS_KEYS and turn[name]
+    }
+
+
 def _check_trained(turn: dict, name: str) -> None:
     """Raise FieldError for an answer that the file says not to train on; all answers are trained on alike."""
     if ROLES[turn.get("role", turn.get("from"))] != "assistant":

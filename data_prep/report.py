@@ -75,10 +75,7 @@ def summarise(splits: DatasetDict, findings: list[Finding], min_pixels: int, max
 def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], min_pixels: int, max_pixels: int) -> dict:
     """Return the effect of a limit: mean tokens an image, share of images shrunk (%), longest sample (tokens)."""
 
-    def tokens(width: int, height: int) -> int:
-        return count_image_tokens(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
-
-    cost = {size: tokens(*size) for size in set(sizes)}
+    cost = {size: _tokens(splits, size, min_pixels, max_pixels) for size in set(sizes)}
     longest = 0
     for split in splits.values():
         for messages, image_sizes in zip(split["messages"], split["image_sizes"], strict=True):
@@ -91,6 +88,17 @@ def _budget(splits: DatasetDict, sizes: list[tuple[int, int]], min_pixels: int, 
         "shrunk": 100 * sum(width * height > max_pixels for width, height in sizes) / len(sizes),
         "max_length": -(-longest // 64) * 64,
     }
+
+
+def _tokens(splits: DatasetDict, size: tuple[int, int], min_pixels: int, max_pixels: int) -> int:
+    """Return the tokens of an image; ValueError, with the first such sample, for one that is too narrow for limits."""
+    width, height = size
+    try:
+        return count_image_tokens(height, width, min_pixels=min_pixels, max_pixels=max_pixels)
+    except ValueError as error:
+        rows = (row for split in splits.values() for row in split.select_columns(["id", "image_sizes"]))
+        sample = next(row["id"] for row in rows if [width, height] in row["image_sizes"])
+        raise ValueError(f"sample {sample!r}: {error}") from error
 
 
 def _render(name: str, splits: DatasetDict, findings: list[Finding], statistics: dict) -> str:
@@ -150,7 +158,7 @@ def _charts(splits: DatasetDict, statistics: dict) -> list[dict]:
     sizes = [size for split in splits.values() for image_sizes in split["image_sizes"] for size in image_sizes]
     if sizes:
         limits = {name: statistics[name] for name in ("min_pixels", "max_pixels")}
-        tokens = [count_image_tokens(height, width, **limits) for width, height in sizes]
+        tokens = [_tokens(splits, size, **limits) for size in sizes]
         longer, title = [max(size) for size in sizes], f"Tokens an image, max_pixels {statistics['max_pixels']:,}"
         note = "Longer sides of the images as they are in the data; training shrinks those over max_pixels."
         charts.append(_histogram(longer, "Image sizes", "images", "longer side, px", note))

@@ -17,7 +17,7 @@ from .groups import is_no_group, question_key
 from .mapping import Mapping, load_mapping
 from .paths import check_exists, composed, folders_below, is_link, resolve_image
 from .reading import Flaw, suggest
-from .records import READ_KEYS, DataError, iter_annotations, parse_record
+from .records import READ_KEYS, DataError, iter_annotations, parse_record, turn_keys
 from .rows import make_record, read_rows, rows_of
 from .split import GIVEN_SPLITS
 from .tables import TABLE_ENDINGS, text_rows
@@ -138,7 +138,7 @@ def read_source(
     finder = _make_finder(source, mapping, hub_dir, links_dir, follow_links)
     collected, keys, read = Collected(), Counter(), {*READ_KEYS, group_by}
     for number, raw in enumerate(raw_records):
-        keys.update([*raw, *inner_keys(raw)] if isinstance(raw, dict) else ())
+        keys.update([*raw, *inner_keys(raw), *turn_keys(raw)] if isinstance(raw, dict) else ())
         try:
             sample = _make_sample(raw, number, source, mapping, group_by)
             sample["images"] = [finder(sample, file) for file in sample["files"]]
@@ -349,13 +349,21 @@ class FileFinder:
     def _search(self, name: str) -> Path | None:
         if self.index is None:
             self.index = _index_files(self.root)
-        first, *others = self.index.get(composed(Path(name).name)) or [None]
+        found = self.index.get(composed(Path(name).name), [])
+        first, *others = [path for path in found if _may_be(name, path.relative_to(self.root))] or [None]
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
         if first is None:
             return None
         return resolve_image(str(first.relative_to(self.root)), self.root, follow_links=self.follow_links)
+
+
+def _may_be(name: str, path: Path) -> bool:
+    """Return whether a name with folders, or what follows its first ones, is that of a file, or of where it lies."""
+    named, found = composed(os.path.normpath(name)).split("/"), composed(path.as_posix()).split("/")
+    count = min(len(named), len(found))
+    return named[-count:] == found[-count:]
 
 
 def _index_files(root: Path) -> dict[str, list[Path]]:

@@ -120,7 +120,8 @@ def _text_row(row, columns: list[str]) -> dict[str, str] | Flaw:
 
 def _read_parquet(path: Path) -> list[dict]:
     try:
-        table, names = pd.read_parquet(path), _class_names(path)
+        # whole numbers stay whole beside missing ones: as floats, those of long ids would be rounded
+        table, names = pq.read_table(path).to_pandas(integer_object_nulls=True), _class_names(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a table: {' '.join(str(error).split())[:200]}") from error
     table.columns = [str(column).strip() for column in table.columns]

@@ -193,3 +193,13 @@ def test_what_a_console_cannot_show_does_not_end_a_command(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="cp1252", write_through=True))
     assert run(lambda: print("melanoma \u9ed1 \u00fc")) == 0
     assert shown.getvalue() == b"melanoma \\u9ed1 \xfc\n"
+
+
+def test_an_error_about_many_records_has_a_line_for_each(capsys):
+    def fail():
+        error = ValueError("2 of 3 records have an error\n  a\n  b")
+        error.lines = ["2 of 3 records have an error", "a", "b"]
+        raise error
+
+    assert run(fail) == 1
+    assert capsys.readouterr().err.splitlines() == ["a", "b", "error: 2 of 3 records have an error"]

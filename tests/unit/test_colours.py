@@ -98,3 +98,9 @@ def test_the_inspection_names_the_profile_and_the_bits(tmp_path):
     first, second = (inspect_image(str(tmp_path / name)) for name in ("a.png", "b.png"))
     assert (first.profile, first.bits) == ("test", None)
     assert (second.profile, second.bits, second.brightest) == (None, 12, 187)
+
+
+def test_a_pgm_of_16_bits_keeps_its_levels(tmp_path):
+    levels = np.linspace(0, 65535, 256).round().astype(">u2").reshape(16, 16)
+    (tmp_path / "a.pgm").write_bytes(b"P5 16 16 65535\n" + levels.tobytes())
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.pgm"))[..., 0], levels >> 8)

@@ -432,3 +432,46 @@ def test_more_workers_than_a_computer_can_start_are_refused(write_records):
     path, images = write_records([flat("red.jpg")])
     with pytest.raises(ValueError, match=r"num_workers: 100000 processes, at most \d+ on this computer"):
         prepare([Source(path, images)], num_workers=100_000)
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_not_taken(tmp_path):
+    for name in (
+        "orig/melanoma/0.png",
+        "orig/melanoma/1.png",
+        "orig/nevus/0.png",
+        "crop/melanoma/1.png",
+        "crop/nevus/0.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 40), 90).save(tmp_path / name)
+    options = {"split": (1, 0, 0), "show_progress": False, "on_error": "drop"}
+    prepared = prepare([Source(tmp_path / "orig", tmp_path / "crop")], **options)
+    assert len(prepared.splits["train"]) == 2
+    [error] = prepared.errors
+    assert "melanoma/0.png" in error.reason
+    (tmp_path / "crop" / "part_1").mkdir()
+    (tmp_path / "crop" / "melanoma" / "1.png").rename(
+        tmp_path / "crop" / "part_1" / "1.png"
+    )  # deeper or flat is found
+    (tmp_path / "crop" / "nevus").rename(tmp_path / "crop" / "part_1" / "nevus")
+    prepared = prepare([Source(tmp_path / "orig", tmp_path / "crop")], **options)
+    assert sorted(prepared.splits["train"]["label"]) == ["nevus"]
+
+
+def test_labels_that_a_minus_tells_apart_stay_apart(write_records):
+    names = ["-1", "1", "ER-", "ER", "basal-cell", "basal cell"]
+    path, _ = write_records(
+        [{"question": f"{n}?", "answer": f"{n}: {label}", "label": label} for n, label in enumerate(names)]
+    )
+    train = prepare([Source(path)], **ALL_TRAIN).splits["train"]
+    assert sorted(train["label"]) == ["-1", "1", "ER", "ER-", "basal cell", "basal cell"]
+
+
+def test_unread_keys_of_turns_are_named(write_records, caplog):
+    turns = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": "Acne.", "reasoning_content": "Red."},
+    ]
+    path, _ = write_records([{"messages": turns}, {"messages": [turns[0], {**turns[1], "reasoning_content": None}]}])
+    prepare([Source(path)], **ALL_TRAIN)
+    assert "the key 'messages[].reasoning_content' of 1 records is not read" in caplog.text

@@ -146,3 +146,12 @@ def test_a_damaged_image_of_the_data_set_is_named(write_records, tmp_path):
         ValueError, match=rf"sample 'r\d', .*{image.name}: broken image: .*; prepare the data set again"
     ):
         data_prep(["inspect", str(tmp_path / "set")])
+
+
+def test_an_image_that_a_limit_makes_too_narrow_is_named(write_records, tmp_path):
+    path, images = write_records([{"id": "slim", "image": "slim.png", "question": "What?", "answer": "It is this."}])
+    Image.new("RGB", (30, 3000)).save(images / "slim.png")
+    source = ["--annotations", str(path), "--images", str(images), "--split", "1", "0", "0"]
+    data_prep(["convert", *source, "--out", str(tmp_path / "set")])
+    with pytest.raises(ValueError, match=r"sample 'slim': too narrow: 30 x 3000 px under max_pixels 12544"):
+        data_prep(["inspect", str(tmp_path / "set"), "--min-pixels", "12544", "--max-pixels", "12544"])

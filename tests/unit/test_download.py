@@ -3,6 +3,7 @@
 import http.server
 import io
 import os
+import socket
 import threading
 from functools import partial
 
@@ -201,3 +202,32 @@ def test_downloads_into_the_data_sets_own_folder_stay(write_records, tmp_path, s
     data_prep([*command, "--overwrite"])
     assert len(list((out / "links").iterdir())) == 1
     assert len(DatasetDict.load_from_disk(str(out))["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nshort", "it ended after 5 of 1,000 bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nshort", "IncompleteRead"),
+        (b"nonsense\r\n\r\n", "nonsense"),
+    ],
+)
+def test_an_answer_that_is_cut_short_or_none_is_a_reason(tmp_path, answer, reason):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        link = f"http://127.0.0.1:{listening.getsockname()[1]}/a.jpg"
+        [found] = download.fetch_links({link: tmp_path / "a.jpg"}, show_progress=False).values()
+    assert found.startswith("cannot be downloaded: ") and reason in found
+    assert not (tmp_path / "a.jpg").exists()
+
+
+def test_a_link_with_a_space_is_a_reason(tmp_path):
+    [found] = download.fetch_links({"http://127.0.0.1:9/a b.jpg": tmp_path / "x"}, show_progress=False).values()
+    assert found.startswith("cannot be downloaded: URL can't contain control characters")

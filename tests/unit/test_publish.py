@@ -1,5 +1,6 @@
 """What a push of a data set sends: private, without file names, with a card that names no path."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -55,3 +56,12 @@ def test_a_push_is_private_and_names_no_file(demo_raw, tmp_path, sent):
 def test_push_wants_a_prepared_folder(tmp_path):
     with pytest.raises(ValueError, match="is not a data set that `python -m data_prep convert` wrote"):
         data_prep(["push", str(tmp_path), "skin"])
+
+
+def test_the_name_of_an_annotation_file_is_not_pushed(demo_raw, tmp_path, sent):
+    shutil.copy(demo_raw / "annotations.json", tmp_path / "Erika Mueller 1957.json")
+    source = ["--annotations", str(tmp_path / "Erika Mueller 1957.json"), "--images", str(demo_raw / "images")]
+    data_prep(["convert", *source, "--out", str(tmp_path / "set")])
+    data_prep(["push", str(tmp_path / "set"), "skin"])
+    assert {source for split in sent["splits"][0].values() for source in split["source"]} == {"source-1"}
+    assert "Mueller" not in sent["card"][0] and "source-1" in sent["card"][0]

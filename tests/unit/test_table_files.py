@@ -362,3 +362,9 @@ def test_an_error_of_a_spreadsheet_is_an_empty_cell(tmp_path, error):
 def test_ends_of_lines_that_excel_writes_as_signs_are_ends_of_lines(tmp_path, stored, read):
     path = write_sheet(tmp_path / "t.xlsx", [["dx", "file"], [stored, "scan_x0041_1.jpg"]])
     assert read_table(path) == [{"dx": read, "file": "scan_x0041_1.jpg"}]
+
+
+def test_long_ids_of_a_parquet_file_stay_whole_beside_a_missing_one(tmp_path):
+    ids = [9007199254740993, 9007199254740992, None]
+    pq.write_table(pa.table({"id": pa.array(ids, pa.int64()), "age": [45.5, 40.0, 1.0]}), tmp_path / "t.parquet")
+    assert [row["id"] for row in read_table(tmp_path / "t.parquet")] == ["9007199254740993", "9007199254740992", ""]
