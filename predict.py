@@ -108,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = answer_examples(engine, examples, args, labels=labels, stream=stream)
         counts = write_answers(rows, args.out, total=total, stream=stream)
     if counts["cut"]:
-        print(f"{counts['cut']} of {total} answers cut at --max-new-tokens {args.max_new_tokens}", file=sys.stderr)
+        print(
+            f"{counts['cut']} of {total - counts['skipped']} answers cut at --max-new-tokens {args.max_new_tokens}",
+            file=sys.stderr,
+        )
     return EXIT_SKIPPED if counts["skipped"] else 0
 
 

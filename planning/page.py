@@ -107,8 +107,9 @@ def print_plan(
     settings: Settings, splits: DatasetDict | None, processor: ProcessorMixin | None, *, gpu: float | None = None,
     offline: bool = False, processes: int = 2,
 ) -> int:  # fmt: skip
-    """Print the plan of a run; return 1 if it does not fit `gpu`, GB, else 0. See `find_data` and `find_processor`.
-    With `shard_base`, so many processes share the base model."""
+    """Print the plan of a run; return 1 if it does not fit `gpu`, GB, or would refuse a sample, else 0.
+
+    See `find_data` and `find_processor`. With `shard_base`, so many processes share the base model."""
     config = print_model(settings, offline=offline)
     lengths, share, args = None, IMAGE_SHARE, settings.training
     if splits is None:
@@ -140,7 +141,9 @@ def print_plan(
     print_warnings(splits, args, steps)
     untied = not (args.offload_embedding or config.tie_word_embeddings)
     spare = chosen.fixed["embeddings, LM head"] // 2 + chosen.fixed.get(EMBEDDING_BUFFER, 0) if untied else 0
-    return print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
+    verdict = print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
+    refused = lengths is not None and settings.data.too_long == "error" and find_too_long(lengths, args.max_length)
+    return 1 if refused else verdict
 
 
 def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
@@ -195,8 +198,8 @@ def print_data(splits: DatasetDict, lengths: SampleLengths, settings: Settings, 
         print("           (no tokenizer here: image tokens are exact, text counts as 4 characters a token)")
     limit, drop = settings.training.max_length, settings.data.too_long == "drop"
     over = set(find_too_long(lengths, limit))
-    left_out = ", and left out" if over and drop else ""
-    print(f"too long   {len(over):,} samples are over max_length" + (f" {limit:,}" if limit else "") + left_out)
+    then = (", and left out" if drop else ": the run refuses them, see max_length and too_long") if over else ""
+    print(f"too long   {len(over):,} samples are over max_length" + (f" {limit:,}" if limit else "") + then)
     if not drop:
         return lengths
     if len(over) == len(lengths.total):

@@ -1,6 +1,7 @@
 """Settings from a YAML recipe with overrides on the command line; every key is checked before anything loads."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -38,7 +39,20 @@ DEVICE = " for a CPU; CUDA_VISIBLE_DEVICES=N accelerate launch ... takes one GPU
 
 
 class RecipeParser(OneLineParser, TrlParser):
-    """TRL's parser, with errors of one line."""
+    """TRL's parser, with errors of one line that say where the value stands.
+
+    Attributes:
+        places: file of each setting that is not on the command line.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.places = {}
+
+    def error(self, message: str):
+        option = re.match(r"argument --(\w+)", message)
+        place = self.places.get(option[1]) if option else None
+        super().error(f"{place}: {option[1]}: {message.partition(': ')[2]}" if place else message)
 
 
 def parse_config(argv: list[str], *, prog: str = "train_sft.py") -> Settings:
@@ -54,9 +68,12 @@ def parse_config(argv: list[str], *, prog: str = "train_sft.py") -> Settings:
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     argv = normalize(argv, {name for name, hint in hints.items() if _is_switch(name, hint)})
     _print_help(parser, argv)
-    layers = _read_recipe(parser.parse_known_args(argv)[0].config, hints)
+    recipe = parser.parse_known_args(argv)[0].config
+    layers = _read_recipe(recipe, hints)
     parser.set_defaults_with_config(**{key: _as_text(value) for layer in layers for key, value in layer.items()})
-    layers.append({word.removeprefix("--").partition("=")[0]: None for word in argv if word.startswith("--")})
+    given = {word.removeprefix("--").partition("=")[0]: None for word in argv if word.startswith("--")}
+    parser.places = {key: recipe for layer in layers for key in layer if key not in given}
+    layers.append(given)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown[0].split("=")[0], hints, "unexpected argument"))
@@ -106,17 +123,16 @@ def _is_switch(name: str, hint) -> bool:
     return name in ("gradient_checkpointing", "compile_layers") or hint in (bool, bool | None)
 
 
-def _read_recipe(recipe: Path, hints: dict, *, extended: bool = False) -> list[dict]:
-    """Return the checked settings of the recipe in the same folder that a recipe `extends`, and its own."""
-    settings = read_yaml(recipe, "--config")
-    before = [{}]
+def _read_recipe(recipe: Path, hints: dict, seen: tuple[Path, ...] = ()) -> list[dict]:
+    """Return the checked settings of the recipes that a recipe `extends`, the first one first, and its own."""
+    if recipe.resolve() in seen:
+        raise ValueError(f"{recipe}: extends: the recipes extend each other")
+    settings, before = read_yaml(recipe, "--config"), []
     if "extends" in settings:
-        name = settings.pop("extends")
-        if extended:
-            raise ValueError(f"{recipe}: extends: a recipe that is extended may not extend another")
-        before = _read_recipe(recipe.parent / str(name), hints, extended=True)
+        parent = recipe.parent / str(settings.pop("extends"))
+        before = _read_recipe(parent, hints, (*seen, recipe.resolve()))
     _check_recipe(recipe, settings, hints)
-    return [settings] if extended else [*before, settings]
+    return [*before, settings]
 
 
 def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:

@@ -52,7 +52,7 @@ def switched_off(values: Mapping[str, object], written: Mapping[str, int]) -> di
 
     Args:
         values: of all settings.
-        written: where a setting was written: 1 in the extended recipe, 2 in the recipe, 3 on the command line.
+        written: where a setting was written: the nearer to the command line, the higher the number.
 
     Raises:
         ValueError: a setting would have no effect because of an inherited one that is as likely to be meant.

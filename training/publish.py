@@ -12,7 +12,11 @@ from training.trainer import SafeSFTTrainer
 
 def claim_repository(settings: Settings) -> str | None:
     """Make sure now that the adapter can be pushed later; return the repository's id in the process that will push."""
-    if not settings.training.push_to_hub or not PartialState().is_main_process:
+    if not settings.training.push_to_hub:
+        if settings.training.hub_model_id:
+            print_rank0(f"push_to_hub is false: nothing is uploaded to {settings.training.hub_model_id}")
+        return None
+    if not PartialState().is_main_process:
         return None
     repo_id = settings.training.hub_model_id or settings.output_dir.resolve().name
     return open_repository(repo_id, **push_options(settings))

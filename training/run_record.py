@@ -135,6 +135,7 @@ def finish_card(trainer: SafeSFTTrainer) -> None:
         output_dir, state = Path(trainer.args.output_dir), dataclasses.asdict(trainer.state)
         (output_dir / TRAINING_ARGS).unlink()
         write_metrics(trainer.state.log_history, output_dir / "metrics.jsonl")  # a full disk is an error now
-        kept_best = trainer.args.load_best_model_at_end and state["best_global_step"] is not None
+        best = state["best_model_checkpoint"]  # None where a resumed run has lost it
+        kept_best = trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir()
         add_facts(output_dir, training=training_progress(state, datetime.now(UTC), finished=True, kept_best=kept_best))
         write_card(output_dir)

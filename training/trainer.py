@@ -114,6 +114,11 @@ class SafeSFTTrainer(HookTrainer):
         epochs, *counts, steps = super().set_initial_training_values(args, dataloader)
         return (0 if self.resumed_step >= steps else epochs, *counts, steps)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As transformers does, but its loader takes no random number of the training: a stop leaves one out."""
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict) -> int:
         """Return the FLOP of a batch without what is computed twice; transformers would count frozen weights as if
         they trained, and the model's parameters anew in each step."""

@@ -482,6 +482,14 @@ def test_the_plan_leaves_out_what_the_run_would(tiny_base, demo_data, tmp_path, 
     assert "too long   32 samples are over max_length 20, and left out" in capsys.readouterr().out
 
 
+def test_a_plan_whose_run_would_refuse_samples_ends_with_1(tiny_base, demo_data, tmp_path, capsys):
+    assert plan_run.main([*train_args(tiny_base, demo_data, tmp_path / "out"), "--max_length", "20"]) == 1
+    assert (
+        "32 samples are over max_length 20: the run refuses them, see max_length and too_long"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_pack_that_is_too_small_names_the_number_that_fits(tiny_base, demo_data, tmp_path):
     packed = {"packing": "true", "attn_implementation": "varlen", "pack_tokens": 256, "max_length": 4096}
     words = train_args(tiny_base, demo_data, tmp_path / "out", **packed, per_device_train_batch_size=1)
@@ -507,4 +515,4 @@ def test_a_wrong_value_in_a_recipe_is_signed_too(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("lora_r: many\n")
     with pytest.raises(SystemExit):
         plan_run.main(["--config", str(tmp_path / "a.yaml")])
-    assert capsys.readouterr().err.startswith("plan_run.py: argument --lora_r/--lora-r: invalid int value: 'many'")
+    assert "a.yaml: lora_r: invalid int value: 'many'" in capsys.readouterr().err

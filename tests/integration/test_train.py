@@ -145,6 +145,13 @@ def test_a_resumed_run_ends_with_the_weights_of_one_never_stopped(tiny_base, dem
     assert curve(whole) == curve(stopped)
 
 
+def test_an_evaluation_leaves_the_random_state_of_the_training(tiny_base, demo_data, tmp_path):
+    trainer = make_trainer(tiny_base, demo_data, tmp_path, lora_dropout=0.1)
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_that_has_ended_and_is_started_again_takes_no_step_more(tiny_base, demo_data, tmp_path):
     """Killed after its last checkpoint: in the middle of an epoch, and with a learning rate that is not 0 there."""
     settings = {"max_steps": 5, "save_steps": 5, "lr_scheduler_type": "constant", "eval_strategy": "no"}

@@ -225,9 +225,14 @@ def test_a_recipe_that_extends_another_has_the_last_word(tmp_path):
     (tmp_path / "recipe.yaml").write_text("extends: base.yaml\nseed: 2\n")
     _, training, model = parse_config(["--config", str(tmp_path / "recipe.yaml"), "--lora_r", "6"])
     assert (training.seed, model.lora_r) == (2, 6)
-    (tmp_path / "third.yaml").write_text("extends: recipe.yaml\n")
-    with pytest.raises(ValueError, match="extends: a recipe that is extended may not extend another"):
-        parse_config(["--config", str(tmp_path / "third.yaml")])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "third.yaml").write_text("extends: ../recipe.yaml\nlora_r: 8\n")
+    _, training, model = parse_config(["--config", str(tmp_path / "sub" / "third.yaml")])
+    assert (training.seed, model.lora_r) == (2, 8)
+    (tmp_path / "one.yaml").write_text("extends: two.yaml\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\n")
+    with pytest.raises(ValueError, match=r"one\.yaml: extends: the recipes extend each other"):
+        parse_config(["--config", str(tmp_path / "one.yaml")])
     (tmp_path / "base.yaml").write_text(BASE + "sed: 1\n")
     with pytest.raises(ValueError, match=r"base\.yaml: unknown key 'sed'; did you mean 'seed'"):
         parse_config(["--config", str(tmp_path / "recipe.yaml")])

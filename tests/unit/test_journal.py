@@ -81,7 +81,6 @@ def test_other_settings_are_refused_only_where_there_are_answers(tmp_path):
 def test_answers_about_other_pictures_are_refused_where_it_is_known(tmp_path, name, what):
     Journal(tmp_path, {"a": 1}, 0).add([GOOD])  # an earlier version wrote neither
     Journal(tmp_path, {"a": 1, name: "0f"}, 0)
-    (tmp_path / "settings.json").write_text(json.dumps({"a": 1, name: "0f"}))
     Journal(tmp_path, {"a": 1, name: None}, 0)
     Journal(tmp_path, {"a": 1, name: "0f"}, 0)
     with pytest.raises(ValueError, match=f"holds answers .*{what}; add --overwrite"):
