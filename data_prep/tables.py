@@ -173,7 +173,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, list[str]]]:
     lines.seek(0)
     separator, width, start = _separator(path, first), 0, 1
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-    single = separator if f"{separator} " in first else f"{separator}(?! )"  # in sentences a space follows
+    single = re.escape(separator) + ("" if f"{separator} " in first else "(?! )")  # in sentences a space follows
     try:
         for row in reader:
             end, width = reader.line_num, width or len(row)

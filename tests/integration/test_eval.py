@@ -58,7 +58,7 @@ def test_the_metrics_are_those_of_the_predictions(evaluated, demo_data):
     ]
     assert [(row["id"], row["reference"]) for row in ours] == asked and len(asked) > 32
     assert (summary["samples"], summary["diagnosed"], summary["split"]) == (len(asked), 32, "train")
-    assert summary["evaluated"] == {"samples": 32, "of": 40, "questions": len(asked)}
+    assert summary["evaluated"] == {"samples": 32, "of": 40, "questions": len(asked), "trained": 32}
     diagnosed = [row for row in rows if row["label"] in row["reference"]]
     for name in ("adapter", "base", "shuffled"):
         right = [row["label"] in row["prediction"] for row in diagnosed if row["run"] == name]

@@ -368,3 +368,8 @@ def test_long_ids_of_a_parquet_file_stay_whole_beside_a_missing_one(tmp_path):
     ids = [9007199254740993, 9007199254740992, None]
     pq.write_table(pa.table({"id": pa.array(ids, pa.int64()), "age": [45.5, 40.0, 1.0]}), tmp_path / "t.parquet")
     assert [row["id"] for row in read_table(tmp_path / "t.parquet")] == ["9007199254740993", "9007199254740992", ""]
+
+
+def test_a_cell_of_two_lines_between_bars_is_one(tmp_path):
+    path = written(tmp_path, "t.csv", 'dx|image|site|patient\n||"\n0"|\nnv|"a\nb"||1\n')
+    assert [list(row.values()) for row in read_table(path)] == [["", "", "0", ""], ["nv", "a\nb", "", "1"]]
