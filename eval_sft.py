@@ -106,7 +106,7 @@ def evaluate(args: argparse.Namespace, out: Path, state: PartialState) -> None:
     if state.is_main_process and (note := trained_note(counts)):
         print(f"WARNING: {note}", file=sys.stderr, flush=True)
     check_labels(args.sensitivity_of, label_map)
-    if state.is_main_process and (unread := describe_unread_rows(runs["adapter"].rows, label_map)):
+    if state.is_main_process and (unread := describe_unread_rows(runs["adapter"].rows, label_map, quote=True)):
         print(f"WARNING: {unread}", file=sys.stderr, flush=True)  # before hours of answering
     repo_id = open_repository(args.push) if args.push and state.is_main_process else None
     journal = open_journal(args, out, runs, state)

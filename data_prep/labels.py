@@ -246,14 +246,18 @@ def references_of(samples: Iterable[dict]) -> list[Reference]:
     ]
 
 
-def describe_unread(references: list[Reference], label_map: LabelMap) -> str | None:
-    """Return a warning if fewer than half of the labelled samples have an answer that names their label, else None."""
+def describe_unread(references: list[Reference], label_map: LabelMap, *, quote: bool = True) -> str | None:
+    """Return a warning if fewer than half of the labelled samples have an answer that names their label, else None.
+
+    It quotes the first answers, which stay on this machine, if `quote`.
+    """
     unread = [texts for label, texts in references if not _is_named(label, texts, label_map)]
     if 2 * len(unread) <= len(references):
         return None
     read, shown = len(references) - len(unread), ", ".join(f"{texts[-1]!r:.100}" for texts in unread[:MAX_SHOWN])
+    quoted = f"; the first answers without it: {shown}" if quote else ""
     return (
         f"only {read} of {len(references)} labelled samples have a reference answer that names their label, and the "
-        f"diagnoses of the others cannot be read; the first answers without it: {shown}. "
+        f"diagnoses of the others cannot be read{quoted}. "
         "Name the words for each label in a label map (--labels)"
     )

@@ -268,7 +268,7 @@ def open_engine(adapters: list[str], base: str | None, args: argparse.Namespace,
         speed_up_answering(model)
         yield TransformersEngine(model, names, load_processors(names, base, args), args.batch_size)
         return
-    names = dict(zip(served_names(adapters), adapters, strict=True))
+    names = dict(zip(served_names(adapters, base), adapters, strict=True))
     processors = load_processors(names, base, args)
     own = [processors[name] for name in names] or [processors[None]]
     serving = describe_serving(adapters, own, base=base, quantization=args.quantization, dtype=args.dtype)
@@ -310,7 +310,7 @@ def listed_models(client: ChatClient, adapters: dict[str, str], base: str | None
         ValueError: an adapter is not listed, or there are none and several models that the base could be.
     """
     listed = client.models()
-    served = served_names(list(adapters.values()))
+    served = served_names(list(adapters.values()), base)
     names = {
         name: find_model(path, [own, path], listed, client.url)
         for (name, path), own in zip(adapters.items(), served, strict=True)

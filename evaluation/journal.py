@@ -5,18 +5,20 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.files import atomic_write, error_names, read_json
+from common.files import EVALUATION_PLOTS, atomic_write, error_names, read_json
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
 RESULTS = ("metrics.json", "report.html")
 DIGESTS = {  # settings whose values say nothing
     "adapter": "of other weights",
+    "base_weights": "of other weights of the base model",
     "questions": "to other questions",
     "images": "about other images",
     "validation": "to other questions of the validation split",
 }
-OPTIONAL = ("images", "validation")  # files of earlier versions have neither; not each data set has a second split
+# Files of earlier versions have none of these; not each data set has a second split, and not each base is a folder.
+OPTIONAL = ("images", "validation", "base_weights")
 UNANSWERED = ("validation",)  # runs whose candidates are only scored
 REMEDY = "add --overwrite to answer all questions again"
 
@@ -44,8 +46,9 @@ class Journal:
 
     @staticmethod
     def clear(folder: Path) -> None:
-        """Delete the answers in a folder."""
-        for path in (*folder.glob("predictions*.jsonl"), folder / SETTINGS_FILE):
+        """Delete the answers in a folder, and what was made of them."""
+        results = (*RESULTS, *(Path(plot).name for plot in EVALUATION_PLOTS), SETTINGS_FILE)
+        for path in (*folder.glob("predictions*.jsonl"), *(folder / name for name in results)):
             path.unlink(missing_ok=True)
 
     @staticmethod

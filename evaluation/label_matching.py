@@ -14,13 +14,13 @@ def asks_for_label(sample: dict, label_map: LabelMap) -> bool:
     return sample["label"] is not None and read_label(sample["reference"], label_map) == sample["label"]
 
 
-def describe_unread_rows(rows: list[dict], label_map: LabelMap) -> str | None:
+def describe_unread_rows(rows: list[dict], label_map: LabelMap, *, quote: bool) -> str | None:
     """Return the warning of `describe_unread` about the questions of a run; a sample may have several."""
     answers = defaultdict(list)
     for row in rows:
         if row["label"] is not None:
             answers[row["id"], row["label"]].append(row["reference"])
-    return describe_unread([(label, tuple(texts)) for (_, label), texts in answers.items()], label_map)
+    return describe_unread([(label, tuple(texts)) for (_, label), texts in answers.items()], label_map, quote=quote)
 
 
 def answer_templates(samples: list[dict], label_map: LabelMap) -> dict[str, str]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from common.console import print_rank0
-from common.files import ADAPTER_WEIGHTS
+from common.files import ADAPTER_WEIGHTS, digest_of_file
 from common.progress import progress
 from data_prep.sizes import fit_options, fit_size
 from evaluation.batching import AUTO, load_ahead, order_batches, token_budget
@@ -20,12 +20,13 @@ from evaluation.dealing import batch_costs, deal
 from evaluation.engines import ENGINES, open_engine, score_given
 from evaluation.journal import Journal
 from evaluation.questions import Questions
-from models.adapters import base_of, loading_settings
+from models.adapters import base_of, find_file, loading_settings
 from models.loading import load_config, load_processor
 from publishing.model_card import RUN_TITLES
-from publishing.run_facts import adapter_digest
 
 POLL_SECONDS = 1.0  # between looks at other processes' answers
+
+SAMPLES, SAMPLED = 16, 1 << 16  # of a file of weights: how many, and bytes of each
 
 
 def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions], state: PartialState) -> Journal:
@@ -45,6 +46,7 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
         **{name: getattr(args, name) for name in names},
         **loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype),
         "base": args.base and Path(args.base).name,
+        "base_weights": _base_digest(args),
         "questions": runs["adapter"].content_digest(),
         "images": runs["adapter"].image_digest(),
         "validation": validation and validation.content_digest() + validation.image_digest(),
@@ -55,11 +57,30 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
         return Journal(out, settings, state.process_index)
 
 
+def _base_digest(args: argparse.Namespace) -> str | None:
+    """Return what changes with the weights of an adapter's base in a folder: sizes and samples of its files."""
+    base = (args.base or base_of(args.adapter)[0]) if args.adapter else None
+    if base is None or not Path(base).is_dir():
+        return None  # one of the Hub has a revision
+    content = [(path.name, path.stat().st_size, _sample(path)) for path in sorted(Path(base).glob("*.safetensors"))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _sample(path: Path) -> str:
+    """Return a digest of some of a file's bytes, in equal steps: other weights differ nearly everywhere."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for start in range(0, size, max(SAMPLED, size // SAMPLES)):
+            file.seek(start)
+            digest.update(file.read(SAMPLED))
+    return digest.hexdigest()
+
+
 def _weights_digest(name: str) -> str:
     """Return what changes with the weights of an adapter or model: of a large model the files' sizes and times."""
     folder = Path(name)
-    if (folder / ADAPTER_WEIGHTS).is_file():
-        return adapter_digest(folder)
+    if path := find_file(name, ADAPTER_WEIGHTS):
+        return digest_of_file(path)
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json")]
     content = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest() if files else name

@@ -24,7 +24,7 @@ def serve_command(adapters: list[str], base: str | None, args: argparse.Namespac
     Raises:
         ValueError: see `describe_serving`; `transformers serve` has one model, without adapters.
     """
-    names = dict(zip(served_names(adapters), adapters, strict=True))
+    names = dict(zip(served_names(adapters, base), adapters, strict=True))
     processors = load_processors(names, base, args)
     own = [processors[name] for name in names] or [processors[None]]
     serving = describe_serving(adapters, own, base=base, quantization=args.quantization, dtype=args.dtype)

@@ -40,7 +40,7 @@ def summarise(
     asks = np.array([bool(label_map) and asks_for_label(row, label_map) for row in rows], dtype=bool)
     kept = {name: _answered_samples(runs[name], name) for name in ("adapter", "base", "shuffled") if name in runs}
     summary = {"samples": len(rows), "diagnosed": int(asks.sum()), "labels": labels}
-    if unread := describe_unread_rows(rows, label_map):
+    if unread := describe_unread_rows(rows, label_map, quote=False):  # it is pushed
         summary["unread"] = unread
     figures_of = asks if asks.any() else np.ones(len(rows), dtype=bool)
     summary |= describe_clusters(_select(rows, figures_of), clusters[figures_of].tolist())

@@ -126,7 +126,7 @@ def describe_serving(
     return Serving(
         base=bases[0],
         name=served_name(bases[0]),
-        adapters=dict(zip(served_names(adapters), adapters, strict=True)),
+        adapters=dict(zip(served_names(adapters, base), adapters, strict=True)),
         pixels={"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
         dtype=settings[0]["dtype"],
         rank=max(ranks, default=0),
@@ -142,13 +142,13 @@ def served_name(name: str) -> str:
     return Path(name).name or name
 
 
-def served_names(adapters: list[str]) -> list[str]:
-    """Return a name for each adapter; those of folders of the same name are numbered.
+def served_names(adapters: list[str], base: str | None) -> list[str]:
+    """Return a name for each adapter that is not the base's; those of folders of the same name are numbered.
 
     vLLM applies an adapter that is called like a kind of content to all requests with such content, the base's too.
     """
-    names = [served_name(adapter) for adapter in adapters]
-    names = [f"{name}-adapter" if name in CONTENT_KINDS else name for name in names]
+    taken = {*CONTENT_KINDS, *(served_name(base or base_of(adapter)[0]) for adapter in adapters)}
+    names = [f"{name}-adapter" if name in taken else name for name in map(served_name, adapters)]
     return [name if names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names, 1)]
 
 

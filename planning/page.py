@@ -321,12 +321,18 @@ def choose_plan(
 
     `auto` recomputes all where there is no room for what selective recomputation keeps, or, if that is not possible,
     for everything. Selective recomputation keeps the wide products of as many layers as there is room for.
+
+    Raises:
+        ValueError: selective recomputation of layers that have no plan for it.
     """
     room = 0 if gpu is None else (1 - SPARE) * gpu * GB
     if checkpointing == AUTO:
         least = "selective" if (quantized, "selective") in plans else False
         unknown = gpu is None and least == "selective"
         checkpointing = least if unknown or plans[quantized, least].total(batch) <= room else True
+    if (quantized, checkpointing) not in plans:
+        rule = "not with shard_base, and only where complete layers are compiled; set it to auto, or to true"
+        raise ValueError(f"gradient_checkpointing: selective is {rule}")
     plan = plans[quantized, checkpointing]
     if checkpointing == "selective":
         layers = plan.layers

@@ -90,8 +90,8 @@ def collect_files(output_dir: Path, adapter_dir: Path | None = None) -> dict[str
         "README.md": make_card(output_dir, adapter_dir),
     }
     paths = {name: source / name for name in ADAPTER_FILES} | {name: output_dir / name for name in RUN_FILES}
-    if adapter_dir is None and read_metrics(output_dir) is not None:
-        paths |= {name: output_dir / name for name in (EVALUATION_METRICS, *EVALUATION_PLOTS)}
+    if read_metrics(source) is not None:
+        paths |= {name: source / name for name in (EVALUATION_METRICS, *EVALUATION_PLOTS)}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     return files | {name: text.encode() for name, text in written.items()}
 

@@ -1,6 +1,7 @@
 """Model cards: of an adapter, from the facts and the evaluation in its folder, and of a merged model."""
 
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from common.files import ADAPTER_WEIGHTS, EVALUATION_PLOTS, LOADING_SETTINGS, read_json
 from common.html import TEMPLATES
 from models.families import FAMILIES
-from models.serving import Serving, adapted_modules
+from models.serving import Serving, adapted_modules, read_rank
 from publishing import metric_notes
 from publishing.run_facts import NO_LABEL, UNKNOWN, read_base, read_facts, read_metrics
 
@@ -82,7 +83,7 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         adapter_dir: checkpoint to describe in place of the finished adapter.
     """
     facts, base = read_facts(output_dir, adapter_dir), read_base(output_dir, adapter_dir)
-    metrics = None if adapter_dir else read_metrics(output_dir)
+    metrics = read_metrics(adapter_dir or output_dir)
     data = facts.get("data")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -99,7 +100,7 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
         "serve": serve_command(adapter_dir or output_dir, base, loading),
         "metrics": metrics,
         "notes": metric_notes,
-        "plots": [Path(name).name for name in EVALUATION_PLOTS if (output_dir / name).is_file()],
+        "plots": [Path(name).name for name in EVALUATION_PLOTS if ((adapter_dir or output_dir) / name).is_file()],
         "rare_limit": RARE,
         **(label_counts(data) if data else {}),
         **(compare_runs(metrics) if metrics else {}),
@@ -109,7 +110,8 @@ def make_card(output_dir: Path, adapter_dir: Path | None = None) -> str:
 
 
 def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
-    """Return the lines that serve a downloaded adapter by vLLM as it was trained; None without its processor.
+    """Return the lines that serve a downloaded adapter by vLLM as it was trained; None without its processor, or for
+    one that vLLM cannot load.
 
     Args:
         folder: holds the adapter and its processor.
@@ -119,6 +121,10 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
     config, processor = (read_json(folder / name) for name in ("adapter_config.json", "processor_config.json"))
     if not (processor and config and "r" in config and (folder / ADAPTER_WEIGHTS).is_file()):
         return None
+    try:
+        rank = read_rank(str(folder))
+    except ValueError:
+        return None
     size, modules = processor["image_processor"]["size"], adapted_modules(folder / ADAPTER_WEIGHTS)
     serving = Serving(
         base=base["name"] if base["on_hub"] else f"path/to/{base['name']}",
@@ -126,7 +132,7 @@ def serve_command(folder: Path, base: dict, loading: dict | None) -> str | None:
         adapters={"skin": "skin"},
         pixels={"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
         dtype=(loading or {}).get("dtype", "bfloat16"),
-        rank=max(config["r"], *(config.get("rank_pattern") or {}).values(), 0),
+        rank=rank,
         tower=any(name.startswith(tuple(family.vision for family in FAMILIES.values())) for name in modules),
         revision=base["commit"] or base["revision"] if base["on_hub"] else None,
         chat_template="skin/chat_template.jinja",
@@ -199,7 +205,7 @@ def make_merged_card(name: str, base: dict, dtype: str, readers: dict[str, str])
         base=base["name"],
         dtype=dtype,
         readers=f"The oldest versions that are known to read this folder are {oldest}.",
-        path=f"path/to/{name}",
+        path=shlex.quote(f"path/to/{name}"),
     )
 
 

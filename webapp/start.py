@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
+from common.files import EVALUATION_SETTINGS, read_json
 from data_prep.images import load_image
 from evaluation.questions import load_split, question_text
 from models.adapters import base_of, loading_settings
@@ -17,7 +18,6 @@ MAX_EXAMPLES = 12
 MAX_QUESTIONS = 4
 # Splits of an evaluation in which the training has seen photos
 SEEN_SPLITS = {"train": "the training photos themselves", "all": "all splits, the training photos among them"}
-OTHER_PIXELS = "--max-pixels may differ from the evaluation's"
 
 
 def load_data(args: argparse.Namespace) -> tuple[DatasetDict | None, list[dict]]:
@@ -37,11 +37,20 @@ def load_data(args: argparse.Namespace) -> tuple[DatasetDict | None, list[dict]]
 
 
 def read_reader(args: argparse.Namespace, splits: DatasetDict | None) -> LabelReader | None:
-    """Return how to read the labels, see `read_labels`, not calibrated with `--max-pixels`."""
+    """Return how to read the labels, see `read_labels`, not calibrated where the evaluation had other settings."""
     reader = read_labels(args.adapter, splits, args.split)
-    if reader is not None and args.max_pixels and not reader.uncalibrated:
-        return dataclasses.replace(reader, uncalibrated=OTHER_PIXELS)
-    return reader
+    if reader is None or reader.uncalibrated:
+        return reader
+    return dataclasses.replace(reader, uncalibrated=_other_setting(args))
+
+
+def _other_setting(args: argparse.Namespace) -> str:
+    """Return a phrase that names a setting which is not the evaluation's; "" without one."""
+    before = read_json(Path(args.adapter) / EVALUATION_SETTINGS) or {}
+    now = loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
+    now |= {"base": args.base and Path(args.base).name, "min_pixels": None, "max_pixels": args.max_pixels}
+    names = [name for name, value in now.items() if value != before.get(name, value)]
+    return f"--{names[-1].replace('_', '-')} may differ from the evaluation's" if names else ""
 
 
 def suggest_questions(reader: LabelReader | None, examples: list[dict]) -> list[str]:

@@ -11,6 +11,7 @@ from common.cli import run
 import pytest
 from datasets import load_from_disk
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval_sft
 import merge_adapter
@@ -335,3 +336,37 @@ def test_a_merged_model_is_evaluated_on_all_samples_without_an_adapter(adapter, 
 def test_one_adapter_or_model_is_named(capsys, words, message):
     assert run(lambda: eval_sft.main([*words.split(), "--dataset", "x"])) == 1
     assert message in capsys.readouterr().err
+
+
+def test_answers_with_another_base_of_the_same_name_are_refused(adapter, demo_data, tiny_base, tmp_path):
+    bases = [tmp_path / version / "base" for version in ("v1", "v2")]
+    for base in bases:
+        shutil.copytree(tiny_base, base)
+    weights = load_file(bases[1] / "model.safetensors")
+    save_file(
+        {name: 1.01 * tensor for name, tensor in weights.items()}, bases[1] / "model.safetensors", {"format": "pt"}
+    )
+    words = [options(adapter, demo_data, tmp_path / "e", "--base", str(base), "--split", "test") for base in bases]
+    eval_sft.main(words[0])
+    (tmp_path / "v3").mkdir()
+    bases[0].rename(tmp_path / "v3" / "base")  # the same one, elsewhere
+    eval_sft.main(
+        options(adapter, demo_data, tmp_path / "e", "--base", str(tmp_path / "v3" / "base"), "--split", "test")
+    )
+    with pytest.raises(ValueError, match="holds answers of other weights of the base model; add --overwrite"):
+        eval_sft.main(words[1])
+
+
+def test_no_answer_is_in_the_metrics_that_are_pushed(adapter, write_records, tmp_path, capsys):
+    answers = [f"Mrs Doe-{number}, seen in May." for number in range(4)]
+    path, images = write_records(
+        [
+            {"image": "red.jpg", "question": f"What is {n}?", "answer": a, "label": "nevus"}
+            for n, a in enumerate(answers)
+        ]
+    )
+    words = ["--adapter", adapter, "--dataset", path, "--image-dir", images, "--split", "all", "--out", tmp_path / "e"]
+    eval_sft.main([*map(str, words), "--max-new-tokens", "4", "--no-probabilities"])
+    text = (tmp_path / "e" / "metrics.json").read_text()
+    assert "only 0 of 4 labelled samples have a reference answer that names their label" in text
+    assert "Doe" not in text and "Doe" in capsys.readouterr().err  # on the screen

@@ -516,3 +516,18 @@ def test_a_wrong_value_in_a_recipe_is_signed_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plan_run.main(["--config", str(tmp_path / "a.yaml")])
     assert "a.yaml: lora_r: invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--shard_base", "true"], ["--compile_layers", "false"]])
+def test_selective_recomputation_without_complete_compiled_layers_is_refused(more):
+    words = [
+        "--config",
+        "configs/skin.yaml",
+        "--dataset_path",
+        "/nope",
+        "--gradient_checkpointing",
+        "selective",
+        *more,
+    ]
+    with pytest.raises(ValueError, match="gradient_checkpointing: selective"):
+        plan_run.main(words)

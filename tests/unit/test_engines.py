@@ -271,8 +271,8 @@ def test_options_that_do_not_go_together(options, processes, message):
 
 
 def test_served_names_are_different_and_not_kinds_of_content():
-    names = served_names(["a/skin", "b/skin", "you/moles", "runs/text", "runs/image"])
-    assert names == ["skin-1", "skin-2", "moles", "text-adapter", "image-adapter"]
+    names = served_names(["a/skin", "b/skin", "you/moles", "runs/text", "runs/image", "runs/Qwen"], "of/Qwen")
+    assert names == ["skin-1", "skin-2", "moles", "text-adapter", "image-adapter", "Qwen-adapter"]
 
 
 def test_an_address_with_a_password_is_refused():

@@ -85,3 +85,11 @@ def test_answers_about_other_pictures_are_refused_where_it_is_known(tmp_path, na
     Journal(tmp_path, {"a": 1, name: "0f"}, 0)
     with pytest.raises(ValueError, match=f"holds answers .*{what}; add --overwrite"):
         Journal(tmp_path, {"a": 1, name: "1e"}, 0)
+
+
+def test_overwriting_leaves_no_figures_of_earlier_answers(tmp_path):
+    Journal(tmp_path, {"a": 1}, 0).add([GOOD])
+    for name in ("metrics.json", "report.html", "confusion.png", "notes.txt"):
+        (tmp_path / name).touch()
+    Journal.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
