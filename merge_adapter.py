@@ -26,7 +26,7 @@ from common.hub_client import open_repository
 from evaluation.merge_checks import TOLERANCE, check_merged_model
 from evaluation.merging import check_16_bit, choose_base, merge, read_target_weights
 from evaluation.older_readers import OLDEST_READERS, add_older_forms
-from models.adapters import MERGED_ADAPTER, check_not_merged, decode_greedily, describe_merge
+from models.adapters import MERGED_ADAPTER, check_not_merged, decode_greedily, describe_merge, end_answers
 from models.loading import load_model, load_processor, readable_out_of_memory
 from publishing.hub import push_merged_model
 from publishing.model_card import make_merged_card
@@ -108,6 +108,7 @@ def choose_device(name: str | None) -> None:
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, card: str, shard_size: str) -> None:
     announce("writing the merged model; then it is loaded and checked", "minutes for 7B")
     decode_greedily(model)  # the saved generation settings hold for other programs too
+    end_answers(model, processor)
     try:
         model.save_pretrained(folder, max_shard_size=shard_size)
     except SafetensorError as error:  # "No space left", in the words of another library

@@ -21,7 +21,7 @@ from evaluation.chat_client import CHAT, ChatClient, chat_messages, check_url
 from evaluation.generation import answer_and_score, base_of, generate, out_of_memory_advice, score_answers
 from evaluation.image_features import ImageFeatures, is_adapted
 from evaluation.vllm_server import start_server
-from models.adapters import load_adapters, loading_settings
+from models.adapters import end_answers, load_adapters, loading_settings
 from models.answering import speed_up_answering
 from models.families import families_of
 from models.loading import load_processor, readable_out_of_memory
@@ -75,6 +75,7 @@ class TransformersEngine:
         self, model: PreTrainedModel | PeftModel, adapters: dict[str, str], processors: dict, batch_size: int | str
     ):
         self.model, self.adapters, self.processors = model, adapters, processors
+        end_answers(model, next(iter(processors.values())))
         self.advice = out_of_memory_advice(1 if batch_size == AUTO else batch_size)
         self.features = None if is_adapted(base_of(model)) else ImageFeatures(base_of(model))
         self.answering, self.scoring = FittingParts(self._answer_rows), FittingParts(self._score_rows)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from common.files import ADAPTER_WEIGHTS, LOADING_SETTINGS, digest_of_file, read_json, suggest_file
 from models.attention import IMPLEMENTATIONS
@@ -188,6 +188,13 @@ def decode_greedily(model: PreTrainedModel) -> None:
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=published.eos_token_id, pad_token_id=published.pad_token_id
     )
+
+
+def end_answers(model: PreTrainedModel | PeftModel, processor: ProcessorMixin) -> None:
+    """Let answers end with the token that ends them in training, which a base that is no chat model does not name."""
+    end, named = family_of(model).end_token, model.generation_config.eos_token_id
+    ids = {processor.tokenizer.convert_tokens_to_ids(end), *([named] if isinstance(named, int) else named or [])}
+    model.generation_config.eos_token_id = sorted(ids)
 
 
 def load_adapters(adapters: list[str], **options) -> tuple[PreTrainedModel | PeftModel, dict[str, str]]:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import ProcessorMixin, TextIteratorStreamer
 
 from evaluation.generation import generate, out_of_memory_advice, score_answers
+from models.adapters import end_answers
 from models.loading import readable_out_of_memory
 
 
@@ -43,6 +44,7 @@ class Engine:
 
     def __init__(self, model: PeftModel, processor: ProcessorMixin, *, max_new_tokens: int, batch_size: int):
         self.model, self.processor = model, processor
+        end_answers(model, processor)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self._lock = threading.Lock()
 

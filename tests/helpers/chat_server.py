@@ -53,7 +53,7 @@ class ChatServer:
         with self.engine._use(adapter), torch.inference_mode():
             output = self.engine.model.generate(**inputs, max_new_tokens=body["max_tokens"])
         ids = output[0, inputs["input_ids"].size(1) :].tolist()
-        cut = self.engine.model.generation_config.eos_token_id not in ids
+        cut = not set(self.engine.model.generation_config.eos_token_id) & set(ids)
         choice = {"message": {"content": processor.decode(ids, skip_special_tokens=True)}, "token_ids": ids}
         choice["finish_reason"] = "length" if cut else "stop"
         return reply | {"choices": [choice]}

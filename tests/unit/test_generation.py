@@ -16,7 +16,7 @@ from evaluation.generation import (
     score_answers,
 )
 from evaluation.static_decoding import StaticDecoders, decode_static
-from models.adapters import load_answering_model
+from models.adapters import end_answers, load_answering_model
 from models.loading import load_processor
 
 TOKENS = 12
@@ -52,6 +52,14 @@ def end_answers_early(model, processor, examples):
     model.generation_config.eos_token_id = []
     tokens = expected_tokens(model, processor, examples)
     model.generation_config.eos_token_id = [int(tokens[0, 2]), int(tokens[1, 5])]
+
+
+@pytest.mark.parametrize(("named", "kept"), [(None, []), (3, [3]), ([3, 5], [3, 5])])
+def test_answers_end_as_in_training_whatever_the_base_names(answering, named, kept):
+    model, processor = answering
+    model.generation_config.eos_token_id = named
+    end_answers(model, processor)
+    assert set(end_tokens(model).tolist()) == {processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), *kept}
 
 
 @pytest.mark.parametrize("early", [False, True])
