@@ -10,6 +10,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import ProcessorMixin, TextIteratorStreamer
 
+from collator import opens_thought
 from evaluation.generation import generate, out_of_memory_advice, score_answers
 from models.adapters import end_answers
 from models.loading import readable_out_of_memory
@@ -69,7 +70,7 @@ class Engine:
         Raises:
             ValueError: out of memory.
         """
-        streamer, text = _Streamer(self.processor.tokenizer, stop), ""
+        streamer, text = _Streamer(self.processor.tokenizer, stop), opens_thought(self.processor)
         with ThreadPoolExecutor(1) as pool:
             finished = pool.submit(self._generate, example, streamer, adapter)
             try:

@@ -58,6 +58,13 @@ def test_a_streamed_answer_grows_to_the_answer_of_predict(engine, example):
     assert len(texts) > 2 and all(texts[-1].startswith(text) for text in texts)
 
 
+def test_a_thought_is_known_as_one_while_it_grows_and_when_it_is_stopped(engine, example, monkeypatch):
+    monkeypatch.setattr("webapp.engine.opens_thought", lambda processor: "<think>\n")
+    monkeypatch.setattr("evaluation.generation.opens_thought", lambda processor: "<think>\n")
+    texts = [text for text, _ in engine.stream(example, threading.Event())]
+    assert len(texts) > 2 and all(text.startswith("<think>") for text in texts)
+
+
 def test_the_base_answers_without_the_adapter_which_then_is_back(engine, example):
     *_, (base, note) = engine.stream(example, threading.Event(), adapter=False)
     with engine.model.disable_adapter():
