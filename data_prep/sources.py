@@ -286,7 +286,7 @@ def _make_finder(
 
 
 class FileFinder:
-    """Resolves image names inside a folder; for tables, whose names have no folders, in its subfolders as well.
+    """Resolves image names inside a folder; for tables in its subfolders as well, see `_may_be` for names with folders.
 
     The same bytes in two folders are one image.
     """
