@@ -3,7 +3,7 @@
 python plan_run.py --config configs/skin.yaml --gpu 24
 
 Accepts every option of train_sft.py (--help-all lists them). Exit code 1 if the run does not fit the memory that
---gpu gives, GB.
+--gpu gives, GB, or would refuse a sample.
 """
 
 import argparse

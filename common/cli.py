@@ -166,7 +166,8 @@ def run(main: Callable[[], int | None]) -> int:
             raise
         with suppress(OSError):
             _flush_stdout()
-        text, *details = getattr(error, "lines", None) or [_one_line(error)]  # of many records, each has its line
+        lines = getattr(error, "lines", None) or [error]  # of many records, each has its line
+        text, *details = map(_one_line, lines)
         print(*details, f"error: {text}{_cache_of(error)}", sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -197,7 +198,7 @@ def _cache_of(error: Exception) -> str:
     return ""
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     """Return an error's text in one line, without the traceback that a DataLoader's worker puts before it."""
     text = str(error).strip()
     if text.startswith("Caught "):  # the lines of a traceback are indented, its last ones by four

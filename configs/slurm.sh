@@ -23,8 +23,8 @@ export GPUS MAIN
 export UNSAVED_MARKER="$PWD/.unsaved-$SLURM_JOB_ID"
 rm -f "$UNSAVED_MARKER"
 
-signals=0
-trap 'signals=$((signals + 1)); kill -TERM "$run"' TERM
+signals=0 run=
+trap 'signals=$((signals + 1)); [ -z "$run" ] || kill -TERM "$run"' TERM
 
 # One launcher on each machine; SLURM_NODEID is the machine's number. One that fails ends the others.
 srun --kill-on-bad-exit=1 bash -c '
@@ -32,6 +32,7 @@ srun --kill-on-bad-exit=1 bash -c '
     --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN" \
     train_sft.py "$@"' train "$@" &
 run=$!
+[ "$signals" -eq 0 ] || kill -TERM "$run"  # it came before there was a run to pass it on to
 
 # A signal ends `wait`, and not the run: its exit code comes from a `wait` that no signal ended.
 while seen=$signals; wait "$run"; code=$?; [ "$signals" -ne "$seen" ]; do :; done

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from functools import partial
 
-from .labels import label_key, merge_spellings
+from .labels import merge_spellings, spelling_key
 
 # Words before a number of Fitzpatrick's scale
 SCALE = re.compile(r"^(?:(?:fitzpatrick|fst|skin|photo|type|phototype|skintype|skin_type)\W*)+(?=[1-6ivx])")
@@ -15,7 +15,7 @@ SPELLED = ("skin_type", "sex", "site")  # attributes in words
 
 def attribute_key(name: str, text: str) -> str:
     """Return what the spellings of an attribute's value share: `IV`, `4`, `4.0` and `type iv` are one skin type."""
-    key = label_key(text)
+    key = spelling_key(text)
     if name == "skin_type":
         key = SCALE.sub("", key).removesuffix(".0")
         return ROMAN.get(key, key)

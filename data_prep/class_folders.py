@@ -54,7 +54,7 @@ def read_folders(root: Path) -> list[dict[str, str]]:
         _check_encodable(path)
     depth = _depth(root, images)
     rows = [_row(path, depth) for path in sorted(images)]
-    if len(classes := {row["folder"] for row in rows}) == 1 and not empty:
+    if len(classes := {row["folder"] for row in rows}) == 1 and not empty and depth == 1:
         _refuse_annotations(root, others, classes.pop())
     return rows
 

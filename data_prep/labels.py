@@ -23,6 +23,7 @@ Reference = tuple[str, tuple[str, ...]]  # a sample's label, and its answers
 _NEGATIONS = "(?<!(?:[不非未无無没沒]|ไม่))"
 _ARABIC = regex.compile(r"\p{Arabic}")
 _PROCLITICS = "(?:[وف]?(?:[بكل]?ال|لل|[بكل])?)"  # and, so; in, as, for; the: written with the next word
+_NEGATIVE, _MINUS = regex.compile(r"[\p{Pd}\u2212](?=\d)"), regex.compile(r"(?<=\w)[\p{Pd}\u2212]$")
 _FLAGS = regex.DOTALL | regex.IGNORECASE
 _THOUGHT = regex.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", _FLAGS)
 _REST_OF_THOUGHT = regex.compile(r"^.*</think(?:ing)?>", _FLAGS)
@@ -218,10 +219,16 @@ def find_label(text: str, label: str, label_map: LabelMap) -> tuple[int, int]:
 def label_key(label: str) -> str:
     """Return what labels that are one label have in common, whatever their case, white space and Unicode form.
 
-    A dash at an end is a minus, as in `ER-`: only those between words are white space.
+    A minus stays, as in `ER-` and `-1`: a dash between words is white space, and one that stands alone a bullet.
     """
-    text = normalise(label).strip()
-    return "-" * text.startswith("-") + " ".join(split_name(label)) + "-" * text.endswith("-") or label
+    text = label.strip()
+    before, after = bool(_NEGATIVE.match(text)), bool(_MINUS.search(text))
+    return "-" * before + spelling_key(text[before : len(text) - after]) + "-" * after
+
+
+def spelling_key(text: str) -> str:
+    """Return a text without its case, its punctuation between words and its Unicode form."""
+    return " ".join(split_name(text)) or text
 
 
 def merge_spellings(values: Iterable[str | None], key: Callable[[str], str] = label_key) -> dict[str, str]:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from datetime import date
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from .groups import is_no_group
 from .images import load_image
 from .labels import label_key, merge_spellings
 from .reading import describe
-from .records import DataError, FieldError, attributes_of, normalise_messages
+from .records import ATTRIBUTES, DataError, FieldError, attributes_of, normalise_messages
 from .storage import load_folder, undecoded
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,9 @@ def _merge_spellings(splits: DatasetDict) -> DatasetDict:
         key = label_key if column == "label" else partial(attribute_key, column)
         spelling_of = merge_spellings((value for split in splits.values() for value in split[column]), key)
         if spelling_of:
-            logger.warning("%ss that are one, spelled in several ways: %s", column, ", ".join(sorted(spelling_of)))
+            logger.warning(
+                "values of %s that are one, spelled in several ways: %s", column, ", ".join(sorted(spelling_of))
+            )
             values = {name: [spelling_of.get(x, x) for x in split[column]] for name, split in splits.items()}
             splits = DatasetDict({name: _with_column(split, column, values[name]) for name, split in splits.items()})
     return splits
@@ -157,6 +160,7 @@ def standardise(dataset: Dataset, name: str) -> Dataset:
 
 def _standard_row(row: dict, index: int, split: str, classes: dict[str, ClassLabel]) -> dict:
     row |= {column: class_name(feature, row[column]) for column, feature in classes.items()}
+    row |= {name: str(row[name]) for name in ATTRIBUTES if isinstance(row.get(name), bool | date)}
     images = list(row.get("images") or ([row["image"]] if row.get("image") else []))
     sample_id = f"{split}-{index:06d}" if row.get("id") in (None, "") else str(row["id"])
     try:
@@ -175,7 +179,7 @@ def _standard_row(row: dict, index: int, split: str, classes: dict[str, ClassLab
 
 def _weight(row: dict) -> float:
     """Return a row's sampling weight, 1 without one."""
-    if (weight := row.get("weight")) is None:
+    if (weight := row.get("weight")) is None or weight != weight:  # NaN: where pandas wrote a table, it is missing
         return 1.0
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise FieldError("weight", f"expected a number above 0, found {describe(weight)}")

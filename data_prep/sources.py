@@ -286,7 +286,7 @@ def _make_finder(
 
 
 class FileFinder:
-    """Resolves image names inside a folder; for tables in its subfolders as well, see `_may_be` for names with folders.
+    """Resolves image names inside a folder; for tables in its subfolders as well, where a name's own folders allow it.
 
     The same bytes in two folders are one image.
     """
@@ -354,6 +354,9 @@ class FileFinder:
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
+        if first is None and found:
+            other = found[0].relative_to(self.root)
+            raise ValueError(f"{name!r}: no such file; {other} has its name, and lies in another folder")
         if first is None:
             return None
         return resolve_image(str(first.relative_to(self.root)), self.root, follow_links=self.follow_links)

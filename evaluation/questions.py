@@ -147,14 +147,18 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict, dic
 
 
 def count_trained(adapter: str, splits: DatasetDict, split: Dataset) -> int:
-    """Return how many samples of a split the adapter was trained on, by the fingerprint of the data in its facts."""
+    """Return how many samples of a split are of the adapter's training split, by the fingerprint in its facts."""
     path = find_file(adapter, TRAINING_FACTS, f"../{TRAINING_FACTS}")  # a checkpoint's are in the run's folder
     trained_on = ((read_json(path) if path else None) or {}).get("data") or {}
+    known = {
+        trained_on.get("prepared_fingerprint"),
+        trained_on.get("fingerprint"),
+    }  # the second without what was too long
     folds = [int(name.removeprefix("fold_")) for name in splits if name.startswith("fold_")]
     for train in [splits[name] for name in splits if name == "train"] or [
         join_folds(splits, fold)["train"] for fold in folds
     ]:
-        if fingerprint(train) == trained_on.get("fingerprint"):
+        if fingerprint(train) in known:
             ids = set(train["id"])
             return sum(name in ids for name in split["id"])
     return 0

@@ -62,7 +62,8 @@ def _base_digest(args: argparse.Namespace) -> str | None:
     base = (args.base or base_of(args.adapter)[0]) if args.adapter else None
     if base is None or not Path(base).is_dir():
         return None  # one of the Hub has a revision
-    content = [(path.name, path.stat().st_size, _sample(path)) for path in sorted(Path(base).glob("*.safetensors"))]
+    files = [path for path in sorted(Path(base).iterdir()) if path.suffix in (".safetensors", ".bin")]
+    content = [(path.name, path.stat().st_size, _sample(path)) for path in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

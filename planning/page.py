@@ -62,6 +62,7 @@ PLAN_NAMES = {  # by (quantised, checkpointing)
     (False, "selective"): "not quantised, selective",
     (False, True): "not quantised, checkpointing",
 }
+REFUSED = "the run refuses them, see max_length and too_long"
 Plans = dict[tuple[bool, bool | str], MemoryPlan]  # by the keys of PLAN_NAMES
 
 
@@ -142,8 +143,22 @@ def print_plan(
     untied = not (args.offload_embedding or config.tie_word_embeddings)
     spare = chosen.fixed["embeddings, LM head"] // 2 + chosen.fixed.get(EMBEDDING_BUFFER, 0) if untied else 0
     verdict = print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
-    refused = lengths is not None and settings.data.too_long == "error" and find_too_long(lengths, args.max_length)
-    return 1 if refused else verdict
+    return 1 if splits is not None and refuses_samples(splits, processor, settings) else verdict
+
+
+def refuses_samples(splits: DatasetDict, processor: ProcessorMixin | None, settings: Settings) -> bool:
+    """Return whether the run would end for a sample over `max_length`, after a line about those of validation.
+
+    Without the tokenizer nobody knows.
+    """
+    if processor is None or settings.data.too_long != "error":
+        return False
+    names = ["train", *(["validation"] if settings.evaluates and "validation" in splits else [])]
+    limit = settings.training.max_length
+    over = {name: len(find_too_long(measure_lengths(splits[name], processor), limit)) for name in names}
+    if over.get("validation"):
+        print(f"too long   {over['validation']:,} validation samples are over max_length {limit:,} too: {REFUSED}")
+    return any(over.values())
 
 
 def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:
@@ -198,7 +213,7 @@ def print_data(splits: DatasetDict, lengths: SampleLengths, settings: Settings, 
         print("           (no tokenizer here: image tokens are exact, text counts as 4 characters a token)")
     limit, drop = settings.training.max_length, settings.data.too_long == "drop"
     over = set(find_too_long(lengths, limit))
-    then = (", and left out" if drop else ": the run refuses them, see max_length and too_long") if over else ""
+    then = (", and left out" if drop else f": {REFUSED}") if over else ""
     print(f"too long   {len(over):,} samples are over max_length" + (f" {limit:,}" if limit else "") + then)
     if not drop:
         return lengths

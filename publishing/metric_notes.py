@@ -32,8 +32,8 @@ def trained_note(counts: dict) -> str:
     if not counts.get("trained"):
         return ""
     return (
-        f"{counts['trained']:,} of these {counts['samples']:,} samples were in the training: the figures say how well "
-        "they were learnt, and not how new ones will be answered."
+        f"{counts['trained']:,} of these {counts['samples']:,} samples are of the training split: the figures say how "
+        "well they were learnt, and not how new ones will be answered."
     )
 
 

@@ -80,6 +80,8 @@ class CurvesCallback(TrainerCallback):
         if control.should_save:  # a row has means since the one before, and a run that resumes knows none of them
             control.should_log = True
 
+    on_epoch_end = on_step_end
+
     def on_log(self, args, state, control, **kwargs):
         self._write(write_metrics, state, Path(args.output_dir) / "metrics.jsonl")
 

@@ -69,10 +69,11 @@ def parse_config(argv: list[str], *, prog: str = "train_sft.py") -> Settings:
     argv = normalize(argv, {name for name, hint in hints.items() if _is_switch(name, hint)})
     _print_help(parser, argv)
     recipe = parser.parse_known_args(argv)[0].config
-    layers = _read_recipe(recipe, hints)
+    files = _read_recipe(recipe, hints)
+    layers = [settings for _, settings in files]
     parser.set_defaults_with_config(**{key: _as_text(value) for layer in layers for key, value in layer.items()})
     given = {word.removeprefix("--").partition("=")[0]: None for word in argv if word.startswith("--")}
-    parser.places = {key: recipe for layer in layers for key in layer if key not in given}
+    parser.places = {key: file for file, layer in files for key in layer if key not in given}
     layers.append(given)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -123,8 +124,8 @@ def _is_switch(name: str, hint) -> bool:
     return name in ("gradient_checkpointing", "compile_layers") or hint in (bool, bool | None)
 
 
-def _read_recipe(recipe: Path, hints: dict, seen: tuple[Path, ...] = ()) -> list[dict]:
-    """Return the checked settings of the recipes that a recipe `extends`, the first one first, and its own."""
+def _read_recipe(recipe: Path, hints: dict, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict]]:
+    """Return the recipes that a recipe `extends`, the first one first, and itself, with their checked settings."""
     if recipe.resolve() in seen:
         raise ValueError(f"{recipe}: extends: the recipes extend each other")
     settings, before = read_yaml(recipe, "--config"), []
@@ -132,7 +133,7 @@ def _read_recipe(recipe: Path, hints: dict, seen: tuple[Path, ...] = ()) -> list
         parent = recipe.parent / str(settings.pop("extends"))
         before = _read_recipe(parent, hints, (*seen, recipe.resolve()))
     _check_recipe(recipe, settings, hints)
-    return [*before, settings]
+    return [*before, (recipe, settings)]
 
 
 def _check_recipe(recipe: Path, settings: dict, hints: dict) -> None:

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from common.console import print_rank0
 from common.files import atomic_write
-from data_prep import join_folds, load_splits
+from data_prep import fingerprint, join_folds, load_splits
 from data_prep.balance import draw
 from data_prep.sizes import fit_options
 from models.loading import load_processor
@@ -66,8 +66,9 @@ def load_data(settings: Settings, processor: ProcessorMixin, *, list_in: Path | 
     splits = open_splits(settings)
     if has_thoughts(processor):
         check_thoughts(splits, settings.data.thinking)
+    prepared = fingerprint(splits["train"])
     lengths = check_data(splits, processor, settings, list_in)
-    facts = describe_data(splits, settings.data.dataset_path)
+    facts = {**describe_data(splits, settings.data.dataset_path), "prepared_fingerprint": prepared}
     drawn = sample_by_weight(splits["train"], settings.training.seed)
     if drawn is not splits["train"]:
         splits["train"], lengths["train"] = drawn, measure_lengths(drawn, processor)

@@ -50,7 +50,10 @@ def _other_setting(args: argparse.Namespace) -> str:
     now = loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
     now |= {"base": args.base and Path(args.base).name, "min_pixels": None, "max_pixels": args.max_pixels}
     names = [name for name, value in now.items() if value != before.get(name, value)]
-    return f"--{names[-1].replace('_', '-')} may differ from the evaluation's" if names else ""
+    if not names:
+        return ""
+    option = f"--{names[-1].replace('_', '-')}" if hasattr(args, names[-1]) else names[-1]
+    return f"{option} may differ from the evaluation's"
 
 
 def suggest_questions(reader: LabelReader | None, examples: list[dict]) -> list[str]:

@@ -317,7 +317,9 @@ def test_metrics_are_in_the_card_and_in_its_front_matter(complete):
 def test_figures_of_samples_that_were_trained_on_are_no_result(complete):
     write_metrics(complete, METRICS | {"evaluated": {"samples": 10, "trained": 6}})
     text = make_card(complete)
-    assert "6 of these 10 samples were in the training: the figures say how well they were learnt, and not" in text
+    assert (
+        "6 of these 10 samples are of the training split: the figures say how well they were learnt, and not" in text
+    )
     assert "model-index" not in front_matter(text)
 
 

@@ -516,6 +516,10 @@ def test_a_wrong_value_in_a_recipe_is_signed_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plan_run.main(["--config", str(tmp_path / "a.yaml")])
     assert "a.yaml: lora_r: invalid int value: 'many'" in capsys.readouterr().err
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\nseed: 3\n")
+    with pytest.raises(SystemExit):
+        plan_run.main(["--config", str(tmp_path / "b.yaml")])
+    assert "a.yaml: lora_r: invalid int value: 'many'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [["--shard_base", "true"], ["--compile_layers", "false"]])

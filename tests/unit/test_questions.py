@@ -147,6 +147,9 @@ def test_samples_that_the_adapter_was_trained_on_are_counted(args_of, tmp_path, 
     facts = {"data": {"fingerprint": fingerprint(load_splits(args.dataset, args.image_dir)["train"])}}
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     assert load_runs(args)[2].get("trained") == found
+    facts["data"] = {"fingerprint": "without what was too long", "prepared_fingerprint": facts["data"]["fingerprint"]}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert load_runs(args)[2].get("trained") == found
     (tmp_path / "facts.json").write_text(json.dumps({"data": {"fingerprint": "of other data"}}))
     assert "trained" not in load_runs(args)[2]
 
