@@ -76,9 +76,8 @@ class Journal:
                 values = DIGESTS.get(changed[0], f"made with other settings, {changed[0]} was {old!r} and is {new!r}")
                 rule = "add --overwrite to delete them, or choose another folder"
                 raise ValueError(f"--out: {self.folder} holds answers {values}; {rule}")
-            elif write and (
-                new := {key: settings[key] for key in OPTIONAL if settings.get(key) and not previous.get(key)}
-            ):
+            elif write:
+                new = {key: settings[key] for key in OPTIONAL if settings.get(key)}
                 atomic_write(path, json.dumps(previous | new, indent=1))
         elif write:
             atomic_write(path, json.dumps(settings, indent=1))

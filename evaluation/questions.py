@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -72,9 +73,8 @@ class Questions:
 
 
 def _digest_of(image: dict) -> str:
-    return (
-        digest_of_file(Path(image["path"])) if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
-    )
+    data = image["bytes"]
+    return digest_of_file(Path(image["path"])) if data is None else hashlib.sha256(data).hexdigest()
 
 
 def _digest(content) -> str:
@@ -149,19 +149,22 @@ def load_runs(args: argparse.Namespace) -> tuple[dict[str, Questions], dict, dic
 def count_trained(adapter: str, splits: DatasetDict, split: Dataset) -> int:
     """Return how many samples of a split are of the adapter's training split, by the fingerprint in its facts."""
     path = find_file(adapter, TRAINING_FACTS, f"../{TRAINING_FACTS}")  # a checkpoint's are in the run's folder
-    trained_on = ((read_json(path) if path else None) or {}).get("data") or {}
-    known = {
-        trained_on.get("prepared_fingerprint"),
-        trained_on.get("fingerprint"),
-    }  # the second without what was too long
-    folds = [int(name.removeprefix("fold_")) for name in splits if name.startswith("fold_")]
-    for train in [splits[name] for name in splits if name == "train"] or [
-        join_folds(splits, fold)["train"] for fold in folds
-    ]:
+    data = ((read_json(path) if path else None) or {}).get("data") or {}
+    known = {data.get("prepared_fingerprint"), data.get("fingerprint")}  # the second without what was too long
+    for train in _training_splits(splits):
         if fingerprint(train) in known:
             ids = set(train["id"])
             return sum(name in ids for name in split["id"])
     return 0
+
+
+def _training_splits(splits: DatasetDict) -> Iterator[Dataset]:
+    """Yield what a run may have been trained on: the training split, or all folds but one."""
+    if "train" in splits:
+        yield splits["train"]
+    for name in splits:
+        if name.startswith("fold_"):
+            yield join_folds(splits, int(name.removeprefix("fold_")))["train"]
 
 
 def read_questions(split: Dataset, *, generate: bool = True) -> Questions:
