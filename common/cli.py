@@ -166,8 +166,8 @@ def run(main: Callable[[], int | None]) -> int:
             raise
         with suppress(OSError):
             _flush_stdout()
-        lines = getattr(error, "lines", None) or [error]  # of many records, each has its line
-        text, *details = map(_one_line, lines)
+        # One about many records has `lines`, one for each; its class is of data_prep, a layer above this one.
+        text, *details = map(_one_line, getattr(error, "lines", [error]))
         print(*details, f"error: {text}{_cache_of(error)}", sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

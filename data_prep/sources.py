@@ -350,7 +350,7 @@ class FileFinder:
         if self.index is None:
             self.index = _index_files(self.root)
         found = self.index.get(composed(Path(name).name), [])
-        first, *others = [path for path in found if _may_be(name, path.relative_to(self.root))] or [None]
+        first, *others = [path for path in found if _folders_agree(name, path.relative_to(self.root))] or [None]
         for other in others:
             if not filecmp.cmp(first, other, shallow=False):
                 raise ValueError(f"{name!r} is in {len(others) + 1} folders, {first.parent} and {other.parent}")
@@ -362,7 +362,7 @@ class FileFinder:
         return resolve_image(str(first.relative_to(self.root)), self.root, follow_links=self.follow_links)
 
 
-def _may_be(name: str, path: Path) -> bool:
+def _folders_agree(name: str, path: Path) -> bool:
     """Return whether a name with folders, or what follows its first ones, is that of a file, or of where it lies."""
     named, found = composed(os.path.normpath(name)).split("/"), composed(path.as_posix()).split("/")
     count = min(len(named), len(found))

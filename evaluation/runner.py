@@ -25,8 +25,7 @@ from models.loading import load_config, load_processor
 from publishing.model_card import RUN_TITLES
 
 POLL_SECONDS = 1.0  # between looks at other processes' answers
-
-SAMPLES, SAMPLED = 16, 1 << 16  # of a file of weights: how many, and bytes of each
+PIECES, PIECE_BYTES = 16, 1 << 16  # of a file of weights, of which a digest is made
 
 
 def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions], state: PartialState) -> Journal:
@@ -58,22 +57,22 @@ def open_journal(args: argparse.Namespace, out: Path, runs: dict[str, Questions]
 
 
 def _base_digest(args: argparse.Namespace) -> str | None:
-    """Return what changes with the weights of an adapter's base in a folder: sizes and samples of its files."""
+    """Return what changes with the weights of an adapter's base in a folder: sizes and pieces of its files."""
     base = (args.base or base_of(args.adapter)[0]) if args.adapter else None
     if base is None or not Path(base).is_dir():
         return None  # one of the Hub has a revision
     files = [path for path in sorted(Path(base).iterdir()) if path.suffix in (".safetensors", ".bin")]
-    content = [(path.name, path.stat().st_size, _sample(path)) for path in files]
+    content = [(path.name, path.stat().st_size, _digest_of_pieces(path)) for path in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _sample(path: Path) -> str:
+def _digest_of_pieces(path: Path) -> str:
     """Return a digest of some of a file's bytes, in equal steps: other weights differ nearly everywhere."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        for start in range(0, size, max(SAMPLED, size // SAMPLES)):
+        for start in range(0, size, max(PIECE_BYTES, size // PIECES)):
             file.seek(start)
-            digest.update(file.read(SAMPLED))
+            digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
 
 

@@ -143,22 +143,20 @@ def print_plan(
     untied = not (args.offload_embedding or config.tie_word_embeddings)
     spare = chosen.fixed["embeddings, LM head"] // 2 + chosen.fixed.get(EMBEDDING_BUFFER, 0) if untied else 0
     verdict = print_verdict(list(plans.values()), chosen, batch, needed, gpu, spare=spare)
-    return 1 if splits is not None and refuses_samples(splits, processor, settings) else verdict
+    known = lengths is not None and processor is not None
+    return 1 if known and refuses_samples(lengths, splits, processor, settings) else verdict
 
 
-def refuses_samples(splits: DatasetDict, processor: ProcessorMixin | None, settings: Settings) -> bool:
-    """Return whether the run would end for a sample over `max_length`, after a line about those of validation.
-
-    Without the tokenizer nobody knows.
-    """
-    if processor is None or settings.data.too_long != "error":
+def refuses_samples(train: SampleLengths, splits: DatasetDict, processor: ProcessorMixin, settings: Settings) -> bool:
+    """Return whether the run would end for a sample over `max_length`, after a line about those of validation."""
+    if settings.data.too_long != "error":
         return False
-    names = ["train", *(["validation"] if settings.evaluates and "validation" in splits else [])]
-    limit = settings.training.max_length
-    over = {name: len(find_too_long(measure_lengths(splits[name], processor), limit)) for name in names}
-    if over.get("validation"):
-        print(f"too long   {over['validation']:,} validation samples are over max_length {limit:,} too: {REFUSED}")
-    return any(over.values())
+    limit, over = settings.training.max_length, []
+    if settings.evaluates and "validation" in splits:
+        over = find_too_long(measure_lengths(splits["validation"], processor), limit)
+    if over:
+        print(f"too long   {len(over):,} validation samples are over max_length {limit:,} too: {REFUSED}")
+    return bool(over or find_too_long(train, limit))
 
 
 def print_model(settings: Settings, *, offline: bool) -> PreTrainedConfig:

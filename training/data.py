@@ -66,9 +66,11 @@ def load_data(settings: Settings, processor: ProcessorMixin, *, list_in: Path | 
     splits = open_splits(settings)
     if has_thoughts(processor):
         check_thoughts(splits, settings.data.thinking)
-    prepared = fingerprint(splits["train"])
+    prepared = splits["train"]
     lengths = check_data(splits, processor, settings, list_in)
-    facts = {**describe_data(splits, settings.data.dataset_path), "prepared_fingerprint": prepared}
+    facts = describe_data(splits, settings.data.dataset_path)
+    if splits["train"] is not prepared:  # samples were left out
+        facts["prepared_fingerprint"] = fingerprint(prepared)
     drawn = sample_by_weight(splits["train"], settings.training.seed)
     if drawn is not splits["train"]:
         splits["train"], lengths["train"] = drawn, measure_lengths(drawn, processor)

@@ -16,6 +16,9 @@ from webapp.labels import LabelReader, read_labels
 
 MAX_EXAMPLES = 12
 MAX_QUESTIONS = 4
+OPTIONS = {
+    name: f"--{name.replace('_', '-')}" for name in ("max_pixels", "base", "quantization", "dtype")
+}  # of the app
 # Splits of an evaluation in which the training has seen photos
 SEEN_SPLITS = {"train": "the training photos themselves", "all": "all splits, the training photos among them"}
 
@@ -47,13 +50,10 @@ def read_reader(args: argparse.Namespace, splits: DatasetDict | None) -> LabelRe
 def _other_setting(args: argparse.Namespace) -> str:
     """Return a phrase that names a setting which is not the evaluation's; "" without one."""
     before = read_json(Path(args.adapter) / EVALUATION_SETTINGS) or {}
-    now = loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
-    now |= {"base": args.base and Path(args.base).name, "min_pixels": None, "max_pixels": args.max_pixels}
-    names = [name for name, value in now.items() if value != before.get(name, value)]
-    if not names:
-        return ""
-    option = f"--{names[-1].replace('_', '-')}" if hasattr(args, names[-1]) else names[-1]
-    return f"{option} may differ from the evaluation's"
+    now = {"max_pixels": args.max_pixels, "min_pixels": None, "base": args.base and Path(args.base).name}
+    now |= loading_settings(args.adapter, base=args.base, quantization=args.quantization, dtype=args.dtype)
+    changed = (name for name, value in now.items() if value != before.get(name, value))
+    return next((f"{OPTIONS.get(name, name)} may differ from the evaluation's" for name in changed), "")
 
 
 def suggest_questions(reader: LabelReader | None, examples: list[dict]) -> list[str]:

@@ -19,7 +19,7 @@ from models.lora import build_lora_config
 try:
     check_kernels(FAMILIES["qwen3_5"], packed=True)
 except ValueError as reason:
-    pytest.skip(str(reason), allow_module_level=True)
+    pytest.skip(str(reason), allow_module_level=True)  # a run would be refused here, for this reason
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_parent_outside_of_the_container_is_no_launcher(monkeypatch):
-    for number in (0, 2**31 - 1):
-        monkeypatch.setattr(os, "getppid", lambda: number)  # noqa: B023
-        terminate_with_launcher()
+@pytest.mark.parametrize("parent", [0, 2**31 - 1])
+def test_a_parent_outside_of_the_container_is_no_launcher(monkeypatch, parent):
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    terminate_with_launcher()
